@@ -1,0 +1,1 @@
+"""Pure ground floor: batches, interfaces, reductions, token log-probabilities, KL estimates."""

@@ -1,0 +1,194 @@
+"""What flows between rooms: frozen batches. `mask` True means *counts*; index t is about tokens[t]."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def _move(value: Any, device: Any, non_blocking: bool) -> Any:
+    if isinstance(value, Tensor | Batch):
+        return value.to(device, non_blocking=non_blocking)
+    return value
+
+
+def _pin(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, Tensor | Batch) else value
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Common ground of all batches: moving, pinning, and the totals of the optimiser step they belong to."""
+
+    totals: Mapping[str, float] | None = field(default=None, kw_only=True)
+    """How many tokens, sequences, pairs ... the whole optimiser step holds, over its micro-batches and all ranks; the
+    denominators of its losses. None: this batch is the whole step."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch with every tensor on `device`."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory (called by the data loader)."""
+        return replace(self, **{f.name: _pin(getattr(self, f.name)) for f in fields(self)})
+
+    def counts(self) -> dict[str, float]:
+        """This batch's own share of `totals`."""
+        raise NotImplementedError(f"{type(self).__name__} has no counts")
+
+    def total(self, name: str) -> float:
+        """The denominator called `name`: that of the step if known, else this batch's own; at least 1."""
+        counts = self.counts() if self.totals is None else self.totals
+        return max(counts[name], 1.0)
+
+    def with_totals(self, totals: Mapping[str, float]) -> Self:
+        return replace(self, totals=dict(totals))
+
+
+@dataclass(frozen=True)
+class TokenBatch(Batch):
+    """Token sequences, padded or packed."""
+
+    tokens: Int[Tensor, "batch time"]
+    """Token ids; padding where `attention_mask` is False."""
+    attention_mask: Bool[Tensor, "batch time"]
+    """True on real tokens."""
+    mask: Bool[Tensor, "batch time"]
+    """True on tokens that are trained or scored (a completion, an assistant's turn)."""
+    positions: Int[Tensor, "batch time"]
+    """Position ids: count from 0 at each record's first real token, whatever the padding side."""
+    segments: Int[Tensor, "batch time"] | None = None
+    """Packed rows: 1, 2, ... per record, 0 on padding; no attention across. None: one record per row."""
+
+    def counts(self) -> dict[str, float]:
+        return {"tokens": float(self.mask[:, 1:].sum()), "sequences": float(self.num_sequences)}
+
+    @property
+    def num_sequences(self) -> int:
+        """Records in the batch: rows, or packed records."""
+        if self.segments is None:
+            return self.tokens.shape[0]
+        return int(self.segments.amax(1).sum())
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """Pairs of completions of the same prompt, the first preferred. Row i of both belongs to pair i."""
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+    margins: Float[Tensor, " pairs"] | None = None
+    """By how much chosen should win (Llama 2's margin), or None."""
+
+    def counts(self) -> dict[str, float]:
+        return {"pairs": float(self.chosen.tokens.shape[0])}
+
+
+@dataclass(frozen=True)
+class RankedBatch(Batch):
+    """K >= 2 ranked completions of each prompt, flattened; K may differ between prompts."""
+
+    completions: TokenBatch
+    groups: Int[Tensor, " completions"]
+    """Index of the prompt in this batch that each completion answers: 0, 0, 0, 1, 1, ..."""
+    ranks: Float[Tensor, " completions"]
+    """Rank within the prompt, 1 = best; equal ranks are ties."""
+
+    def counts(self) -> dict[str, float]:
+        return {"prompts": float(self.groups.max() + 1)}
+
+
+@dataclass(frozen=True)
+class RatedBatch(Batch):
+    """Completions with an absolute rating."""
+
+    completions: TokenBatch
+    ratings: Float[Tensor, " completions"]
+
+    def counts(self) -> dict[str, float]:
+        return {"sequences": float(self.ratings.numel())}
+
+
+@dataclass(frozen=True)
+class UnpairedBatch(Batch):
+    """Completions that somebody called good or bad, each on its own."""
+
+    completions: TokenBatch
+    labels: Bool[Tensor, " completions"]
+    """True = desirable."""
+
+    def counts(self) -> dict[str, float]:
+        return {"sequences": float(self.labels.numel())}
+
+
+@dataclass(frozen=True)
+class StepBatch(Batch):
+    """Completions cut into steps, each labelled at its last token."""
+
+    completions: TokenBatch
+    """`mask` is True on the last token of each labelled step."""
+    step_labels: Float[Tensor, "batch time"]
+    """The step's label at its last token, 0 elsewhere."""
+
+    def counts(self) -> dict[str, float]:
+        return {"steps": float(self.completions.mask.sum())}
+
+
+@dataclass(frozen=True)
+class PromptBatch(Batch):
+    """Prompts to be answered, left-padded so that all end at the same index."""
+
+    tokens: Int[Tensor, "batch time"]
+    attention_mask: Bool[Tensor, "batch time"]
+    texts: Sequence[str]
+    """Each prompt as the model reads it (after the chat template)."""
+    records: Sequence[Mapping[str, Any]]
+    """Each prompt's whole record: extra columns reach the reward functions from here."""
+    indices: Int[Tensor, " batch"]
+    """Row of each prompt in its data set: names it in seeds and logs."""
+
+    def counts(self) -> dict[str, float]:
+        return {"sequences": float(self.tokens.shape[0])}
+
+
+@dataclass(frozen=True)
+class Rollouts(Batch):
+    """Sampled answers and everything known about them: prompt (left-padded) + response (right-padded)."""
+
+    tokens: Int[Tensor, "batch time"]
+    attention_mask: Bool[Tensor, "batch time"]
+    """True on real tokens of prompt and response."""
+    mask: Bool[Tensor, "batch time"]
+    """True on response tokens, the end token included."""
+    positions: Int[Tensor, "batch time"]
+    scores: Float[Tensor, " batch"]
+    """One number per sequence from the reward functions, after weighting; before KL."""
+    old_logprobs: Float[Tensor, "batch time"]
+    """Log-probability of each token under the policy that sampled it; 0 where `mask` is False."""
+    ref_logprobs: Float[Tensor, "batch time"]
+    """The same under the frozen reference."""
+    rewards: Float[Tensor, "batch time"]
+    """Reward of each token after shaping (score at the end, KL on the way)."""
+    advantages: Float[Tensor, "batch time"]
+    values: Float[Tensor, "batch time"]
+    """The critic's estimate before tokens[t] was drawn; 0 without a critic."""
+    returns: Float[Tensor, "batch time"]
+    """What the critic should have said."""
+    extra: TokenBatch | None = None
+    """A batch of another source to be trained on in the same step (PPO-ptx)."""
+
+    def counts(self) -> dict[str, float]:
+        counts = {"tokens": float(self.mask.sum()), "sequences": float(self.tokens.shape[0])}
+        if self.extra is not None:
+            counts["extra_tokens"] = self.extra.counts()["tokens"]
+        return counts
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Rollouts":
+        """The sequences at `rows`, as a minibatch."""
+        picked = {
+            f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **picked)

@@ -1,0 +1,101 @@
+"""What a user may plug in. Abstract here, final elsewhere; chosen in YAML by `class_path`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyLossOutput:
+    """A policy loss per token and what happened inside it."""
+
+    per_token: Float[Tensor, "batch time"]
+    """The loss, not yet masked or averaged."""
+    ratio: Float[Tensor, "batch time"]
+    """exp(logprobs - old_logprobs), no gradient."""
+    clipped: Bool[Tensor, "batch time"]
+    """True where the bound cut the gradient off."""
+
+
+class PolicyLoss(ABC):
+    """The policy's loss, per token, from log-probabilities and advantages."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        logprobs: Float[Tensor, "batch time"],
+        old_logprobs: Float[Tensor, "batch time"],
+        advantages: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+    ) -> PolicyLossOutput: ...
+
+
+class ValueLoss(ABC):
+    """The critic's loss, per token."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        values: Float[Tensor, "batch time"],
+        old_values: Float[Tensor, "batch time"],
+        returns: Float[Tensor, "batch time"],
+    ) -> tuple[Float[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+        """Loss per token, and True where clipping decided it."""
+
+
+class Credit(ABC):
+    """Turns rewards (and values) into advantages and returns."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        rewards: Float[Tensor, "batch time"],
+        values: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        groups: Int[Tensor, " batch"],
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+        """Advantages and returns; `groups` names the prompt that each sequence answers."""
+
+
+@dataclass(frozen=True)
+class RewardLossOutput:
+    """A reward model's loss, one number per element (pair, prompt or rating), not yet averaged."""
+
+    per_element: Float[Tensor, " elements"]
+    accuracy: Float[Tensor, " elements"]
+    """Share of the element's comparisons that the scores get right; ties count half."""
+    margin: Float[Tensor, " elements"]
+    """Mean difference of score between better and worse."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer, as a reward function sees it."""
+
+    prompt: str
+    """As the model read it, special tokens left out."""
+    completion: str
+    """The decoded answer, special tokens left out."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The prompt's whole record: the answer key, the category, whatever columns the data had."""
+    tokens: Sequence[int] = ()
+    """Ids of the answer, end token included."""
+    finished: bool = True
+    """Whether the answer ended by itself (end token or stop string) rather than at the length limit."""
+
+
+Scores = Sequence[float] | Sequence[Sequence[float]]
+
+
+class RewardFn(ABC):
+    """Scores answers: one number per sample, or one number per token of each sample."""
+
+    name: str = ""
+    """What the metrics call it; the class name if empty."""
+
+    @abstractmethod
+    def __call__(self, samples: Sequence[Sample]) -> Scores: ...

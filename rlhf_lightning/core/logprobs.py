@@ -1,0 +1,81 @@
+"""The only place that shifts by one: from hidden states to numbers about each token.
+
+A causal model's hidden state at t - 1 predicts tokens[t]. Everything above this file speaks of index t as *about
+tokens[t]*, so nothing else ever shifts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from rlhf_kernels import linear_token_logprobs
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last linear map of a language model, with what the family does to its logits."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    """Rows are tokens; may be the (tied) input embedding."""
+    bias: Float[Tensor, " vocab"] | None = None
+    """Added to the logits before scale and cap, or None."""
+    logit_scale: float = 1.0
+    """Factor on the logits (Cohere: logit_scale; Granite: 1 / logits_scaling)."""
+    softcap: float | None = None
+    """Gemma 2: logits = softcap * tanh(logits / softcap)."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a language model says about each token of a batch; 0 where `mask` was False."""
+
+    logprobs: Float[Tensor, "batch time"]
+    """Log-probability of tokens[t] given the tokens before it (nats)."""
+    entropy: Float[Tensor, "batch time"] | None
+    """Entropy of the distribution that tokens[t] was drawn from (nats), if asked for."""
+    is_argmax: Bool[Tensor, "batch time"]
+    """Whether tokens[t] was the most probable token."""
+
+
+def about_tokens(per_position: Float[Tensor, "batch time *rest"]) -> Float[Tensor, "batch time *rest"]:
+    """Move what is said *at* position t - 1 to index t, the token it is about; index 0, about which nothing is said, is 0."""
+    return torch.cat((torch.zeros_like(per_position[:, :1]), per_position[:, :-1]), dim=1)
+
+
+def token_scores(
+    hidden: Float[Tensor, "batch time hidden"],
+    tokens: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    head: LMHead,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """Log-probability (and entropy) of every token that counts, without storing logits.
+
+        logprobs[t] = log softmax(head(hidden[t - 1]) / temperature)[tokens[t]]
+
+    Args:
+        mask: True = wanted. Index 0 has no predictor: it is never scored, whatever the mask says.
+        temperature: the one the tokens were sampled at, so that ratios of the two are exact.
+    """
+    scored = mask.clone()
+    scored[:, 0] = False
+    result = linear_token_logprobs(
+        hidden[:, :-1],
+        head.weight,
+        tokens[:, 1:],
+        bias=head.bias,
+        mask=scored[:, 1:],
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        with_entropy=with_entropy,
+    )
+    first = torch.zeros_like(result.logprobs[:, :1])
+    return TokenScores(
+        logprobs=torch.cat((first, result.logprobs), dim=1),
+        entropy=None if result.entropy is None else torch.cat((first, result.entropy), dim=1),
+        is_argmax=torch.cat((first.bool(), result.is_argmax), dim=1) & scored,
+    )

@@ -1,0 +1,90 @@
+"""The only reductions over tokens: masked sums, means, variances, whitening, and a loss's global average.
+
+Every other module averages through here, so that padding never leaks into a number and so that a loss does not depend
+on how its batch was cut into micro-batches, ranks or packed rows.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from rlhf_kernels import masked_whiten as _masked_whiten
+from torch import Tensor
+
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
+
+
+def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Sum of the entries that count, in float32 at least."""
+    # where, not multiply: a masked NaN times zero is still NaN
+    return torch.where(mask, x, torch.zeros_like(x)).sum(dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Mean of the entries that count; 0 where none does."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_var(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Population variance (divided by n, not n - 1) of the entries that count."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "3"]:
+    """Count, sum and sum of squares in float64: add these over ranks, then whiten with the total."""
+    kept = torch.where(mask, x, torch.zeros_like(x)).double()
+    return torch.stack((mask.sum().double(), kept.sum(), kept.square().sum()))
+
+
+def masked_whiten(
+    x: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    shift_mean: bool = True,
+    moments: Float[Tensor, "3"] | None = None,
+) -> Float[Tensor, "*shape"]:
+    """Scale the entries that count to standard deviation 1, and to mean 0 if `shift_mean`.
+
+        y = (x - mean) / sqrt(var + 1e-8) [+ mean unless shift_mean]
+
+    Args:
+        shift_mean: True gives a zero-mean result; False keeps the mean of x.
+        moments: count, sum, sum of squares to use instead of those of x: `masked_moments` added over ranks.
+    Returns:
+        Same shape; 0 where `mask` is False.
+    References:
+        Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019. arXiv:1909.08593
+    """
+    return _masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
+
+
+def reduce_tokens(
+    per_token: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    how: Reduction,
+    denominator: float | Float[Tensor, ""] | None = None,
+    *,
+    max_length: int | None = None,
+) -> Float[Tensor, ""]:
+    """Average a loss per token over the whole optimiser step.
+
+        token_mean     sum over all tokens / number of tokens              (DAPO, SFT)
+        sequence_mean  sum over sequences of their token mean / sequences  (GRPO)
+        fixed_length   sum over all tokens / (sequences * max_length)      (Dr.GRPO)
+
+    Args:
+        denominator: tokens (token_mean) or sequences (the others) of the *whole optimiser step*: over micro-batches
+            and ranks. None: this batch is the whole step.
+        max_length: the constant L of `fixed_length`.
+    """
+    zeroed = torch.where(mask, per_token, torch.zeros_like(per_token))
+    if denominator is None:
+        denominator = mask.sum() if how == "token_mean" else mask.any(-1).sum()
+    divisor = torch.as_tensor(denominator, dtype=torch.float32, device=per_token.device).clamp(min=1)
+    if how == "token_mean":
+        return zeroed.sum() / divisor
+    if how == "sequence_mean":
+        return (zeroed.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / divisor
+    if max_length is None:
+        raise ValueError("reduction 'fixed_length' divides by a constant length: give max_length")
+    return zeroed.sum() / (divisor * max_length)
