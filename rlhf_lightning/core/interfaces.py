@@ -3,10 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from rlhf_lightning.core.batches import Batch
+
+BatchFormat = Literal["tokens", "pairs", "ranked", "rated", "unpaired", "steps", "prompts"]
+"""What a stage wants to be fed; the datamodule reads and collates accordingly."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,19 @@ class Sample:
     """Ids of the answer, end token included."""
     finished: bool = True
     """Whether the answer ended by itself (end token or stop string) rather than at the length limit."""
+
+
+class RewardLoss(ABC):
+    """A reward model's loss, from the scores of all completions of a batch."""
+
+    batch_format: ClassVar[BatchFormat]
+    """What the records must be for this loss."""
+    denominator: ClassVar[str]
+    """What the loss averages over, by its name in the batch's totals: pairs, prompts or sequences."""
+
+    @abstractmethod
+    def __call__(self, scores: Float[Tensor, " completions"], batch: Batch) -> RewardLossOutput:
+        """`scores` in the order of `batch`: of pairs all chosen, then all rejected; else as the completions stand."""
 
 
 Scores = Sequence[float] | Sequence[Sequence[float]]
