@@ -155,6 +155,23 @@ class PromptBatch(Batch):
 
 
 @dataclass(frozen=True)
+class Generated(Batch):
+    """Sampled answers as they come from an engine: prompt (left-padded) + response (right-padded)."""
+
+    tokens: Int[Tensor, "batch time"]
+    attention_mask: Bool[Tensor, "batch time"]
+    """True on real tokens of prompt and response."""
+    mask: Bool[Tensor, "batch time"]
+    """True on response tokens, the end token included."""
+    positions: Int[Tensor, "batch time"]
+    finished: Bool[Tensor, " batch"]
+    """True where the answer ended by itself: with an end token or a stop string."""
+
+    def counts(self) -> dict[str, float]:
+        return {"tokens": float(self.mask.sum()), "sequences": float(self.tokens.shape[0])}
+
+
+@dataclass(frozen=True)
 class Rollouts(Batch):
     """Sampled answers and everything known about them: prompt (left-padded) + response (right-padded)."""
 
@@ -164,8 +181,10 @@ class Rollouts(Batch):
     mask: Bool[Tensor, "batch time"]
     """True on response tokens, the end token included."""
     positions: Int[Tensor, "batch time"]
+    finished: Bool[Tensor, " batch"]
+    """True where the answer ended by itself: with an end token or a stop string."""
     scores: Float[Tensor, " batch"]
-    """One number per sequence from the reward functions, after weighting; before KL."""
+    """One number per sequence from the reward functions, after weighting; before clipping, scaling and KL."""
     old_logprobs: Float[Tensor, "batch time"]
     """Log-probability of each token under the policy that sampled it; 0 where `mask` is False."""
     ref_logprobs: Float[Tensor, "batch time"]
@@ -177,6 +196,8 @@ class Rollouts(Batch):
     """The critic's estimate before tokens[t] was drawn; 0 without a critic."""
     returns: Float[Tensor, "batch time"]
     """What the critic should have said."""
+    groups: Int[Tensor, " batch"]
+    """Which prompt of the rollout each sequence answers: 0, 0, 1, 1, ..."""
     extra: TokenBatch | None = None
     """A batch of another source to be trained on in the same step (PPO-ptx)."""
 

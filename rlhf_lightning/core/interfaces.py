@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Batch
+from rlhf_lightning.core.batches import Batch, Generated, PromptBatch
 
 BatchFormat = Literal["tokens", "pairs", "ranked", "rated", "unpaired", "steps", "prompts"]
 """What a stage wants to be fed; the datamodule reads and collates accordingly."""
@@ -117,3 +117,16 @@ class RewardFn(ABC):
 
     @abstractmethod
     def __call__(self, samples: Sequence[Sample]) -> Scores: ...
+
+
+class RolloutEngine(ABC):
+    """Samples answers to prompts from a policy."""
+
+    @abstractmethod
+    def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
+        """Every prompt answered `num_samples` times, answers to one prompt side by side.
+
+        Args:
+            policy: what is sampled from, a `models.policy.Policy`.
+            seed: names this draw; the same seed, prompts and weights give the same answers.
+        """

@@ -1,0 +1,198 @@
+"""Answers from transformers' own `generate`: left-padded batches, a KV cache, rows that stop when they are done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from rlhf_lightning.core.batches import Generated, PromptBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import RolloutEngine
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """How answers are sampled."""
+
+    max_new_tokens: int = 64
+    """Length at which an answer is cut off, end token included."""
+    min_new_tokens: int = 0
+    """No end token before this many tokens."""
+    temperature: float = 1.0
+    """Logits are divided by it, here and wherever log-probabilities are recomputed. 0 = greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much mass; 1 = all."""
+    top_k: int = 0
+    """Sample from the k most probable tokens; 0 = all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this times the most probable one; 0 = none."""
+    num_samples: int = 1
+    """Answers per prompt."""
+    stop_strings: list[str] = field(default_factory=list)
+    """An answer also ends, finished, when its text holds one of these; the string stays in the answer."""
+    rows_at_once: int | None = None
+    """Sequences generated in one batch; None: all of them."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """KV cache: grows with the answer, or allocated once (faster where lengths are alike)."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"generation.max_new_tokens={self.max_new_tokens}: an answer needs at least 1 token")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"generation.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
+            )
+        if self.temperature < 0:
+            raise UserError(f"generation.temperature={self.temperature}: use 0 for greedy, or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"generation.top_p={self.top_p}: use a share of the probability mass, 0 < top_p <= 1")
+        if not 0 <= self.min_p < 1 or self.top_k < 0:
+            raise UserError(f"generation.min_p={self.min_p}, top_k={self.top_k}: 0 <= min_p < 1 and top_k >= 0")
+        if self.num_samples < 1:
+            raise UserError(f"generation.num_samples={self.num_samples}: sample at least 1 answer per prompt")
+
+
+class _FinishedLengths(StoppingCriteria):
+    """Stops rows at an end token or stop string and remembers how long each then was.
+
+    The ids alone cannot tell: where pad equals eos, a padded row ended by a stop string looks as if it had sampled eos.
+    """
+
+    def __init__(self, criteria: Sequence[StoppingCriteria]) -> None:
+        self.criteria = criteria
+        self.lengths: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for criterion in self.criteria:
+            done |= criterion(input_ids, scores, **kwargs)
+        if self.lengths is None:
+            self.lengths = torch.full((input_ids.shape[0],), -1, device=input_ids.device)
+        self.lengths = torch.where(done & (self.lengths < 0), input_ids.shape[1], self.lengths)
+        return done
+
+
+class HFGenerate(RolloutEngine):
+    """`transformers` generate behind the `RolloutEngine` interface; the same seed gives the same answers.
+
+    Logits are not kept: log-probabilities are recomputed by the policy, so that training and sampling agree exactly.
+
+    Args:
+        spec: how to sample.
+        tokenizer: for its pad and end ids and for stop strings.
+    """
+
+    def __init__(self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
+        tokens = prompts.tokens.repeat_interleave(self.spec.num_samples, 0)
+        attention_mask = prompts.attention_mask.repeat_interleave(self.spec.num_samples, 0)
+        rows = self.spec.rows_at_once or tokens.shape[0]
+        was_training = policy.training
+        policy.eval()
+        devices = [tokens.device] if tokens.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                parts = [
+                    self._generate_rows(policy, t, a)
+                    for t, a in zip(tokens.split(rows), attention_mask.split(rows), strict=True)
+                ]
+        finally:
+            policy.train(was_training)
+        width = max(part[0].shape[1] for part in parts)
+        pad = self.tokenizer.pad_token_id
+        answers = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts])
+        lengths = torch.cat([length for _, length in parts])
+        return assemble(answers, attention_mask, lengths, pad_id=pad)
+
+    def _generate_rows(self, policy: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompt and answer ids [rows, time], and the width at which each row finished, -1 where it was cut off."""
+        eos = _end_ids(policy, self.tokenizer)
+        criteria: list[StoppingCriteria] = [EosTokenCriteria(eos_token_id=eos)]
+        if self.spec.stop_strings:
+            criteria.append(StopStringCriteria(self.tokenizer, list(self.spec.stop_strings)))
+        recorder = _FinishedLengths(criteria)
+        config = self._config(eos)
+        # transformers fills whatever `config` leaves open from the model's own generation config (top_k 50, a
+        # repetition penalty): swap it out, or the sampling distribution is not the one that is trained
+        own, policy.model.generation_config = policy.model.generation_config, config
+        try:
+            output = policy.generate(
+                input_ids=tokens,
+                attention_mask=attention_mask.long(),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([recorder]),
+            )
+        finally:
+            policy.model.generation_config = own
+        assert recorder.lengths is not None
+        return output, recorder.lengths
+
+    def _config(self, eos: list[int]) -> GenerationConfig:
+        spec = self.spec
+        sampling = (
+            {"do_sample": False}
+            if spec.temperature == 0
+            else {
+                "do_sample": True,
+                "temperature": spec.temperature,
+                "top_p": spec.top_p,
+                "top_k": spec.top_k,
+                "min_p": spec.min_p or None,
+            }
+        )
+        return GenerationConfig(
+            max_new_tokens=spec.max_new_tokens,
+            min_new_tokens=spec.min_new_tokens or None,
+            eos_token_id=eos,
+            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+            use_cache=True,
+            cache_implementation="static" if spec.cache == "static" else None,
+            **sampling,
+        )
+
+
+def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: int) -> Generated:
+    """Masks and positions of answers, from how wide each row was when it finished.
+
+    Args:
+        tokens: prompt + answer ids [batch, time]; whatever follows a finished answer is replaced by `pad_id`.
+        prompt_mask: real tokens of the left-padded prompts [batch, prompt time].
+        lengths: columns up to and including the last token of each finished row [batch]; -1 = cut off at the limit.
+    """
+    finished = lengths >= 0
+    width = torch.where(finished, lengths, tokens.shape[1])
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    response = (columns >= prompt_mask.shape[1]) & (columns < width[:, None])  # [batch, time]
+    real = response.clone()
+    real[:, : prompt_mask.shape[1]] = prompt_mask
+    return Generated(
+        tokens=torch.where(real, tokens, pad_id),
+        attention_mask=real,
+        mask=response,
+        positions=(real.long().cumsum(-1) - 1).clamp(min=0),
+        finished=finished,
+    )
+
+
+def _end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the model's generation config may name several (an end of turn and an end of text)."""
+    named = getattr(policy.model.generation_config, "eos_token_id", None)
+    ids = [named] if isinstance(named, int) else list(named or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids

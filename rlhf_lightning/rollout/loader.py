@@ -1,0 +1,221 @@
+"""Prompts to rollouts to minibatches, as one sized, stateful loader that Lightning can train from."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.seeding import counter_seed
+
+
+class Collector(Protocol):
+    """What the loader asks of the module that owns the policy."""
+
+    def collect(self, prompts: PromptBatch) -> Rollouts: ...
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """How often and in what pieces each batch of rollouts is trained on."""
+
+    inner_epochs: int = 4
+    """Passes over each batch of rollouts."""
+    num_minibatches: int = 1
+    """Optimiser steps per pass."""
+
+    def __post_init__(self) -> None:
+        if self.inner_epochs < 1 or self.num_minibatches < 1:
+            raise ValueError(
+                f"updates.inner_epochs={self.inner_epochs}, num_minibatches={self.num_minibatches}: both at least 1"
+            )
+
+
+class RolloutLoader:
+    """Sized, stateful iterable: prompts -> `collect` -> inner epochs x minibatches x micro-batches.
+
+    Sized, because Lightning fetches an unsized iterable one batch ahead of the step and would train on stale
+    rollouts. Every micro-batch carries the totals of its optimiser step over micro-batches and ranks, so that losses
+    are averaged exactly. State is a plain dict of tensors and numbers, kept by the module that owns the loader.
+
+    Args:
+        prompts: yields `PromptBatch`es; sized. One pass over it is one epoch.
+        collector: turns a prompt batch into rollouts, at the moment they are needed.
+        updates: inner epochs and minibatches.
+        accumulate: micro-batches per optimiser step (the Trainer's accumulate_grad_batches).
+        seed: of the minibatch order, with rollout index and rank.
+        add_over_ranks: adds a vector over all ranks.
+        extra: yields the batches of a second source, one per micro-batch, or None.
+        rank: of this process.
+        device: where minibatches are gathered.
+    """
+
+    def __init__(
+        self,
+        prompts: Iterable[PromptBatch],
+        collector: Collector,
+        updates: UpdateSpec,
+        *,
+        accumulate: int = 1,
+        seed: int = 0,
+        add_over_ranks: Callable[[Tensor], Tensor] = lambda vector: vector,
+        extra: Iterable[TokenBatch] | None = None,
+        rank: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.prompts = prompts
+        self.collector = collector
+        self.updates = updates
+        self.accumulate = accumulate
+        self.seed = seed
+        self.rank = rank
+        self._add_over_ranks = add_over_ranks
+        self._epoch = epoch
+        self._extra = None if extra is None else _Endless(extra)
+        self._buffer: Rollouts | None = None
+        self._given = 0
+        """Micro-batches of the buffer that were yielded."""
+        self._prompts_done = 0
+        """Prompt batches of this epoch that are used up."""
+        self.rollouts = 0
+        """Prompt batches collected since the run began; names their seeds."""
+        self._resumed = False
+
+    @property
+    def batches_per_rollout(self) -> int:
+        return self.updates.inner_epochs * self.updates.num_minibatches * self.accumulate
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.batches_per_rollout  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Rollouts]:
+        # a generator: its body begins at the first next(), after Lightning's on_train_epoch_start
+        return self._run()
+
+    def _run(self) -> Iterator[Rollouts]:
+        # Lightning stops after len() batches without exhausting us: counters are reset here, not at the end
+        if not self._resumed or self._finished_epoch():
+            self._buffer, self._given, self._prompts_done = None, 0, 0
+        self._resumed = False
+        start_epoch(self.prompts, self._epoch())
+        for index, prompts in enumerate(self.prompts):
+            if index < self._prompts_done:
+                continue
+            if self._buffer is None:
+                self._buffer = self.collector.collect(prompts)
+                self.rollouts += 1
+                self._given = 0
+            for step in self._steps(self._buffer):
+                yield step
+            self._buffer = None
+            self._prompts_done = index + 1
+
+    def _finished_epoch(self) -> bool:
+        """The state was saved after the last batch of an epoch."""
+        done = self._prompts_done + (1 if self._given >= self.batches_per_rollout else 0)
+        return done >= len(self.prompts)  # type: ignore[arg-type]
+
+    def _steps(self, buffer: Rollouts) -> Iterator[Rollouts]:
+        pieces = self._pieces(buffer.tokens.shape[0])
+        for first in range(0, len(pieces), self.accumulate):
+            if first + self.accumulate <= self._given:
+                continue
+            group = [_pick(buffer, rows) for rows in pieces[first : first + self.accumulate]]
+            if self._extra is not None:
+                group = [replace(part, extra=self._extra.at(self._extra_index(first + i))) for i, part in enumerate(group)]
+            totals = self._totals(group)
+            for offset, part in enumerate(group):
+                if first + offset < self._given:
+                    continue
+                self._given = first + offset + 1
+                yield part.with_totals(totals)
+
+    def _extra_index(self, piece: int) -> int:
+        return (self.rollouts - 1) * self.batches_per_rollout + piece
+
+    def _pieces(self, num_sequences: int) -> list[Tensor]:
+        """Row indices of every micro-batch of the buffer, in the order they are trained on."""
+        pieces: list[Tensor] = []
+        for epoch in range(self.updates.inner_epochs):
+            generator = torch.Generator().manual_seed(
+                counter_seed(self.seed, "minibatches", self.rollouts, self.rank, epoch)
+            )
+            order = torch.randperm(num_sequences, generator=generator)
+            for minibatch in order.tensor_split(self.updates.num_minibatches):
+                pieces.extend(minibatch.tensor_split(self.accumulate))
+        return pieces
+
+    def _totals(self, group: list[Rollouts]) -> Mapping[str, float]:
+        counts = [part.counts() for part in group]
+        names = sorted(counts[0])
+        summed = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float64)
+        return dict(zip(names, self._add_over_ranks(summed).tolist(), strict=True))
+
+    # the protocol that Lightning recognises a resumable loader by; the module saves `progress()`, of all ranks
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def progress(self) -> dict[str, Any]:
+        """Everything needed to go on exactly here: counters, and the rollouts being trained on."""
+        return {
+            "rollouts": self.rollouts,
+            "prompts_done": self._prompts_done,
+            "given": self._given,
+            "buffer": None if self._buffer is None else buffer_to_dict(self._buffer),
+        }
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on where `progress` was taken."""
+        self.rollouts = progress["rollouts"]
+        self._prompts_done = progress["prompts_done"]
+        self._given = progress["given"]
+        self._buffer = None if progress["buffer"] is None else Rollouts(**progress["buffer"])
+        self._resumed = True
+
+
+def buffer_to_dict(rollouts: Rollouts) -> dict[str, Tensor]:
+    """The tensors of `rollouts` on the CPU, safe to pickle with weights_only."""
+    return {name: value.cpu() for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
+
+
+def start_epoch(loader: Any, epoch: int) -> None:
+    """Tell whatever shuffles inside `loader` which epoch begins."""
+    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+
+
+def _pick(buffer: Rollouts, rows: Tensor) -> Rollouts:
+    if rows.numel():
+        return buffer.select(rows.to(buffer.tokens.device))
+    # fewer sequences than pieces: an empty share still takes part in the step, with nothing in it that counts
+    first = buffer.select(torch.zeros(1, dtype=torch.long, device=buffer.tokens.device))
+    return replace(first, mask=torch.zeros_like(first.mask))
+
+
+class _Endless:
+    """The n-th batch of a source that starts over when it ends; asked for in rising order."""
+
+    def __init__(self, loader: Iterable[TokenBatch]) -> None:
+        self.loader = loader
+        self._iterator: Iterator[TokenBatch] | None = None
+        self._next = 0
+
+    def at(self, index: int) -> TokenBatch:
+        size = len(self.loader)  # type: ignore[arg-type]
+        if self._iterator is None:
+            self._next = index - index % size
+        while True:
+            if self._iterator is None or self._next % size == 0:
+                start_epoch(self.loader, self._next // size)
+                self._iterator = iter(self.loader)
+            batch = next(self._iterator)
+            self._next += 1
+            if self._next > index:
+                return batch
