@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -117,6 +118,10 @@ class RewardFn(ABC):
 
     @abstractmethod
     def __call__(self, samples: Sequence[Sample]) -> Scores: ...
+
+    def to(self, device: torch.device | str) -> None:
+        """Move whatever the function computes with. Nothing, unless it holds a model."""
+        return None
 
 
 class RolloutEngine(ABC):

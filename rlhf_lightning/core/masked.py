@@ -30,6 +30,21 @@ def masked_var(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Floa
     return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
 
+def explained_variance(
+    values: Float[Tensor, "*shape"], returns: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
+) -> Float[Tensor, ""]:
+    """How much of the spread of the returns the critic foresaw.
+
+        1 - var(returns - values) / var(returns)
+
+    Returns:
+        1 for a perfect critic, 0 for a constant one, below 0 for one that is worse; 0 where the returns do not vary.
+    """
+    spread = masked_var(returns, mask)
+    unexplained = masked_var(returns - values, mask)
+    return torch.where(spread > 0, 1 - unexplained / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
+
+
 def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "3"]:
     """Count, sum and sum of squares in float64: add these over ranks, then whiten with the total."""
     kept = torch.where(mask, x, torch.zeros_like(x)).double()

@@ -1,0 +1,155 @@
+"""From scores per sequence to rewards per token: end-token rule, scaling, clipping, KL."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.kl import KLEstimator, kl_estimate
+
+
+def kl_shaped_rewards(
+    scores: Float[Tensor, " batch"],
+    logprobs: Float[Tensor, "batch time"],
+    ref_logprobs: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    *,
+    kl_coef: float,
+    estimator: KLEstimator = "k1",
+    token_rewards: Float[Tensor, "batch time"] | None = None,
+) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+    """Reward of each token: the KL penalty on the way, the sequence's score at its end.
+
+        rewards_t = -kl_coef kl_t [+ token_rewards_t] + (scores if t is the last token that counts)
+
+    Args:
+        scores: one number per sequence. Put on the last True of `mask`, which is the end token if the answer has one;
+            never on padding. A sequence without any counted token gets no reward.
+        logprobs: of the sampled tokens, under the policy that sampled them; no gradient.
+        ref_logprobs: of the same tokens, under the reference.
+        kl_coef: price of a nat of KL.
+        estimator: of the KL: k1 is unbiased, and what the KL-regularised objective asks for.
+        token_rewards: rewards that belong to single tokens, in addition to `scores`.
+    Returns:
+        Rewards and KL per token, both 0 where `mask` is False.
+    References:
+        Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, eq. 2. arXiv:1909.08593
+    """
+    zero = torch.zeros_like(logprobs)
+    kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, estimator), zero)
+    rewards = -kl_coef * kl
+    if token_rewards is not None:
+        rewards = rewards + torch.where(mask, token_rewards, zero)
+    return rewards + torch.where(_is_last(mask), scores.unsqueeze(-1), zero), kl
+
+
+def missing_eos_penalty(
+    scores: Float[Tensor, " batch"],
+    finished: Bool[Tensor, " batch"],
+    *,
+    subtract: float = 0.0,
+    replace_by: float | None = None,
+) -> Float[Tensor, " batch"]:
+    """Lower scores for answers that ran into the length limit, so that the policy learns to end.
+
+    Args:
+        finished: True where the answer ended by itself, with an end token or a stop string.
+        subtract: what an unfinished answer loses.
+        replace_by: if given, the score of every unfinished answer, whatever the reward function said (-1 is usual).
+    References:
+        Ziegler et al., 2019 (fixed score). arXiv:1909.08593
+        Huang et al., The N+ Implementation Details of RLHF with PPO, 2024. arXiv:2403.17031
+    """
+    unfinished = scores - subtract if replace_by is None else torch.full_like(scores, replace_by)
+    return torch.where(finished, scores, unfinished)
+
+
+def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:
+    """Scores held within -limit and limit."""
+    if not limit > 0:
+        raise UserError(f"limit={limit} would erase every score: clip at a positive number, or do not clip")
+    return scores.clamp(-limit, limit)
+
+
+@dataclass(frozen=True)
+class RunningMoments:
+    """Count, mean and spread of all numbers seen so far. Each update gives a new object."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of squared deviations from the mean."""
+
+    @property
+    def var(self) -> float:
+        """Population variance (divided by n, not n - 1); 0 before anything was seen."""
+        return self.squares / self.count if self.count else 0.0
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.var)
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "*shape"]) -> "RunningMoments":
+        """The moments of `x` alone."""
+        if x.numel() == 0:
+            return cls()
+        exact = x.detach().double()
+        mean = exact.mean()
+        return cls(count=float(x.numel()), mean=mean.item(), squares=(exact - mean).square().sum().item())
+
+    def update(self, x: Float[Tensor, "*shape"]) -> "RunningMoments":
+        """With every entry of `x` added: those of all ranks, if there are several."""
+        return self.merge(RunningMoments.of(x))
+
+    def merge(self, other: "RunningMoments") -> "RunningMoments":
+        """As if both had been seen by one; the order makes no difference.
+
+        References:
+            Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979.
+        """
+        count = self.count + other.count
+        if not count:
+            return self
+        difference = other.mean - self.mean
+        return RunningMoments(
+            count=count,
+            mean=self.mean + difference * other.count / count,
+            squares=self.squares + other.squares + difference**2 * self.count * other.count / count,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, float]) -> "RunningMoments":
+        return cls(**state)
+
+
+def scale_scores(
+    scores: Float[Tensor, "*shape"], moments: RunningMoments, *, shift_mean: bool = False
+) -> Float[Tensor, "*shape"]:
+    """Scores divided by the standard deviation of all scores so far.
+
+        y = scores / std, or (scores - mean) / std if shift_mean
+
+    Args:
+        moments: with these scores already in them. A standard deviation of 0 leaves the scale as it is.
+        shift_mean: whether to take the mean off too.
+    References:
+        Engstrom et al., Implementation Matters in Deep Policy Gradients, 2020. arXiv:2005.12729
+    """
+    centred = scores - moments.mean if shift_mean else scores
+    return centred / (moments.std or 1.0)
+
+
+def _is_last(mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
+    """True at the last True of each row; nowhere in a row without one."""
+    index = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, index, -1).amax(-1, keepdim=True)
+    return index == last
