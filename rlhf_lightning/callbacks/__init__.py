@@ -1,1 +1,10 @@
-"""."""
+"""What watches a run: sample tables, progress, throughput, checkpoints, exports."""
+
+from rlhf_lightning.callbacks.checkpoint import LastCheckpoint
+from rlhf_lightning.callbacks.hf_export import HFExport
+from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.callbacks.progress import RolloutProgress
+from rlhf_lightning.callbacks.sample_logger import SampleLogger
+from rlhf_lightning.callbacks.throughput import Throughput
+
+__all__ = ["HFExport", "LastCheckpoint", "MetricsCSV", "RolloutProgress", "SampleLogger", "Throughput"]

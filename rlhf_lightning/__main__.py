@@ -1,0 +1,96 @@
+"""Entry point of `rlhf-lightning` and `python -m rlhf_lightning`: picks the subcommand, turns errors into exit codes."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from rlhf_lightning import __version__
+from rlhf_lightning.core.errors import UserError
+
+SUBCOMMANDS = {
+    "fit": "train a stage: SFT, reward model, PPO, or your own",
+    "validate": "run the validation set once",
+    "test": "run the test set once",
+    "predict": "run the prediction loop once",
+    "generate": "answer prompts with the policy of a config",
+    "preview": "print a few records as the stage will see them, every token coloured by what it counts for",
+    "export": "write a checkpoint as a Hugging Face folder",
+    "chain": "run stage after stage from one YAML; skip what is finished, resume what is broken",
+}
+
+OVERVIEW = """usage: rlhf-lightning [--version] [--debug] SUBCOMMAND [options]
+
+{table}
+
+Each has its own help:      rlhf-lightning fit --help
+Options of a stage:         rlhf-lightning fit --model.help SFTModule
+A config with every key:    rlhf-lightning fit --config configs/sft.yaml --print_config
+Show tracebacks of errors:  --debug
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line.
+
+    Args:
+        argv: the arguments after the program's name; default: those of this process.
+    Returns:
+        The exit code: 0 done, 2 a mistake of the user (one message on stderr), 130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if (
+        os.getcwd() not in sys.path
+    ):  # a console script, unlike `python -m`, cannot import the user's own modules otherwise
+        sys.path.insert(0, os.getcwd())
+    try:
+        return _dispatch(args, debug)
+    except UserError as error:
+        return _report(error, debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
+            return 130
+        if isinstance(stop.__context__, UserError):
+            return _report(stop.__context__, debug)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _report(error: UserError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _dispatch(args: list[str], debug: bool) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, SUBCOMMANDS)) + 2
+        print(OVERVIEW.format(table="\n".join(f"  {name:<{width}}{text}" for name, text in SUBCOMMANDS.items())))
+        return 0
+    if args[0] == "--version":
+        print(f"rlhf-lightning {__version__}")
+        return 0
+    if args[0] not in SUBCOMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(args[0], SUBCOMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SUBCOMMANDS)}"
+        raise UserError(f"{args[0]!r} is not a subcommand; {hint} (the subcommand comes first, its options after it)")
+    if args[0] == "chain":
+        from rlhf_lightning.cli.chain import chain_command
+
+        return chain_command(args[1:], launch=main, debug=debug)
+    from rlhf_lightning.cli.app import RLHFCLI
+
+    RLHFCLI(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""checkpoints/last.ckpt: where a run that broke goes on."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint, the newest, as `last.ckpt`; a `ModelCheckpoint` for the best one can stand beside it.
+
+    Args:
+        dirpath: where to write; default: `checkpoints` in the run folder.
+        every_n_train_steps: write every so many optimiser steps.
+        every_minutes: write after so many minutes, if `every_n_train_steps` is not given. The end of each epoch and of
+            the run is written in any case.
+    """
+
+    def __init__(
+        self, dirpath: str | Path | None = None, every_n_train_steps: int | None = None, every_minutes: float = 5.0
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            monitor=None,
+            save_top_k=1,
+            enable_version_counter=False,
+            every_n_train_steps=every_n_train_steps,
+            train_time_interval=timedelta(minutes=every_minutes) if every_n_train_steps is None else None,
+        )
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__  # the same however often it writes, so that a resumed run may change that
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step > 0:  # resumed: what was logged after the checkpoint will be logged again
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCSV):
+                    logger.forget_from(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_now(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._save_now(trainer)
+
+    def _save_now(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore: the folder may have moved, and there is only one file."""

@@ -1,0 +1,1 @@
+"""The command line: argument parsing, readable errors, the run folder."""

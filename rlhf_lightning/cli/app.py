@@ -1,0 +1,171 @@
+"""Lightning's command line with its traps closed: no abbreviations, the command line beats a checkpoint, one run per folder."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rlhf_lightning import __version__
+from rlhf_lightning import callbacks as _callbacks  # noqa: F401  short class names resolve once imported
+from rlhf_lightning.cli.checks import check_config, check_instances, check_trainer_names
+from rlhf_lightning.cli.defaults import DefaultCallback, default_callbacks, default_logger
+from rlhf_lightning.cli.messages import explain
+from rlhf_lightning.cli.run_folder import RunFolder
+from rlhf_lightning.cli.sources import ConfigSources
+from rlhf_lightning.cli.trainer import RLHFTrainer
+from rlhf_lightning.core.errors import UserError
+
+METHOD_SKIPS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+ALL_DEFAULT_CALLBACKS: list[str] = list(DefaultCallback.__args__)  # type: ignore[attr-defined]
+
+
+class RLHFParser(LightningArgumentParser):
+    """A parser that refuses abbreviated options and raises `UserError` where argparse would exit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise UserError(message) from ex
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run folder when training starts; `fit --config` on it repeats the run."""
+
+    NOT_OF_THE_RUN = ("config", "ckpt_path", "weights_only", "resume", "overwrite")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        kept = self.config.clone()
+        for key in self.NOT_OF_THE_RUN:
+            kept.pop(key, None)
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(kept, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=False)
+
+
+def family() -> tuple[type, type]:
+    """The stages and the datamodule; importing them makes their short names known to the parser."""
+    from rlhf_lightning.data.datamodule import RLHFDataModule
+    from rlhf_lightning.stages.base import RLHFModule
+
+    for name in ("sft", "reward", "ppo"):
+        __import__(f"rlhf_lightning.stages.{name}")
+    return RLHFModule, RLHFDataModule
+
+
+class RLHFCLI(LightningCLI):
+    """Parses one command line, builds stage, data and trainer from it, and runs the subcommand.
+
+    Args:
+        args: subcommand and options, as in a shell; default: those of this process.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        self.args = list(sys.argv[1:] if args is None else args)
+        self.sources = ConfigSources.of_command_line(self.args[1:])
+        self.run_folder: RunFolder | None = None
+        model_class, datamodule_class = family()
+        super().__init__(
+            model_class=model_class,
+            subclass_mode_model=True,
+            datamodule_class=datamodule_class,
+            trainer_class=RLHFTrainer,
+            trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 10},
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            parser_class=RLHFParser,
+            parser_kwargs={"prog": "rlhf-lightning", "version": __version__},
+            args=self.args,
+        )
+
+    # --- parsing
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        names = ("fit", "validate", "test", "predict", "generate", "preview", "export")
+        return {name: set(METHOD_SKIPS) for name in names}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # a parser costs a third of a second: only the one that is asked for is built
+        wanted = self.args[0] if self.args else None
+        every = self.subcommands()
+        if wanted in every:
+            self.subcommands = lambda: {wanted: every[wanted]}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str,
+                default="never",
+                help="never: a folder that holds a run is an error; auto: go on from its checkpoints/last.ckpt if there "
+                "is one; or the path of a checkpoint.",
+            )
+            parser.add_argument(
+                "--overwrite", type=bool, default=False, help="Delete the run that the folder holds and start anew."
+            )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--default_callbacks",
+            type=list[DefaultCallback],
+            default=ALL_DEFAULT_CALLBACKS,
+            help="Which of the built-in callbacks run. One of the same class under trainer.callbacks replaces it.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.sources.check()
+        try:
+            self.config = parser.parse_args(args)
+        except UserError as error:
+            raise UserError(explain(str(error), self.sources, self._subcommand_parsers[self.args[0]])) from error
+        check_config(self.config[self.config.subcommand], self.sources)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint's hyperparameters would silently beat the command line."""
+
+    # --- building
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        check_trainer_names(config.trainer, self.sources)
+        self.run_folder = RunFolder(Path(config.trainer.default_root_dir))
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            config.ckpt_path = self.run_folder.prepare(config.resume, config.overwrite, config.get("ckpt_path"))
+        elif config.get("ckpt_path") == "last":
+            config.ckpt_path = str(self.run_folder.last_checkpoint(required=True))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        check_instances(self.model, self.datamodule, self.sources)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        assert self.run_folder is not None
+        config = dict(config)
+        given = config.get("callbacks") or []
+        given = list(given) if isinstance(given, list) else [given]
+        wanted = self._get(self.config_init, "default_callbacks")
+        config["callbacks"] = given + default_callbacks(wanted, given, config, self.subcommand, self.run_folder.path)
+        if config.get("logger") in (None, True) and not config.get("barebones"):
+            config["logger"] = default_logger(self.run_folder.path) if self.subcommand == "fit" else False
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+            raise UserError(f"trainer: {error}") from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit":
+            kwargs["ckpt_path"] = self.config["fit"].ckpt_path
+        return kwargs

@@ -1,0 +1,75 @@
+"""One folder, one run: what a run leaves, when a new one may start there, and where an old one goes on."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_lightning.core.errors import UserError
+
+RUN_FILES = ("config.yaml", "metrics.csv", "hparams.yaml", "samples.jsonl", "finished.json")
+RUN_FOLDERS = ("checkpoints", "hf")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run (`trainer.default_root_dir`): config.yaml, metrics.csv, samples.jsonl, checkpoints/, hf/."""
+
+    path: Path
+
+    @property
+    def holds_a_run(self) -> bool:
+        return any((self.path / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS))
+
+    def last_checkpoint(self, *, required: bool = False) -> Path | None:
+        """`checkpoints/last.ckpt`; None if there is none (an error if `required`)."""
+        path = self.path / "checkpoints" / "last.ckpt"
+        if path.exists():
+            return path
+        if required:
+            raise UserError(
+                f"there is no {path}: the run of this config has not reached its first checkpoint; run `fit` first, "
+                "or give --ckpt_path a file"
+            )
+        return None
+
+    def clear(self) -> None:
+        """Deletes what a run leaves, and nothing else."""
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in RUN_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def prepare(self, resume: str, overwrite: bool, ckpt_path: str | Path | None) -> str | None:
+        """Makes the folder ready for `fit`.
+
+        Args:
+            resume: never, auto or the path of a checkpoint.
+            overwrite: delete the run that is there.
+            ckpt_path: Lightning's own way to name a checkpoint to go on from.
+        Returns:
+            The checkpoint to go on from, or None to start anew.
+        """
+        if ckpt_path is not None:
+            if resume not in ("never", str(ckpt_path)):
+                raise UserError(f"both --ckpt_path {ckpt_path} and --resume {resume} are given; keep one")
+            resume = "auto" if str(ckpt_path) == "last" else str(ckpt_path)
+        if overwrite:
+            if resume != "never":
+                raise UserError(f"--overwrite deletes the run that --resume {resume} would go on with; keep one")
+            self.clear()
+            return None
+        if resume == "auto":
+            last = self.last_checkpoint()
+            if last is None:
+                self.clear()  # it broke before its first checkpoint: there is nothing to go on from
+            return None if last is None else str(last)
+        if resume != "never":
+            if not Path(resume).exists():
+                raise UserError(f"--resume {resume}: no such checkpoint (never, auto, or the path of a .ckpt)")
+            return resume
+        if self.holds_a_run:
+            raise UserError(
+                f"the folder {self.path} already holds a run; go on with it by --resume auto, delete it by "
+                "--overwrite true, or name another folder by --trainer.default_root_dir FOLDER"
+            )
+        return None
