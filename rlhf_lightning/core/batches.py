@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Same = TypeVar("Same", bound="Batch")  # not typing.Self: the checker of shapes under the tests cannot read it
 
 
 def _move(value: Any, device: Any, non_blocking: bool) -> Any:
@@ -27,11 +29,11 @@ class Batch:
     """How many tokens, sequences, pairs ... the whole optimiser step holds, over its micro-batches and all ranks; the
     denominators of its losses. None: this batch is the whole step."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self: Same, device: torch.device | str, non_blocking: bool = False) -> Same:
         """The same batch with every tensor on `device`."""
         return replace(self, **{f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)})
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self: Same) -> Same:
         """The same batch in page-locked memory (called by the data loader)."""
         return replace(self, **{f.name: _pin(getattr(self, f.name)) for f in fields(self)})
 
@@ -44,7 +46,7 @@ class Batch:
         counts = self.counts() if self.totals is None else self.totals
         return max(counts[name], 1.0)
 
-    def with_totals(self, totals: Mapping[str, float]) -> Self:
+    def with_totals(self: Same, totals: Mapping[str, float]) -> Same:
         return replace(self, totals=dict(totals))
 
 
@@ -202,7 +204,7 @@ class Rollouts(Batch):
     """A batch of another source to be trained on in the same step (PPO-ptx)."""
 
     def counts(self) -> dict[str, float]:
-        counts = {"tokens": float(self.mask.sum()), "sequences": float(self.tokens.shape[0])}
+        counts = {"tokens": float(self.mask.sum()), "sequences": float(self.mask.any(-1).sum())}
         if self.extra is not None:
             counts["extra_tokens"] = self.extra.counts()["tokens"]
         return counts

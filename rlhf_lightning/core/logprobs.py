@@ -39,7 +39,7 @@ class TokenScores:
 
 
 def about_tokens(per_position: Float[Tensor, "batch time *rest"]) -> Float[Tensor, "batch time *rest"]:
-    """Move what is said *at* position t - 1 to index t, the token it is about; index 0, about which nothing is said, is 0."""
+    """Move what is said *at* position t - 1 to index t, the token it is about; nothing is about index 0: it is 0."""
     return torch.cat((torch.zeros_like(per_position[:, :1]), per_position[:, :-1]), dim=1)
 
 

@@ -1,0 +1,24 @@
+import pytest
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import Credit, PolicyLoss, RewardFn, RewardLoss, Sample, ValueLoss
+
+
+@pytest.mark.parametrize("interface", [PolicyLoss, ValueLoss, Credit, RewardLoss, RewardFn])
+def test_interfaces_are_abstract(interface):
+    with pytest.raises(TypeError, match="abstract"):
+        interface()
+
+
+def test_a_reward_function_needs_only_a_call():
+    class Shout(RewardFn):
+        def __call__(self, samples):
+            return [float(sample.completion.isupper()) for sample in samples]
+
+    shout = Shout()
+    shout.to("cpu")
+    assert shout([Sample("say it", "LOUD"), Sample("say it", "low")]) == [1, 0]
+
+
+def test_a_users_mistake_is_a_value_error():
+    assert issubclass(UserError, ValueError)

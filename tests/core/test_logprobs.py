@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from rlhf_lightning.core.logprobs import LMHead, about_tokens, token_scores
+
+
+def example(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 8, generator=generator, dtype=dtype)
+    weight = torch.randn(11, 8, generator=generator, dtype=dtype)
+    tokens = torch.randint(0, 11, (2, 5), generator=generator)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]], dtype=torch.bool)
+    return hidden, weight, tokens, mask
+
+
+def by_hand(hidden, tokens, logits_of, temperature):
+    """[batch, time] log-probability of tokens[t] from hidden[t - 1], one token at a time."""
+    result = torch.zeros(tokens.shape)
+    for b in range(tokens.shape[0]):
+        for t in range(1, tokens.shape[1]):
+            result[b, t] = (logits_of(hidden[b, t - 1]) / temperature).log_softmax(-1)[tokens[b, t]]
+    return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_index_t_is_about_token_t(temperature):
+    hidden, weight, tokens, mask = example()
+    scores = token_scores(hidden, tokens, mask, LMHead(weight), temperature=temperature)
+    expected = by_hand(hidden, tokens, lambda h: weight @ h, temperature)
+    scored = mask.clone()
+    scored[:, 0] = False
+    torch.testing.assert_close(scores.logprobs, torch.where(scored, expected, 0.0))
+
+
+def test_bias_scale_and_cap_of_the_family():
+    hidden, weight, tokens, mask = example()
+    bias = torch.linspace(-1, 1, 11)
+    head = LMHead(weight, bias=bias, logit_scale=0.5, softcap=3.0)
+    expected = by_hand(hidden, tokens, lambda h: 3 * torch.tanh((weight @ h + bias) * 0.5 / 3), 1.0)
+    every = torch.ones_like(mask)
+    torch.testing.assert_close(token_scores(hidden, tokens, every, head).logprobs[:, 1:], expected[:, 1:])
+
+
+def test_the_first_token_is_never_scored_and_the_mask_is_not_touched():
+    hidden, weight, tokens, mask = example()
+    before = mask.clone()
+    scores = token_scores(hidden, tokens, mask, LMHead(weight), with_entropy=True)
+    assert (mask == before).all()
+    assert (scores.logprobs[:, 0] == 0).all()
+    assert (scores.entropy[:, 0] == 0).all()
+    assert not scores.is_argmax[:, 0].any()
+
+
+def test_entropy_and_argmax_by_hand():
+    hidden, weight, _, mask = example()
+    logprobs = (hidden @ weight.T).log_softmax(-1)
+    best = torch.cat((torch.zeros(2, 1, dtype=torch.long), logprobs.argmax(-1)[:, :-1]), dim=1)
+    scores = token_scores(hidden, best, mask, LMHead(weight), with_entropy=True)
+    scored = mask & (torch.arange(5) > 0)
+    assert (scores.is_argmax == scored).all()
+    entropy = about_tokens(-(logprobs.exp() * logprobs).sum(-1))
+    torch.testing.assert_close(scores.entropy, torch.where(scored, entropy, 0.0))
+
+
+def test_only_hidden_states_before_a_scored_token_get_a_gradient():
+    hidden, weight, tokens, mask = example()
+    hidden.requires_grad_()
+    token_scores(hidden, tokens, mask, LMHead(weight)).logprobs.sum().backward()
+    predicts = torch.zeros_like(mask)
+    predicts[:, :-1] = mask[:, 1:]
+    assert ((hidden.grad != 0).any(-1) == predicts).all()
+
+
+def test_about_tokens_moves_by_one():
+    assert about_tokens(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0, 1, 2]]
