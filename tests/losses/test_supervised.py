@@ -1,0 +1,25 @@
+import math
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from rlhf_lightning.core.masked import reduce_tokens
+from rlhf_lightning.losses.supervised import token_nll
+
+
+def test_mean_nll_of_a_coin_is_log_2():
+    logprobs = torch.log(torch.tensor([[0.5, 0.5, 0.001]]))
+    mask = torch.tensor([[True, True, False]])
+    assert reduce_tokens(token_nll(logprobs), mask, "token_mean").item() == pytest.approx(math.log(2))
+
+
+def test_the_gradient_is_minus_one_per_token():
+    logprobs = torch.zeros(2, 3, requires_grad=True)
+    token_nll(logprobs).sum().backward()
+    assert (logprobs.grad == -1).all()
+
+
+def test_a_row_without_its_batch_is_refused():
+    with pytest.raises(TypeCheckError):
+        token_nll(torch.zeros(3))
