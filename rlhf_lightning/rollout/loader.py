@@ -107,8 +107,7 @@ class RolloutLoader:
                 self._buffer = self.collector.collect(prompts)
                 self.rollouts += 1
                 self._given = 0
-            for step in self._steps(self._buffer):
-                yield step
+            yield from self._steps(self._buffer)
             self._buffer = None
             self._prompts_done = index + 1
 
@@ -124,7 +123,9 @@ class RolloutLoader:
                 continue
             group = [_pick(buffer, rows) for rows in pieces[first : first + self.accumulate]]
             if self._extra is not None:
-                group = [replace(part, extra=self._extra.at(self._extra_index(first + i))) for i, part in enumerate(group)]
+                group = [
+                    replace(part, extra=self._extra.at(self._extra_index(first + i))) for i, part in enumerate(group)
+                ]
             totals = self._totals(group)
             for offset, part in enumerate(group):
                 if first + offset < self._given:

@@ -1,0 +1,184 @@
+"""What every stage shares: optimiser, schedule, exact averaging over micro-batches and ranks, exact resume, export."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import BatchFormat
+from rlhf_lightning.models.export import ModelCard
+from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.stages.schedule import Schedule
+from rlhf_lightning.stages.step_loader import StepLoader
+
+PLAIN = (bool, int, float, str, list, dict, type(None))
+
+
+class RLHFModule(L.LightningModule, ABC):
+    """A stage of training. Subclasses build their networks in `configure_model` and their loss in `training_step`.
+
+    A subclass's `training_step` returns its loss already divided by the batch's totals (the denominators of the whole
+    optimiser step) and multiplied by `self.loss_scale`, which undoes Lightning's division by the number of
+    micro-batches and the averaging over ranks.
+
+    Args:
+        model_spec: the model whose tokenizer the stage uses.
+        optimizer: called with the parameter groups.
+        schedule: shape of the learning rate over the run.
+        lr_scheduler: called with the optimiser instead of `schedule`, for shapes that it lacks.
+        seed: of every draw the stage makes; None: the run's seed_everything.
+    """
+
+    batch_format: ClassVar[BatchFormat]
+
+    def __init__(
+        self,
+        model_spec: ModelSpec,
+        optimizer: OptimizerCallable,
+        schedule: Schedule,
+        lr_scheduler: LRSchedulerCallable | None,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        self.model_spec = model_spec
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.lr_scheduler = lr_scheduler
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._loader: Any = None
+        self._saved_progress: Mapping[str, Any] | None = None
+        self.figures: dict[str, float] = {}
+        """Numbers of the last validation, for the model card."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the stage's model; loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model_spec)
+        return self._tokenizer
+
+    @abstractmethod
+    def export(self, folder: str | Path) -> Path:
+        """Write what was trained as a plain Hugging Face folder. Every rank calls it."""
+
+    def inert_options(self) -> Iterable[tuple[str, str]]:
+        """Options set away from their default that the rest of the configuration leaves without effect, and why."""
+        if self.lr_scheduler is not None and self.schedule != Schedule():
+            yield "schedule", "lr_scheduler replaces it"
+
+    # ---- averaging -------------------------------------------------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """What makes a share of the step's loss survive Lightning's and the ranks' averaging unchanged."""
+        if self._trainer is None:
+            return 1.0
+        return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def add_over_ranks(self, vector: Tensor) -> Tensor:
+        """The sum of a vector over all ranks, on every rank."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return vector
+        summed = vector.to(self.device, torch.float64 if self.device.type != "mps" else torch.float32)
+        torch.distributed.all_reduce(summed)
+        return summed.to(vector.device, vector.dtype)
+
+    # ---- loader and its state --------------------------------------------------------------------------------------
+
+    def wrap_train_dataloader(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """What the datamodule's training loader is passed through: here, batches learn their step's totals."""
+        self._loader = StepLoader(
+            loader,
+            accumulate=self.trainer.accumulate_grad_batches,
+            limit=lambda: self.trainer.num_training_batches,
+            add_over_ranks=self.add_over_ranks,
+            epoch=lambda: self.trainer.current_epoch,
+        )
+        return self._loader
+
+    def on_train_start(self) -> None:
+        # here rather than on load: the loader may be built before or after the checkpoint is read
+        if self._saved_progress is not None and self._loader is not None:
+            self._loader.restore(self._saved_progress)
+        self._saved_progress = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # every rank's progress travels in rank 0's file
+        if self._loader is not None:
+            checkpoint["loader_progress"] = self._of_all_ranks(self._loader.progress())
+        # objects would make the file a pickle that torch refuses to load; the command line stores plain values
+        if "hyper_parameters" in checkpoint:
+            plain = {k: v for k, v in checkpoint["hyper_parameters"].items() if isinstance(v, PLAIN)}
+            checkpoint["hyper_parameters"] = plain
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        of_ranks = checkpoint.get("loader_progress")
+        if of_ranks is None or self._trainer is None:
+            return
+        if len(of_ranks) != self.trainer.world_size:
+            raise UserError(
+                f"the checkpoint was written by {len(of_ranks)} processes and is resumed by {self.trainer.world_size}: "
+                "use the same number, or start a new run from the exported model"
+            )
+        self._saved_progress = of_ranks[self.trainer.global_rank]
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        if self.trainer.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    # ---- optimiser -------------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of trainable parameters; a group may name its own options."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameter_groups())  # type: ignore[arg-type]
+        if self.lr_scheduler is not None:
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+            }
+        if self.schedule == Schedule():
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- export ----------------------------------------------------------------------------------------------------
+
+    def card(self, title: str) -> ModelCard:
+        """What the export says about the run it came from."""
+        config = ""
+        if self._trainer is not None:
+            saved = Path(self.trainer.default_root_dir) / "config.yaml"
+            config = saved.read_text() if saved.is_file() else ""
+        return ModelCard(
+            title=title,
+            stage=type(self).__name__,
+            config_yaml=config,
+            figures=self.figures,
+            base_model=self.model_spec.path,
+        )
+
+    def keep_figures(self) -> None:
+        """Remember the epoch's validation metrics for the model card."""
+        metrics = self.trainer.callback_metrics
+        self.figures = {k: float(v) for k, v in metrics.items() if k.startswith(("val/", "rollout/"))}
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.keep_figures()

@@ -1,0 +1,367 @@
+"""The rollout loop: prompts to scored answers to minibatches, under Lightning's automatic optimisation.
+
+Knows no algorithm. A stage gives it `shape_rewards`, `advantages` and a `training_step`.
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import Sample
+from rlhf_lightning.core.kl import kl_estimate
+from rlhf_lightning.core.logprobs import TokenScores
+from rlhf_lightning.core.seeding import counter_seed
+from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.reference import Reference, make_reference
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
+from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
+from rlhf_lightning.stages.base import RLHFModule
+from rlhf_lightning.stages.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Rewards of a rollout after everything that is done to scores."""
+
+    rewards: Tensor
+    """[batch, time]; 0 where nothing counts."""
+    metrics: Mapping[str, float]
+    """What the shaping did, to be logged with the rollout."""
+
+
+class OnPolicyModule(RLHFModule):
+    """Samples, scores and trains on its own answers.
+
+    One epoch is one pass over the prompts. For every batch of prompts: `collect` samples `generation.num_samples`
+    answers each, scores them, and measures them under policy, reference and critic; then `updates.inner_epochs` passes
+    of `updates.num_minibatches` optimiser steps train on them.
+
+    Args:
+        policy: the model to train.
+        rewards: functions that score answers, with their weights.
+        reference: the model that KL is measured against; None: the policy as it was at the start.
+        generation: how answers are sampled.
+        updates: how often and in what pieces rollouts are trained on.
+        rows_at_once: sequences measured in one forward pass while collecting; None: all.
+        optimizer, schedule, lr_scheduler, seed: as for every stage.
+    """
+
+    batch_format = "prompts"
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        rewards: list[WeightedReward],
+        reference: ModelSpec | None,
+        generation: GenerationSpec,
+        updates: UpdateSpec,
+        rows_at_once: int | None,
+        optimizer: OptimizerCallable,
+        schedule: Schedule,
+        lr_scheduler: LRSchedulerCallable | None,
+        seed: int | None,
+    ) -> None:
+        super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
+        if not rewards:
+            raise UserError("rewards is empty: name at least one reward function, such as a trained reward model")
+        if generation.temperature == 0:
+            raise UserError("generation.temperature=0 samples nothing to learn from: use a positive temperature")
+        self.rewards = rewards
+        self.reference_spec = reference
+        self.generation = generation
+        self.updates = updates
+        self.rows_at_once = rows_at_once
+        self.policy: Policy | None = None
+        self._frozen: dict[str, Any] = {}
+        """Models that are neither trained nor saved, kept out of Module's registry."""
+        self._pending_metrics: dict[str, float] = {}
+        """Metrics of the last rollout; logged by the next training step, where Lightning accepts them."""
+        self._validation_sums: dict[str, float] = {}
+
+    # ---- building --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = load_policy(self.model_spec)
+            self._frozen["reference"] = make_reference(self.policy, self.reference_spec)
+            self.engine = HFGenerate(self.generation, self.tokenizer)
+
+    @property
+    def reference(self) -> Reference:
+        return self._frozen["reference"]
+
+    def on_fit_start(self) -> None:
+        self._move_frozen()
+
+    def on_validation_start(self) -> None:
+        self._move_frozen()
+
+    def on_test_start(self) -> None:
+        self._move_frozen()
+
+    def _move_frozen(self) -> None:
+        self.reference.to(self.device)
+        for weighted in self.rewards:
+            move = getattr(weighted.reward, "to", None)
+            if callable(move):
+                move(self.device)
+
+    def wrap_train_dataloader(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Prompts in, minibatches of rollouts out."""
+        self._loader = RolloutLoader(
+            loader,
+            self,
+            self.updates,
+            accumulate=self.trainer.accumulate_grad_batches,
+            seed=self.seed,
+            add_over_ranks=self.add_over_ranks,
+            extra=self.extra_loader(),
+            rank=self.trainer.global_rank,
+            epoch=lambda: self.trainer.current_epoch,
+        )
+        return self._loader
+
+    def extra_loader(self) -> Iterable[TokenBatch] | None:
+        """Batches of a second source to be trained on alongside; None = no such source."""
+        return None
+
+    # ---- collecting ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, prompts: PromptBatch) -> Rollouts:
+        """Answers to `prompts`, scored, measured and credited."""
+        self.tell("on_rollout_start")
+        clock = _Clock(self)
+        with self.trainer.precision_plugin.forward_context(), self._evaluating():
+            prompts = prompts.to(self.device)
+            with clock("generate"):
+                answers = self.generate(prompts, self._rollout_seed("rollout", self._loader.rollouts))
+            with clock("score"):
+                scored = self.score(prompts, answers)
+            with clock("measure"):
+                old, entropy = self._measure_policy(answers)
+                ref = self._measure_reference(answers)
+                values = self.values_of(answers)
+        scores = scored.total.to(self.device)
+        shaped = self.shape_rewards(answers, scored, old, ref)
+        groups = torch.arange(prompts.tokens.shape[0], device=self.device)
+        groups = groups.repeat_interleave(self.generation.num_samples)
+        advantages, returns = self.advantages(shaped.rewards, values, answers.mask, groups)
+        rollouts = Rollouts(
+            tokens=answers.tokens,
+            attention_mask=answers.attention_mask,
+            mask=answers.mask,
+            positions=answers.positions,
+            finished=answers.finished,
+            scores=scores,
+            old_logprobs=old,
+            ref_logprobs=ref,
+            rewards=shaped.rewards,
+            advantages=advantages,
+            values=values,
+            returns=returns,
+            groups=groups,
+        )
+        self._pending_metrics = self.rollout_metrics(rollouts, scored, shaped, entropy) | clock.times()
+        self.tell("on_rollout_end", rollouts)
+        return rollouts
+
+    def generate(self, prompts: PromptBatch, seed: int) -> Generated:
+        """Answers to prompts; the same seed and weights give the same answers."""
+        return self.engine.generate(self.policy, prompts, seed=seed)
+
+    def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
+        """Answers as text, the way reward functions see them."""
+        copies = answers.tokens.shape[0] // prompts.tokens.shape[0]
+        texts = self.tokenizer.batch_decode(
+            [row[keep].tolist() for row, keep in zip(answers.tokens.cpu(), answers.mask.cpu(), strict=True)],
+            skip_special_tokens=True,
+        )
+        readable = self.tokenizer.batch_decode(
+            [row[keep].tolist() for row, keep in zip(prompts.tokens.cpu(), prompts.attention_mask.cpu(), strict=True)],
+            skip_special_tokens=True,
+        )
+        return [
+            Sample(
+                prompt=readable[i // copies],
+                completion=text,
+                record=prompts.records[i // copies],
+                tokens=tuple(answers.tokens[i][answers.mask[i]].tolist()),
+                finished=bool(answers.finished[i]),
+            )
+            for i, text in enumerate(texts)
+        ]
+
+    def score(self, prompts: PromptBatch, answers: Generated) -> ScoredSamples:
+        """Scores of answers by the reward functions, weighted and added, with their breakdown."""
+        return score_samples(self.rewards, self.samples(prompts, answers))
+
+    def values_of(self, answers: Generated) -> Tensor:
+        """A critic's estimate before each token; 0 without a critic."""
+        return torch.zeros(answers.tokens.shape, device=answers.tokens.device)
+
+    @abstractmethod
+    def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
+        """Rewards per token from scores and log-probabilities [batch, time]."""
+
+    @abstractmethod
+    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, both [batch, time]."""
+
+    def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor]:
+        assert self.policy is not None
+        parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
+        return torch.cat([p.logprobs for p in parts]).float(), torch.cat([p.entropy for p in parts]).float()
+
+    def _measure_reference(self, answers: Generated) -> Tensor:
+        temperature = self.generation.temperature
+        parts = [self.reference(part, temperature=temperature).logprobs for part in self._parts(answers)]
+        return torch.cat(parts).float()
+
+    def _token_scores(self, batch: Any, *, with_entropy: bool) -> TokenScores:
+        """Log-probabilities at the temperature that the answers were sampled at."""
+        assert self.policy is not None
+        return self.policy(batch, temperature=self.generation.temperature, with_entropy=with_entropy)
+
+    def _parts(self, answers: Generated) -> Iterator[Generated]:
+        rows = self.rows_at_once or answers.tokens.shape[0]
+        names = ("tokens", "attention_mask", "mask", "positions", "finished")
+        for first in range(0, answers.tokens.shape[0], rows):
+            yield Generated(**{name: getattr(answers, name)[first : first + rows] for name in names})
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def _rollout_seed(self, purpose: str, index: int) -> int:
+        return counter_seed(self.seed, purpose, index, self.trainer.global_rank)
+
+    # ---- metrics ---------------------------------------------------------------------------------------------------
+
+    def rollout_metrics(
+        self, rollouts: Rollouts, scored: ScoredSamples, shaped: Shaped, entropy: Tensor
+    ) -> dict[str, float]:
+        """What a rollout looked like, over the sequences and tokens of all ranks; padding counts nowhere."""
+        mask = rollouts.mask
+        lengths = mask.sum(-1)
+        kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
+        per_sequence = {
+            "rollout/score": rollouts.scores,
+            "rollout/score_square": rollouts.scores.square(),
+            "rollout/reward": rollouts.rewards.sum(-1),
+            "rollout/kl": kl.sum(-1),
+            "rollout/length": lengths,
+            "rollout/finished_frac": rollouts.finished,
+            **{f"reward/{name}": values for name, values in scored.breakdown.items()},
+        }
+        per_token = {"rollout/kl_per_token": kl, "rollout/entropy": torch.where(mask, entropy, 0.0)}
+        sums = [float(v.sum()) for v in per_sequence.values()] + [float(v.sum()) for v in per_token.values()]
+        vector = torch.tensor([*sums, float(len(lengths)), float(lengths.sum())], dtype=torch.float64)
+        *totals, sequences, tokens = self.add_over_ranks(vector).tolist()
+        means = {name: total / max(sequences, 1) for name, total in zip(per_sequence, totals, strict=False)}
+        for name, total in zip(per_token, totals[len(per_sequence) :], strict=True):
+            means[name] = total / max(tokens, 1)
+        variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
+        means["rollout/score_std"] = max(variance, 0.0) ** 0.5
+        return means | {"rollout/sequences": sequences, "rollout/tokens": tokens} | dict(shaped.metrics)
+
+    def log_pending(self) -> None:
+        """Log the metrics of the last rollout; called from the training step, where Lightning accepts them."""
+        if self._pending_metrics:
+            self.log_dict({k: float(v) for k, v in self._pending_metrics.items()}, batch_size=1)
+            shown = ("rollout/score", "rollout/kl")
+            self.log_dict(
+                {f"{k}_now": self._pending_metrics[k] for k in shown}, prog_bar=True, logger=False, batch_size=1
+            )
+            self._pending_metrics = {}
+
+    def tell(self, hook: str, *arguments: Any) -> None:
+        """Call a rollout hook on every callback that has it."""
+        for callback in self.trainer.callbacks:
+            method = getattr(callback, hook, None)
+            if callable(method):
+                method(self.trainer, self, *arguments)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch, batch_idx)
+
+    def _evaluate(self, prompts: PromptBatch, index: int) -> None:
+        """Answers to held-out prompts, with the same seeds at every evaluation."""
+        answers = self.generate(prompts, self._rollout_seed("evaluation", index))
+        scored = self.score(prompts, answers)
+        old, _ = self._measure_policy(answers)
+        kl = old - self._measure_reference(answers)
+        sums = {
+            "score": scored.total.sum(),
+            "kl": kl.sum(),
+            "length": answers.mask.sum(),
+            "finished_frac": answers.finished.sum(),
+            **{f"reward_{name}": values.sum() for name, values in scored.breakdown.items()},
+            "count": torch.tensor(float(answers.tokens.shape[0])),
+        }
+        for name, value in sums.items():
+            self._validation_sums[name] = self._validation_sums.get(name, 0.0) + float(value)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        names = sorted(self._validation_sums)
+        vector = torch.tensor([self._validation_sums[name] for name in names], dtype=torch.float64)
+        sums = dict(zip(names, self.add_over_ranks(vector).tolist(), strict=True))
+        self._validation_sums = {}
+        count = sums.pop("count", 0.0)
+        if count:
+            self.log_dict({f"{split}/{name}": total / count for name, total in sums.items()}, prog_bar=False)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[str]:
+        """Answers as text."""
+        self._move_frozen()
+        answers = self.generate(batch, self._rollout_seed("predict", batch_idx))
+        return [sample.completion for sample in self.samples(batch, answers)]
+
+
+class _Clock:
+    """Seconds spent in each phase of a rollout; tells the callbacks when one begins."""
+
+    def __init__(self, module: OnPolicyModule) -> None:
+        self.module = module
+        self.began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.module.tell("on_rollout_phase", phase)
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - began
+
+    def times(self) -> dict[str, float]:
+        whole = time.perf_counter() - self.began
+        return {f"time/{phase}_s": s for phase, s in self.seconds.items()} | {"time/rollout_s": whole}

@@ -1,0 +1,439 @@
+"""Proximal policy optimisation with a critic: every implementation detail an option, with the paper that named it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rlhf_lightning.advantages.gae import Gae
+from rlhf_lightning.advantages.kl_control import FixedKL, KLControl
+from rlhf_lightning.advantages.shaping import (
+    RunningMoments,
+    clip_scores,
+    kl_shaped_rewards,
+    missing_eos_penalty,
+    scale_scores,
+)
+from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, ValueLoss
+from rlhf_lightning.core.kl import KLEstimator, kl_estimate
+from rlhf_lightning.core.logprobs import TokenScores, about_tokens
+from rlhf_lightning.core.masked import (
+    Reduction,
+    explained_variance,
+    masked_mean,
+    masked_moments,
+    masked_whiten,
+    reduce_tokens,
+)
+from rlhf_lightning.losses.policy import ClippedSurrogate
+from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.losses.value import ClippedValue
+from rlhf_lightning.models.export import export_policy, export_scalar_model
+from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.scalar_head import ScalarModel, ValueHead, init_head
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages.critic import CriticSpec
+from rlhf_lightning.stages.on_policy import OnPolicyModule, Shaped
+from rlhf_lightning.stages.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class RewardShaping:
+    """What happens to scores before they become rewards, in this order."""
+
+    missing_eos_penalty: float = 0.0
+    """Subtracted from answers that hit the length limit (Huang et al., 2024)."""
+    missing_eos_score: float | None = None
+    """The score of such answers, whatever the reward functions said (Ziegler et al., 2019: -1)."""
+    scale_by_running_std: bool = False
+    """Divide by the standard deviation of all scores so far (Engstrom et al., 2020)."""
+    clip: float | None = None
+    """Clip scores to [-clip, clip] (Engstrom et al., 2020: 10)."""
+    whiten_rewards: bool = False
+    """Scale rewards per token, KL included, to standard deviation 1, keeping their mean (Ziegler et al., 2019)."""
+
+
+@dataclass(frozen=True)
+class KLSpec:
+    """How the policy is held near its reference."""
+
+    control: KLControl = FixedKL(0.05)
+    """Coefficient of the KL inside the reward: FixedKL, or AdaptiveKL with a target (Ziegler et al., 2019)."""
+    estimator: KLEstimator = "k1"
+    """Of the KL inside the reward; k1 is what the objective asks for."""
+    loss_coef: float = 0.0
+    """Weight of a KL term inside the loss, in addition."""
+    loss_estimator: KLEstimator = "k3"
+    """Of that term: k2 has the gradient of the KL, k3 is GRPO's."""
+
+
+class PPOModule(OnPolicyModule):
+    """PPO on rewards minus KL, with a critic.
+
+        rewards_t = - kl_coef kl_t + (score at the last token of the answer)
+        loss = mean_t clipped_surrogate_t + value_coef mean_t clipped_value_t - entropy_coef mean_t entropy_t
+               + kl.loss_coef mean_t kl_t + ptx_coef mean_t nll_t (of the second source)
+
+    Means are over the answer tokens of the whole optimiser step, over micro-batches and ranks.
+
+    Args:
+        policy: the model to train.
+        rewards: functions that score answers, with their weights: a trained reward model, any Python callable, rules.
+        critic: a model of its own or a head on the policy.
+        reference: the model that KL is measured against; None: the policy as it was at the start.
+        generation: how answers are sampled; log-probabilities are taken at its temperature.
+        updates: inner epochs and minibatches.
+        loss: the policy's loss per token (asymmetric and dual clip are its options).
+        value_loss: the critic's loss per token.
+        credit: rewards and values to advantages.
+        shaping: what happens to scores before they become rewards.
+        kl: the KL penalty in the reward and in the loss.
+        value_coef: weight of the critic's loss (Ziegler et al., 2019: 0.1).
+        entropy_coef: weight of the entropy bonus (Schulman et al., 2017; 0 in RLHF as a rule).
+        whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout, all ranks
+            together (Ziegler et al., 2019).
+        reduction: what the loss is averaged over.
+        target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it
+            (nats per token, mean over a step; Spinning Up).
+        critic_warmup_steps: optimiser steps in which only the critic learns.
+        ptx_coef: weight of the likelihood of a second source, data.pretraining (Ouyang et al., 2022: PPO-ptx).
+        rows_at_once: sequences measured in one forward pass while collecting; None: all.
+        optimizer: called with the parameters.
+        schedule: shape of the learning rate over the run.
+        lr_scheduler: a scheduler class instead of `schedule`.
+        seed: of sampling and minibatch order; None: the run's.
+
+    References:
+        Schulman et al., Proximal Policy Optimization Algorithms, 2017. arXiv:1707.06347
+        Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019. arXiv:1909.08593
+        Huang et al., The N+ Implementation Details of RLHF with PPO, 2024. arXiv:2403.17031
+    """
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        rewards: list[WeightedReward],
+        critic: CriticSpec = CriticSpec(),
+        reference: ModelSpec | None = None,
+        generation: GenerationSpec = GenerationSpec(),
+        updates: UpdateSpec = UpdateSpec(),
+        loss: PolicyLoss = ClippedSurrogate(),
+        value_loss: ValueLoss = ClippedValue(),
+        credit: Credit = Gae(),
+        shaping: RewardShaping = RewardShaping(),
+        kl: KLSpec = KLSpec(),
+        value_coef: float = 0.1,
+        entropy_coef: float = 0.0,
+        whiten_advantages: bool = True,
+        reduction: Reduction = "token_mean",
+        target_kl: float | None = None,
+        critic_warmup_steps: int = 0,
+        ptx_coef: float = 0.0,
+        rows_at_once: int | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        schedule: Schedule = Schedule(),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            policy, rewards, reference, generation, updates, rows_at_once, optimizer, schedule, lr_scheduler, seed
+        )
+        self.save_hyperparameters()
+        self.critic_spec = critic
+        self.loss = loss
+        self.value_loss = value_loss
+        self.credit = credit
+        self.shaping = shaping
+        self.kl = kl
+        self.value_coef = value_coef
+        self.entropy_coef = entropy_coef
+        self.whiten_advantages = whiten_advantages
+        self.reduction = reduction
+        self.target_kl = target_kl
+        self.critic_warmup_steps = critic_warmup_steps
+        self.ptx_coef = ptx_coef
+        self.critic: ScalarModel | ValueHead | None = None
+        self.kl_coef = kl.control.initial_coef
+        self.score_moments = RunningMoments()
+        self._stopped_rollout = -1
+        """The rollout on which target_kl ended training early."""
+        self._step_kl = [0.0, 0.0]
+        """Sum and count of the approximate KL over the micro-batches of the current optimiser step."""
+
+    def inert_options(self) -> Iterable[tuple[str, str]]:
+        yield from super().inert_options()
+        if self.kl.loss_coef == 0 and self.kl.loss_estimator != "k3":
+            yield "kl.loss_estimator", "kl.loss_coef is 0"
+        if self.kl.control.initial_coef == 0 and self.kl.estimator != "k1":
+            yield "kl.estimator", "the coefficient of the KL in the reward is 0"
+        if self.value_coef == 0:
+            yield "value_coef", "0 leaves the critic untrained while its values are used"
+        if self.critic_spec.model is None and not self.critic_spec.keep_head:
+            yield "critic.keep_head", "the critic starts from no reward model: its head is zeros in any case"
+        if self.shaping.missing_eos_score is not None and self.shaping.missing_eos_penalty:
+            yield "shaping.missing_eos_penalty", "missing_eos_score replaces the score it would be subtracted from"
+        if self.generation.num_samples == 0:
+            yield "generation.num_samples", "no answers"
+
+    # ---- building --------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.critic is not None:
+            return
+        assert self.policy is not None
+        if self.critic_spec.kind == "shared":
+            self.critic = ValueHead(self.policy.config.get_text_config().hidden_size)
+            return
+        self.critic = load_scalar_model(self.critic_spec.spec(self.model_spec), pooling="last", seed=self.seed)
+        if self.critic_spec.model is None or not self.critic_spec.keep_head:
+            init_head(self.critic.head, "zero", self.seed)
+        theirs, ours = (m.config.get_text_config().vocab_size for m in (self.critic, self.policy))
+        if theirs != ours:
+            raise UserError(
+                f"the critic {self.critic_spec.model.path if self.critic_spec.model else ''} has {theirs} tokens, the "
+                f"policy {self.model_spec.path} has {ours}: a critic reads the policy's tokens, so both need the same "
+                "vocabulary. Leave critic.model out to start from the policy"
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        assert self.policy is not None
+        assert self.critic is not None
+        critic: dict[str, Any] = {"params": [p for p in self.critic.parameters() if p.requires_grad]}
+        if self.critic_spec.learning_rate is not None:
+            critic["lr"] = self.critic_spec.learning_rate
+        return [{"params": [p for p in self.policy.parameters() if p.requires_grad]}, critic]
+
+    def extra_loader(self) -> Iterable[TokenBatch] | None:
+        if not self.ptx_coef:
+            return None
+        loader = self.trainer.datamodule.pretraining_dataloader()  # type: ignore[attr-defined]
+        if loader is None:
+            raise UserError(f"ptx_coef={self.ptx_coef} needs a second source: give data.pretraining, or set it to 0")
+        return loader
+
+    # ---- collecting ------------------------------------------------------------------------------------------------
+
+    def values_of(self, answers: Generated) -> Tensor:
+        values = torch.cat([self._values(part) for part in self._parts(answers)]).float()
+        return torch.where(answers.mask, values, 0.0)
+
+    def _values(self, batch: Any, hidden: Tensor | None = None) -> Tensor:
+        """The critic's estimate before each token [batch, time]."""
+        assert self.policy is not None
+        if isinstance(self.critic, ValueHead):
+            if hidden is None:
+                hidden = self.policy.hidden_states(batch.tokens, batch.attention_mask, batch.positions)
+            return about_tokens(self.critic(hidden))
+        assert self.critic is not None
+        said = self.critic.token_values(batch.tokens, batch.attention_mask, batch.positions)
+        # a critic that was a reward model begins on the scale of its normalised scores
+        return about_tokens((said - self.critic.score_mean) / self.critic.score_std)
+
+    def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
+        """Score at the last answer token, KL at every one, after the options of `shaping`."""
+        shaping = self.shaping
+        scores = missing_eos_penalty(
+            scored.total.to(old),
+            answers.finished,
+            subtract=shaping.missing_eos_penalty,
+            replace_by=shaping.missing_eos_score,
+        )
+        token_rewards = self._token_rewards(answers, scored)
+        if shaping.scale_by_running_std:
+            self.score_moments = self.score_moments.merge(self._moments_over_ranks(scores))
+            scores = scale_scores(scores, self.score_moments)
+        if shaping.clip is not None:
+            scores = clip_scores(scores, shaping.clip)
+        rewards, _ = kl_shaped_rewards(
+            scores,
+            old,
+            ref,
+            answers.mask,
+            kl_coef=self.kl_coef,
+            estimator=self.kl.estimator,
+            token_rewards=token_rewards,
+        )
+        if shaping.whiten_rewards:
+            rewards = self._whiten(rewards, answers.mask, shift_mean=False)
+        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(scores.mean())}
+        self._steer_kl((old - ref).sum(-1))
+        return Shaped(rewards=rewards, metrics=metrics)
+
+    def _token_rewards(self, answers: Generated, scored: ScoredSamples) -> Tensor | None:
+        """Rewards given per token, spread over the answers' own positions [batch, time]."""
+        if scored.per_token is None:
+            return None
+        rewards = torch.zeros(answers.tokens.shape, device=answers.tokens.device)
+        rewards[answers.mask] = torch.cat([torch.as_tensor(row, dtype=torch.float32) for row in scored.per_token]).to(
+            rewards
+        )
+        return rewards
+
+    def _moments_over_ranks(self, scores: Tensor) -> RunningMoments:
+        count, total, squares = self.add_over_ranks(
+            masked_moments(scores.cpu(), torch.ones_like(scores.cpu(), dtype=torch.bool))
+        ).tolist()
+        mean = total / count
+        return RunningMoments(count=count, mean=mean, squares=max(squares - count * mean**2, 0.0))
+
+    def _steer_kl(self, kl_of_sequences: Tensor) -> None:
+        """Choose the coefficient of the next rollout."""
+        sums = torch.tensor([float(kl_of_sequences.sum()), float(kl_of_sequences.numel())], dtype=torch.float64)
+        total, count = self.add_over_ranks(sums).tolist()
+        self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
+
+    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        advantages, returns = self.credit(rewards, values, mask, groups)
+        if self.whiten_advantages:
+            advantages = self._whiten(advantages, mask)
+        return advantages, returns
+
+    def _whiten(self, x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+        return masked_whiten(x, mask, shift_mean=shift_mean, moments=self.add_over_ranks(masked_moments(x, mask)))
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def policy_loss(self, batch: Rollouts, scores: TokenScores) -> PolicyLossOutput:
+        """The policy's loss per token."""
+        return self.loss(scores.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+
+    def training_step(self, batch: Rollouts, batch_idx: int) -> Tensor:
+        self.log_pending()
+        if self._is_stopped:
+            # the remaining pieces of this rollout take no step; every parameter takes part, for DDP's sake
+            return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0  # type: ignore[return-value]
+        assert self.policy is not None
+        hidden = self.policy.hidden_states(batch.tokens, batch.attention_mask, batch.positions)
+        scores = self.policy.scores(
+            hidden, batch.tokens, batch.mask, temperature=self.generation.temperature, with_entropy=True
+        )
+        values = self._values(batch, hidden)
+        policy = self.policy_loss(batch, scores)
+        per_value, value_clipped = self.value_loss(values, batch.values, batch.returns)
+        terms = {"policy": self._mean(policy.per_token, batch), "value": self.value_coef * self._mean(per_value, batch)}
+        if self.entropy_coef:
+            terms["entropy"] = -self.entropy_coef * self._mean(scores.entropy, batch)
+        if self.kl.loss_coef:
+            kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.kl.loss_estimator)
+            terms["kl"] = self.kl.loss_coef * self._mean(kl, batch)
+        if self.ptx_coef:
+            terms["ptx"] = self.ptx_coef * self._ptx(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        self._count_step_kl(scores, batch)
+        self._log_step(batch, scores, policy, values, per_value, value_clipped, loss)
+        return loss * self.loss_scale
+
+    def _mean(self, per_token: Tensor, batch: Rollouts) -> Tensor:
+        """This micro-batch's share of the step's mean."""
+        denominator = batch.total("tokens" if self.reduction == "token_mean" else "sequences")
+        return reduce_tokens(
+            per_token, batch.mask, self.reduction, denominator, max_length=self.generation.max_new_tokens
+        )
+
+    def _ptx(self, batch: Rollouts) -> Tensor:
+        assert self.policy is not None
+        assert batch.extra is not None
+        nll = token_nll(self.policy(batch.extra).logprobs)
+        self.log("ptx/loss", masked_mean(nll.detach(), batch.extra.mask), batch_size=1)
+        return reduce_tokens(nll, batch.extra.mask, "token_mean", batch.total("extra_tokens"))
+
+    def _log_step(
+        self,
+        batch: Rollouts,
+        scores: TokenScores,
+        policy: PolicyLossOutput,
+        values: Tensor,
+        per_value: Tensor,
+        value_clipped: Tensor,
+        loss: Tensor,
+    ) -> None:
+        mask = batch.mask
+        approx_kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
+        mean = {
+            "policy/loss": policy.per_token,
+            "policy/ratio": policy.ratio,
+            "policy/clip_frac": policy.clipped.float(),
+            "policy/approx_kl": approx_kl,
+            "policy/entropy": scores.entropy,
+            "value/loss": per_value,
+            "value/clip_frac": value_clipped.float(),
+            "value/mean": values,
+            "value/return": batch.returns,
+        }
+        metrics = {name: masked_mean(value.detach(), mask) for name, value in mean.items() if value is not None}
+        metrics["policy/ratio_max"] = torch.where(mask, policy.ratio, 0.0).max()
+        metrics["value/explained_variance"] = explained_variance(values.detach(), batch.returns, mask)
+        metrics["train/loss"] = loss.detach()
+        self.log_dict(metrics, batch_size=batch.tokens.shape[0])
+
+    # ---- early stop and critic warm-up -----------------------------------------------------------------------------
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._loader is not None and self._stopped_rollout == self._loader.rollouts
+
+    def _count_step_kl(self, scores: TokenScores, batch: Rollouts) -> None:
+        if self.target_kl is not None:
+            kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
+            self._step_kl[0] += float(torch.where(batch.mask, kl, 0.0).sum())
+            self._step_kl[1] += float(batch.mask.sum())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.global_step < self.critic_warmup_steps:
+            # no gradient, not a zero one: Adam would still decay and move on its momentum
+            assert self.policy is not None
+            for parameter in self.policy.parameters():
+                parameter.grad = None
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Skips the steps that are left of a rollout that the policy has moved too far from."""
+        if self._is_stopped:
+            closure = kwargs.get("optimizer_closure") or args[3]
+            closure()
+            return
+        super().optimizer_step(*args, **kwargs)
+        if self.target_kl is not None:
+            total, count = self.add_over_ranks(torch.tensor(self._step_kl, dtype=torch.float64)).tolist()
+            self._step_kl = [0.0, 0.0]
+            if total > self.target_kl * count:
+                self._stopped_rollout = self._loader.rollouts
+
+    # ---- state and export ------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ppo"] = {
+            "kl_coef": self.kl_coef,
+            "score_moments": self.score_moments.to_dict(),
+            "stopped_rollout": self._stopped_rollout,
+            "pending_metrics": dict(self._pending_metrics),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state: Mapping[str, Any] = checkpoint.get("ppo", {})
+        if state:
+            self.kl_coef = state["kl_coef"]
+            self.score_moments = RunningMoments.from_dict(state["score_moments"])
+            self._stopped_rollout = state["stopped_rollout"]
+            self._pending_metrics = dict(state["pending_metrics"])
+
+    def export(self, folder: str | Path) -> Path:
+        """The policy to `folder`, a separate critic to `folder`/critic."""
+        assert self.policy is not None, "nothing to export before the model is built"
+        written = export_policy(self.policy, self.tokenizer, folder, card=self.card("Policy trained with PPO"))
+        if isinstance(self.critic, ScalarModel):
+            export_scalar_model(
+                self.critic, self.tokenizer, Path(folder) / "critic", card=self.card("Critic of a PPO policy")
+            )
+        return written

@@ -1,0 +1,231 @@
+"""Reward modelling: one number per answer, learnt from pairs, rankings or ratings."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryCalibrationError
+
+from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, TokenBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import RewardLoss, RewardLossOutput
+from rlhf_lightning.losses.reward_model import BradleyTerry
+from rlhf_lightning.models.export import export_scalar_model
+from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.stages.base import RLHFModule
+from rlhf_lightning.stages.schedule import Schedule
+
+
+class RewardModule(RLHFModule):
+    """Learns a score whose differences explain which answers were preferred.
+
+        bradley_terry  -log sigma(score(chosen) - score(rejected) - margin)
+        plackett_luce  the same, averaged over all pairs of a ranked prompt
+        regression     (score - rating)^2
+
+    The loss is the mean over the pairs (prompts, ratings) of the whole optimiser step, over micro-batches and ranks.
+    The score is read at the last real token (or averaged over the answer), whatever the padding token is.
+
+    Logs `train/loss`, `train/accuracy`, `train/margin`, `train/score_mean`; `val/loss`, `val/accuracy`, `val/margin`,
+    `val/ece` (calibration of sigma(margin), pairs only), `val/score_mean`, `val/score_std`.
+
+    Args:
+        model: the model that gets a scalar head; a language model or an earlier reward model.
+        loss: BradleyTerry for pairs, PlackettLuce for rankings, Regression for ratings; decides what records are read.
+        pooling: where the score is read: `last` real token, or `mean` over the answer's tokens.
+        normalise_on: set whose scores get mean 0 and standard deviation 1 at the end of every epoch; the shift and
+            scale are stored with the model. `none` leaves scores as trained (Ziegler et al. normalise; so do
+            Stiennon et al.).
+        normalise_batches: how many batches of that set to use.
+        optimizer: called with the parameters.
+        schedule: shape of the learning rate over the run.
+        lr_scheduler: a scheduler class instead of `schedule`.
+        seed: of the head's initial weights; None: the run's.
+
+    References:
+        Ouyang et al., Training language models to follow instructions with human feedback, 2022. arXiv:2203.02155
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        loss: RewardLoss = BradleyTerry(),
+        pooling: Literal["last", "mean"] = "last",
+        normalise_on: Literal["none", "train", "val"] = "none",
+        normalise_batches: int = 64,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        schedule: Schedule = Schedule(),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, schedule, lr_scheduler, seed)
+        self.save_hyperparameters()
+        self.loss = loss
+        self.pooling = pooling
+        self.normalise_on = normalise_on
+        self.normalise_batches = normalise_batches
+        self.model: ScalarModel | None = None
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MeanMetric()
+        self.val_margin = MeanMetric()
+        self.val_score = MeanMetric()
+        self.val_score_square = MeanMetric()
+        self.val_ece = BinaryCalibrationError(n_bins=10)
+
+    @property
+    def batch_format(self) -> Any:  # type: ignore[override]
+        """What the loss compares."""
+        return self.loss.batch_format
+
+    def inert_options(self) -> Any:
+        yield from super().inert_options()
+        if self.normalise_on == "none" and self.normalise_batches != 64:
+            yield "normalise_batches", "normalise_on is none"
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = load_scalar_model(self.model_spec, pooling=self.pooling, seed=self.seed)
+
+    def forward(self, completions: TokenBatch) -> Tensor:
+        """One score per completion."""
+        assert self.model is not None
+        return self.model(completions)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Scores of every completion of a batch: of pairs all chosen, then all rejected."""
+        if isinstance(batch, PairBatch):
+            return self(joined(batch.chosen, batch.rejected, pad_id=self.tokenizer.pad_token_id))
+        assert isinstance(batch, RankedBatch | RatedBatch)
+        return self(batch.completions)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        scores = self.scores(batch)
+        output = self.loss(scores, batch)
+        loss = output.per_element.sum() / batch.total(self.loss.denominator)
+        self.log_dict(
+            {
+                "train/loss": output.per_element.detach().mean(),
+                "train/accuracy": output.accuracy.mean(),
+                "train/margin": output.margin.mean(),
+                "train/score_mean": scores.detach().mean(),
+            },
+            prog_bar=True,
+            batch_size=output.per_element.numel(),
+        )
+        return loss * self.loss_scale
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: Batch) -> None:
+        scores = self.scores(batch)
+        output: RewardLossOutput = self.loss(scores, batch)
+        self.val_loss.update(output.per_element)
+        self.val_accuracy.update(output.accuracy)
+        self.val_margin.update(output.margin)
+        self.val_score.update(scores)
+        self.val_score_square.update(scores.square())
+        if isinstance(batch, PairBatch):
+            # the prediction "the higher score wins" and whether it was right
+            confidence = torch.sigmoid(output.margin.abs())
+            self.val_ece.update(confidence, (output.margin > 0).long())
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        mean = self.val_score.compute()
+        values = {
+            f"{split}/loss": self.val_loss.compute(),
+            f"{split}/accuracy": self.val_accuracy.compute(),
+            f"{split}/margin": self.val_margin.compute(),
+            f"{split}/score_mean": mean,
+            f"{split}/score_std": (self.val_score_square.compute() - mean.square()).clamp(min=0).sqrt(),
+        }
+        if self.batch_format == "pairs":
+            values[f"{split}/ece"] = self.val_ece.compute()
+        self.log_dict(values, prog_bar=split == "val")
+        for metric in (
+            self.val_loss,
+            self.val_accuracy,
+            self.val_margin,
+            self.val_score,
+            self.val_score_square,
+            self.val_ece,
+        ):
+            metric.reset()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Scores of the batch's completions."""
+        return self.scores(batch)
+
+    def on_train_epoch_start(self) -> None:
+        if self.normalise_on != "none":
+            # the loss compares scores as they are trained, not as the last epoch's end scaled them
+            assert self.model is not None
+            self.model.set_normalisation(0.0, 1.0)
+
+    def on_train_epoch_end(self) -> None:
+        if self.normalise_on != "none":
+            self._normalise()
+
+    @torch.no_grad()
+    def _normalise(self) -> None:
+        """Shift and scale so that the stated set has mean 0 and standard deviation 1."""
+        assert self.model is not None
+        loader = self.trainer.train_dataloader if self.normalise_on == "train" else self.trainer.val_dataloaders
+        if loader is None:
+            raise UserError("normalise_on: val, but there is no validation data: give data.val or data.val_frac")
+        if self.normalise_on == "train":
+            loader = loader.loader
+        self.model.set_normalisation(0.0, 1.0)
+        self.model.eval()
+        moments = torch.zeros(3, dtype=torch.float64)
+        for index, batch in enumerate(loader):
+            if index == self.normalise_batches:
+                break
+            scores = self.scores(batch.to(self.device)).double().cpu()
+            moments += torch.stack((torch.tensor(float(scores.numel())), scores.sum(), scores.square().sum()))
+        self.model.train()
+        count, total, squares = self.add_over_ranks(moments).tolist()
+        mean = total / count
+        std = max(squares / count - mean**2, 0.0) ** 0.5
+        if std == 0:
+            raise UserError(f"all scores of the {self.normalise_on} set are equal ({mean}): nothing to normalise")
+        self.model.set_normalisation(mean, std)
+
+    def export(self, folder: str | Path) -> Path:
+        assert self.model is not None, "nothing to export before the model is built"
+        return export_scalar_model(self.model, self.tokenizer, folder, card=self.card("Reward model"))
+
+
+def joined(first: TokenBatch, second: TokenBatch, *, pad_id: int) -> TokenBatch:
+    """Two batches as one, rows of the first before rows of the second, padded on the right to the longer width."""
+    width = max(first.tokens.shape[1], second.tokens.shape[1])
+
+    def stack(name: str, fill: int | bool) -> Tensor:
+        parts = (getattr(first, name), getattr(second, name))
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
+
+    return replace(
+        first,
+        tokens=stack("tokens", pad_id),
+        attention_mask=stack("attention_mask", False),
+        mask=stack("mask", False),
+        positions=stack("positions", 0),
+        segments=None,
+        totals=None,
+    )

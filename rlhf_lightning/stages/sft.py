@@ -1,0 +1,119 @@
+"""Supervised fine-tuning and continued pretraining: next-token likelihood of the tokens that count."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from rlhf_lightning.core.batches import TokenBatch
+from rlhf_lightning.core.logprobs import TokenScores
+from rlhf_lightning.core.masked import masked_mean, reduce_tokens
+from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.stages.base import RLHFModule
+from rlhf_lightning.stages.schedule import Schedule
+
+
+class SFTModule(RLHFModule):
+    """Maximises the likelihood of the trained tokens.
+
+        loss = - sum over trained tokens of log pi(token | tokens before) / number of trained tokens
+
+    The number is that of the whole optimiser step, over micro-batches and ranks: the loss is the token mean, however
+    the step was cut. `text` records train every token (continued pretraining); prompt-completion and chat records
+    train the answers.
+
+    Logs `train/loss`, `train/token_accuracy`, `train/tokens`; `val/loss`, `val/perplexity`, `val/token_accuracy`.
+
+    Args:
+        policy: the model to train.
+        optimizer: called with the parameters.
+        schedule: shape of the learning rate over the run.
+        lr_scheduler: a scheduler class instead of `schedule`.
+        seed: of the stage's own draws; None: the run's.
+    """
+
+    batch_format = "tokens"
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
+        schedule: Schedule = Schedule(),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
+        self.save_hyperparameters()
+        self.policy: Policy | None = None
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MeanMetric()
+
+    def configure_model(self) -> None:
+        if self.policy is None:
+            self.policy = load_policy(self.model_spec)
+
+    def forward(self, batch: TokenBatch) -> TokenScores:
+        """Log-probability and arg-max match of every token that counts."""
+        assert self.policy is not None
+        return self.policy(batch)
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        scores = self(batch)
+        per_token = token_nll(scores.logprobs)
+        loss = reduce_tokens(per_token, batch.mask, "token_mean", batch.total("tokens"))
+        tokens = batch.mask.sum()
+        self.log_dict(
+            {
+                "train/loss": masked_mean(per_token.detach(), batch.mask),
+                "train/token_accuracy": masked_mean(scores.is_argmax.float(), batch.mask),
+                "train/tokens": tokens.float(),
+            },
+            prog_bar=True,
+            batch_size=batch.tokens.shape[0],
+        )
+        return loss * self.loss_scale
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: TokenBatch) -> None:
+        scores = self(batch)
+        tokens = batch.mask.sum()
+        self.val_loss.update(masked_mean(token_nll(scores.logprobs), batch.mask), tokens)
+        self.val_accuracy.update(masked_mean(scores.is_argmax.float(), batch.mask), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        loss = self.val_loss.compute()
+        values = {
+            f"{split}/loss": loss,
+            f"{split}/perplexity": loss.exp(),
+            f"{split}/token_accuracy": self.val_accuracy.compute(),
+        }
+        # the metrics have summed over ranks already
+        self.log_dict(values, prog_bar=split == "val", rank_zero_only=False, sync_dist=False)
+        self.val_loss.reset()
+        self.val_accuracy.reset()
+
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Log-probability of each row's trained tokens, summed (nats)."""
+        return self(batch).logprobs.sum(-1)
+
+    def export(self, folder: str | Path) -> Path:
+        assert self.policy is not None, "nothing to export before the model is built"
+        return export_policy(self.policy, self.tokenizer, folder, card=self.card("Supervised fine-tuned model"))

@@ -1,0 +1,112 @@
+"""The rollout loader: sizes, totals, order, and going on exactly where it was stopped."""
+
+from itertools import islice
+
+import torch
+
+from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
+
+
+def prompts(num: int) -> PromptBatch:
+    ones = torch.ones(num, 1, dtype=torch.long)
+    return PromptBatch(ones, ones.bool(), [""] * num, [{}] * num, torch.arange(num))
+
+
+class Answers:
+    """Collects rollouts whose row r of rollout n is n * 100 + r, with r + 1 answer tokens."""
+
+    def __init__(self) -> None:
+        self.collected = 0
+
+    def collect(self, batch: PromptBatch) -> Rollouts:
+        rows = batch.tokens.shape[0]
+        self.collected += 1
+        scores = torch.arange(rows).float() + 100 * self.collected
+        mask = torch.arange(rows)[None] <= torch.arange(rows)[:, None]
+        zeros = torch.zeros(rows, rows)
+        names = ("old_logprobs", "ref_logprobs", "rewards", "advantages", "values", "returns")
+        return Rollouts(
+            tokens=zeros.long(),
+            attention_mask=mask,
+            mask=mask,
+            positions=zeros.long(),
+            finished=scores > 0,
+            scores=scores,
+            groups=torch.arange(rows),
+            **dict.fromkeys(names, zeros),
+        )
+
+
+def loader(source: Answers, sizes=(4, 4), **options) -> RolloutLoader:
+    updates = UpdateSpec(inner_epochs=2, num_minibatches=2)
+    return RolloutLoader([prompts(n) for n in sizes], source, updates, accumulate=2, seed=1, **options)
+
+
+def test_every_rollout_is_trained_on_once_per_inner_epoch():
+    batches = list(loader(Answers()))
+    assert len(batches) == len(loader(Answers())) == 2 * 2 * 2 * 2
+    first_epoch = torch.cat([b.scores for b in batches[:4]]).sort().values
+    assert first_epoch.tolist() == [100, 101, 102, 103]
+
+
+def test_totals_are_those_of_the_optimiser_step_not_of_the_micro_batch():
+    batches = list(loader(Answers()))
+    for one, other in zip(batches[::2], batches[1::2], strict=True):
+        tokens = float(one.mask.sum() + other.mask.sum())
+        assert one.totals == other.totals == {"tokens": tokens, "sequences": 2.0}
+
+
+def test_collects_only_when_the_rollouts_are_needed():
+    source = Answers()
+    iterator = iter(loader(source))
+    assert source.collected == 0
+    list(islice(iterator, 8))
+    assert source.collected == 1
+    next(iterator)
+    assert source.collected == 2
+
+
+def test_resumes_inside_a_buffer_with_the_batches_that_were_left():
+    for stop_after in range(1, 16):
+        whole = [b.scores.tolist() for b in loader(Answers())]
+        broken = loader(Answers())
+        begun = [b.scores.tolist() for b in islice(iter(broken), stop_after)]
+        source = Answers()
+        source.collected = broken.rollouts
+        resumed = loader(source)
+        resumed.restore(broken.progress())
+        assert begun + [b.scores.tolist() for b in resumed] == whole
+
+
+def test_a_state_saved_at_the_end_of_an_epoch_begins_the_next_one():
+    ended = loader(Answers())
+    list(islice(iter(ended), len(ended)))
+    resumed = loader(Answers())
+    resumed.restore(ended.progress())
+    assert len(list(resumed)) == len(resumed)
+
+
+def test_fewer_sequences_than_pieces_gives_shares_in_which_nothing_counts():
+    batches = list(loader(Answers(), sizes=(3,)))
+    assert len(batches) == 8
+    empty = [b for b in batches if not b.mask.any()]
+    assert len(empty) == 2
+    assert sum(float(b.mask.sum()) for b in batches[:4]) == 1 + 2 + 3
+
+
+def test_the_second_source_goes_round_and_resumes_at_its_place():
+    def extra() -> list[TokenBatch]:
+        def batch(n: int) -> TokenBatch:
+            tokens = torch.full((1, 2), n)
+            return TokenBatch(tokens, tokens > -1, torch.tensor([[False, True]]), torch.tensor([[0, 1]]))
+
+        return [batch(n) for n in range(3)]
+
+    whole = [int(b.extra.tokens[0, 0]) for b in loader(Answers(), extra=extra())]
+    assert whole == [n % 3 for n in range(16)]
+    broken = loader(Answers(), extra=extra())
+    list(islice(iter(broken), 7))
+    resumed = loader(Answers(), extra=extra())
+    resumed.restore(broken.progress())
+    assert [int(b.extra.tokens[0, 0]) for b in resumed] == whole[7:]
