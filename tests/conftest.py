@@ -1,0 +1,70 @@
+"""A tiny tokenizer and model, built once per session; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORDS = "the film was good bad long short great dull and but very not a plot actors end".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Path:
+    """Folder of a word-level tokenizer with <pad>, <bos>, <eos>, <unk> and 17 words; puts <bos> in front."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """A two-layer Llama of a few thousand parameters, as a transformers config."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_tokenizer, tiny_config) -> Path:
+    """Hugging Face folder of a tiny random Llama with the tiny tokenizer."""
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.loading import load_policy, load_tokenizer
+    from rlhf_lightning.models.spec import ModelSpec
+
+    spec = ModelSpec(config=tiny_config, tokenizer=str(tiny_tokenizer))
+    return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Writes records to a JSONL file and gives its path."""
+
+    def write(name: str, records: list[dict]) -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    return write
