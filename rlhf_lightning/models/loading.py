@@ -1,0 +1,256 @@
+"""From a spec to a policy or a scalar model."""
+
+import difflib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.locate import check_model_folder, resolve_path
+from rlhf_lightning.models.lora import add_adapter
+from rlhf_lightning.models.policy import Policy, check_head
+from rlhf_lightning.models.scalar_head import HeadInit, Pooling, ScalarModel, init_head
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.tokenizer import first_line, load_tokenizer, say_once
+
+__all__ = ["load_policy", "load_scalar_model", "load_tokenizer"]
+
+HEAD_FILE = "scalar_head.safetensors"
+"""The head of a scalar model whose family has no classification class in transformers."""
+
+
+def load_policy(spec: ModelSpec) -> Policy:
+    """The causal language model of `spec`, ready to train.
+
+    Raises:
+        UserError: a folder that is missing or holds no usable weights, a config or option that transformers does not
+            know, a tokenizer with more tokens than the model.
+    """
+    model = _load(spec, AutoModelForCausalLM)
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{_name(spec)} has no output head: a policy needs a causal language model")
+    if spec.path is not None and spec.tokenizer is not None:
+        _check_vocabulary(spec, model.config.get_text_config().vocab_size, len(load_tokenizer(spec)))
+    prepared = _prepare(model, spec)
+    policy = Policy(prepared)
+    if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
+        check_head(policy)
+    return policy.train()
+
+
+def load_scalar_model(
+    spec: ModelSpec, *, pooling: Pooling | None = None, seed: int = 0, head_init: HeadInit = "normal"
+) -> ScalarModel:
+    """A reward model or critic.
+
+    Args:
+        spec: of a causal language model, whose decoder gets a new head; or of a sequence classifier with one label,
+            whose head, pooling and normalisation are taken over.
+        pooling: last or mean; None: what the folder says, else last.
+        seed: of a new head.
+        head_init: of a new head: normal (reward models) or zero (critics).
+    """
+    if spec.path is None:
+        backbone, head, stored = _load(spec, AutoModel), None, {}
+    else:
+        config = _read_config(spec)
+        stored = {key: getattr(config, key) for key in ("pooling", "score_mean", "score_std") if hasattr(config, key)}
+        backbone, head = _load_decoder(spec, config)
+    model = ScalarModel(
+        _prepare(backbone, spec),
+        pooling=pooling or stored.get("pooling", "last"),
+        bias=head is not None and head.get("bias") is not None,
+    )
+    if head is None:
+        init_head(model.head, head_init, seed)
+    else:
+        model.head.load_state_dict({key: value.float() for key, value in head.items()})
+    model.set_normalisation(float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0)))
+    return model.train()
+
+
+def _load_decoder(spec: ModelSpec, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
+    """The decoder of a folder, and its scalar head if it holds one."""
+    assert spec.path is not None
+    kind = (config.architectures or [""])[0]
+    head_file = Path(resolve_path(spec.path)) / HEAD_FILE
+    if head_file.is_file():
+        return _load(spec, AutoModel), load_file(head_file)
+    if not kind.endswith("ForSequenceClassification"):
+        return _load(spec, AutoModel), None
+    if config.num_labels != 1:
+        raise UserError(
+            f"{spec.path!r} is a classifier of {config.num_labels} labels: a score needs one (num_labels 1)"
+        )
+    classifier = _load(spec, AutoModelForSequenceClassification)
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise UserError(f"{spec.path!r} is a {kind}, which has no linear `score` head on a decoder")
+    return classifier.base_model, dict(score.state_dict())
+
+
+def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
+    """A transformers model, from a folder, a hub id or a config. The global random state stays as it was."""
+    if (spec.path is None) == (spec.config is None):
+        raise UserError(f"a model needs either `path` or `config`; got path={spec.path!r}, config={spec.config!r}")
+    options = {
+        "dtype": _dtype(spec.dtype, stored=spec.path is not None),
+        # None asks for sdpa where the family has it: to name it would be an error where it has not (Gemma 2)
+        "attn_implementation": None if spec.attn_implementation == "sdpa" else _attention(spec.attn_implementation),
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    try:
+        # on the CPU whatever the caller's default device: the same seed must give the same weights everywhere
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_progress_bar():
+            torch.default_generator.manual_seed(spec.seed)
+            if spec.path is None:
+                model = auto.from_config(_build_config(spec), **options)
+            else:
+                model = _from_pretrained(spec, auto, options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"cannot load {_name(spec)}: {first_line(error)}") from error
+    used = getattr(model.config, "_attn_implementation", spec.attn_implementation)
+    if used != spec.attn_implementation:
+        say_once(f"{_name(spec)}: {spec.attn_implementation} attention does not serve this family, using {used}")
+    return model
+
+
+def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> PreTrainedModel:
+    assert spec.path is not None
+    path = resolve_path(spec.path)
+    check_model_folder(path)
+    model, info = auto.from_pretrained(
+        path, revision=spec.revision, use_safetensors=True, output_loading_info=True, **options
+    )
+    saved_as = (model.config.architectures or ["another kind of model"])[0]
+    if auto is AutoModelForCausalLM and saved_as.endswith("ForSequenceClassification"):
+        raise UserError(f"{spec.path!r} is a {saved_as}, a model that scores: it has no language model's head")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{spec.path!r} holds no weights for {', '.join(missing[:3])} ({len(missing)} missing): it was saved as "
+            f"{saved_as} and cannot serve as {type(model).__name__}"
+        )
+    return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every load; the trainer has one of its own."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
+    """Dropout, gradient checkpointing and adapter, in this order: an adapter has a dropout of its own."""
+    if spec.disable_dropout:
+        disable_dropout(model)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model if spec.lora is None else add_adapter(model, spec.lora, seed=spec.seed)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout rate in the modules to 0; the config, and so an export, keeps what it said."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(module, name, 0.0)
+
+
+def _build_config(spec: ModelSpec) -> PretrainedConfig:
+    """The transformers config that `spec.config` describes, completed from the tokenizer."""
+    assert spec.config is not None
+    values = dict(spec.config)
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
+        raise UserError(f"config.model_type={kind!r} is unknown to transformers{_did_you_mean(near)}")
+    defaults = CONFIG_MAPPING[kind]()
+    known = set(defaults.to_dict()) | set(defaults.attribute_map)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise UserError(f"config.{key}: a {kind} config has no such key{_did_you_mean(near)}")
+    if spec.tokenizer is not None:
+        tokenizer = load_tokenizer(spec)
+        values.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if name in known:
+                values.setdefault(name, getattr(tokenizer, name))
+        _check_vocabulary(spec, values["vocab_size"], len(tokenizer))
+    elif "vocab_size" not in values:
+        raise UserError("config.vocab_size is not given and there is no tokenizer to take it from: give `tokenizer`")
+    return AutoConfig.for_model(kind, **values)
+
+
+def _read_config(spec: ModelSpec) -> PretrainedConfig:
+    assert spec.path is not None
+    path = resolve_path(spec.path)
+    check_model_folder(path)
+    try:
+        return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the config of {path!r}: {first_line(error)}") from error
+
+
+def _check_vocabulary(spec: ModelSpec, model_size: int, tokenizer_size: int) -> None:
+    if tokenizer_size > model_size:
+        raise UserError(
+            f"the tokenizer {spec.tokenizer!r} has {tokenizer_size} tokens and {_name(spec)} only {model_size}: "
+            "they do not belong together"
+        )
+
+
+def _dtype(name: str, *, stored: bool) -> torch.dtype | str:
+    auto = "auto" if stored else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": auto}
+    if name not in known:
+        raise UserError(f"dtype={name!r}: use one of {', '.join(known)}")
+    return known[name]
+
+
+def _attention(name: str) -> str:
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            "attn_implementation=flash_attention_2 needs the package flash-attn, which is not installed: "
+            "pip install 'rlhf-lightning[flash]', or use attn_implementation: sdpa"
+        )
+    known = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+    if name not in known:
+        raise UserError(f"attn_implementation={name!r}: use one of {', '.join(known)}")
+    return name
+
+
+def _name(spec: ModelSpec) -> str:
+    return repr(spec.path) if spec.path is not None else f"a {(spec.config or {}).get('model_type')} built from config"
+
+
+def _did_you_mean(near: list[str]) -> str:
+    return f": did you mean {near[0]}?" if near else ""

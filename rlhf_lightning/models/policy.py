@@ -1,0 +1,150 @@
+"""A language model as the trainer sees it: a decoder, and a head that is applied without storing logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.logprobs import LMHead, TokenScores, token_scores
+from rlhf_lightning.models.body import body_states, check_packing, evaluating
+
+
+class HasTokens(Protocol):
+    """What a policy reads of a batch; `segments` too where it has them."""
+
+    tokens: Any
+    attention_mask: Any
+    mask: Any
+    positions: Any
+
+
+class Policy(nn.Module):
+    """A causal language model that scores tokens and generates.
+
+    Args:
+        model: a transformers causal language model, or a PeftModel around one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._packing_checked = False
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, without the adapter's wrapper (its layers still hold the adapter)."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.causal_lm.config
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether low-rank adapters are trained instead of the weights."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def body(self) -> nn.Module:
+        """The decoder: everything but the output head."""
+        return self.causal_lm.base_model
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        attention_mask: Bool[Tensor, "batch time"],
+        positions: Int[Tensor, "batch time"],
+        segments: Int[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Hidden states as the output head reads them. The head itself does not run.
+
+        Args:
+            positions: count from 0 at each record's first real token, whatever the padding side.
+            segments: packed records 1, 2, ..., 0 on padding; no attention across records.
+        """
+        if segments is not None and not self._packing_checked:
+            check_packing(self.body, self.config.get_text_config().vocab_size)
+            self._packing_checked = True
+        return body_states(self.body, tokens, attention_mask, positions, segments)
+
+    def head(self) -> LMHead:
+        """The output head with the current weights, and what the family does to its logits."""
+        linear = self.causal_lm.get_output_embeddings()
+        config = self.config.get_text_config()
+        scale = getattr(config, "logit_scale", None)  # Cohere
+        divisor = getattr(config, "logits_scaling", None)  # Granite
+        return LMHead(
+            weight=linear.weight,
+            bias=getattr(linear, "bias", None),
+            logit_scale=(1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor)),
+            softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+        )
+
+    def scores(
+        self,
+        hidden: Float[Tensor, "batch time hidden"],
+        tokens: Int[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> TokenScores:
+        """Log-probability of every token that counts, from hidden states: see `core.logprobs.token_scores`."""
+        return token_scores(hidden, tokens, mask, self.head(), temperature=temperature, with_entropy=with_entropy)
+
+    def forward(self, batch: HasTokens, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenScores:
+        """Log-probability (and entropy) of every token of `batch` where `batch.mask`.
+
+        Args:
+            batch: a `TokenBatch`, `Generated` or `Rollouts`.
+            temperature: logits are divided by it; the one that the tokens were sampled at.
+        """
+        hidden = self.hidden_states(
+            batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
+        )
+        return self.scores(hidden, batch.tokens, batch.mask, temperature=temperature, with_entropy=with_entropy)
+
+    def generate(self, **kwargs: Any) -> Any:
+        """transformers' `generate`."""
+        return self.model.generate(**kwargs)
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """The model as it was before its adapter was trained."""
+        assert isinstance(self.model, PeftModel), "this policy has no adapter to switch off"
+        with self.model.disable_adapter():
+            yield
+
+
+def check_head(policy: Policy) -> None:
+    """Raise if `policy.head()` is not what the model does itself between hidden states and logits.
+
+    Families differ here (caps, scales, biases); one that we have not met must not be trained on wrong numbers.
+    """
+    vocab = policy.config.get_text_config().vocab_size
+    name = policy.config.model_type
+    if not isinstance(getattr(policy.causal_lm.get_output_embeddings(), "weight", None), Tensor):
+        raise UserError(f"models of type {name!r} have no linear output head that could be applied token by token")
+    tokens = torch.arange(4, device=policy.head().weight.device).unsqueeze(0) % vocab
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    with evaluating(policy), torch.no_grad():
+        logits = policy.causal_lm(input_ids=tokens, attention_mask=everything, use_cache=False).logits.float()
+        own = policy.scores(
+            policy.hidden_states(tokens, everything, torch.arange(4, device=tokens.device).unsqueeze(0)),
+            tokens,
+            everything,
+        ).logprobs[:, 1:]
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    tolerance = 1e-3 if policy.head().weight.dtype == torch.float32 else 5e-2
+    if not torch.allclose(own, expected, atol=tolerance * max(1.0, float(logits.abs().max()))):
+        raise UserError(
+            f"models of type {name!r} treat their logits in a way that this version does not know: log-probabilities "
+            "would be wrong. Please report the model type."
+        )
