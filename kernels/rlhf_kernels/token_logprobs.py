@@ -1,16 +1,25 @@
-"""Log-probability of one chosen token per row of logits."""
+"""Log-probability of one chosen token per row of logits, with entropy, logsumexp and arg-max match from the same pass."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_kernels.checks import check_rows, check_softcap, check_temperature, check_token_range
+from rlhf_kernels.rows import RowStats, Transform, coefficients, row_grads, row_stats, work_dtype
+
 
 class TokenLogprobs(NamedTuple):
+    """About each token; 0 (and False) where `mask` was False. Float32, or float64 where the logits are."""
+
     logprobs: Tensor
+    """Log-probability of the token (nats)."""
     entropy: Tensor | None
+    """Entropy of the distribution it was drawn from (nats), if asked for."""
     logsumexp: Tensor
+    """Of the logits after scale, cap and temperature."""
     is_argmax: Tensor
+    """Whether no token was more probable; no gradient."""
 
 
 def token_logprobs(
@@ -24,19 +33,153 @@ def token_logprobs(
     with_entropy: bool = False,
     inplace_backward: bool = False,
 ) -> TokenLogprobs:
-    x = logits.float() * logit_scale
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    x = x / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
-    lse = x.logsumexp(-1)
-    logprobs = x.gather(-1, tokens[..., None].long())[..., 0] - lse
-    entropy = None
-    if with_entropy:
-        logp = x - lse[..., None]
-        entropy = -(logp.exp() * logp).sum(-1)
-    is_argmax = x.argmax(-1) == tokens
-    if mask is not None:
-        logprobs = torch.where(mask, logprobs, 0.0)
-        entropy = None if entropy is None else torch.where(mask, entropy, 0.0)
-        is_argmax = is_argmax & mask
-    return TokenLogprobs(logprobs, entropy, lse, is_argmax)
+    """Log softmax of the logits at the tokens, in float32, without storing a softmax.
+
+        x = softcap tanh(logit_scale logits / softcap) / temperature        logprobs = x[token] - logsumexp(x)
+
+    Gradients flow from logprobs, entropy and logsumexp to the logits.
+
+    Args:
+        logits: [..., V]; strided views are read in place.
+        tokens: [...] integer ids; ignored where `mask` is False.
+        mask: [...] True = wanted; rows with False are not read, and get gradient 0.
+        temperature: of all rows, or one per row [...]; no gradient.
+        softcap: bound on the logits (Gemma 2), or None.
+        logit_scale: factor on the logits before the cap.
+        with_entropy: also the entropy.
+        inplace_backward: the backward pass writes the gradient over the logits: no second [..., V] tensor, but nothing
+            else may need the logits after it.
+    """
+    check_rows(logits, tokens, mask)
+    check_temperature(temperature, tokens.shape)
+    check_softcap(softcap)
+    number, per_row = split_temperature(temperature, tokens)
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logprobs, entropy, logsumexp, is_argmax, *_ = _op(
+        logits, tokens, mask, per_row, number, softcap or 0.0, logit_scale, with_entropy, inplace
+    )
+    return TokenLogprobs(logprobs, entropy if with_entropy else None, logsumexp, is_argmax)
+
+
+def split_temperature(temperature: float | Tensor, tokens: Tensor) -> tuple[float, Tensor | None]:
+    """A number for all rows, or a tensor with one per row."""
+    if not isinstance(temperature, Tensor):
+        return float(temperature), None
+    return 1.0, temperature.detach().to(tokens.device).expand(tokens.shape).float()
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1)
+
+
+@torch.library.custom_op("rlhf_kernels::token_logprobs", mutates_args=())
+def _op(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    logit_scale: float,
+    with_entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_token_range(tokens, mask, logits.shape[-1])
+    transform = Transform(temperature, _flat(row_temperature), softcap, logit_scale)
+    ids = tokens.reshape(-1).long()
+    stats = row_stats("token_logprobs", logits, ids, transform, with_entropy=with_entropy, mask=_flat(mask))
+    logprobs, entropy, maximum, log_sum, miss, is_argmax = (
+        field.view(tokens.shape) if field.numel() == tokens.numel() else field for field in stats
+    )
+    return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss
+
+
+@_op.register_fake
+def _(
+    logits: Tensor, tokens: Tensor, mask: Any, row_temperature: Any, temperature: Any, softcap: Any, logit_scale: Any,
+    with_entropy: bool, inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    per_token = torch.empty(tokens.shape, dtype=work_dtype(logits), device=logits.device)
+    entropy = torch.empty_like(per_token) if with_entropy else per_token.new_empty(0)
+    logsumexp, maximum, log_sum, miss = (torch.empty_like(per_token) for _ in range(4))
+    return per_token, entropy, logsumexp, torch.empty_like(per_token, dtype=torch.bool), maximum, log_sum, miss
+
+
+def _grad_into(
+    out: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    stats: list[Tensor],
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logsumexp: Tensor | None,
+    numbers: list[float],
+) -> None:
+    flat = RowStats(*(field.reshape(-1) for field in stats), is_argmax=stats[0].new_empty(0))
+    a, b, c = coefficients(flat, _flat(d_logprob), _flat(d_entropy), _flat(d_logsumexp))
+    transform = Transform(numbers[0], _flat(row_temperature), numbers[1], numbers[2])
+    ids = tokens.reshape(-1).long()
+    row_grads("token_logprobs", logits, ids, flat, a, b, c, transform, out=out, mask=_flat(mask))
+
+
+@torch.library.custom_op("rlhf_kernels::token_logprobs_grad", mutates_args=())
+def _grad(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    stats: list[Tensor],
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logsumexp: Tensor | None,
+    numbers: list[float],
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _grad_into(out, logits, tokens, mask, row_temperature, stats, d_logprob, d_entropy, d_logsumexp, numbers)
+    return out
+
+
+@_grad.register_fake
+def _(logits: Tensor, *_others: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("rlhf_kernels::token_logprobs_grad_", mutates_args={"logits"})
+def _grad_inplace(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    stats: list[Tensor],
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logsumexp: Tensor | None,
+    numbers: list[float],
+) -> None:
+    _grad_into(logits, logits, tokens, mask, row_temperature, stats, d_logprob, d_entropy, d_logsumexp, numbers)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, tokens, mask, row_temperature, temperature, softcap, logit_scale, ctx.with_entropy, ctx.inplace = inputs
+    ctx.numbers = [temperature, softcap, logit_scale]
+    logprobs, entropy, _, is_argmax, maximum, log_sum, miss = output
+    ctx.save_for_backward(logits, tokens, mask, row_temperature, logprobs, entropy, maximum, log_sum, miss)
+    ctx.mark_non_differentiable(is_argmax, maximum, log_sum, miss)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, tokens, mask, row_temperature, *stats = ctx.saved_tensors
+    d_logprob, d_entropy, d_logsumexp = grads[:3]
+    d_entropy = d_entropy if ctx.with_entropy else None
+    arguments = (tokens, mask, row_temperature, stats, d_logprob, d_entropy, d_logsumexp, ctx.numbers)
+    if ctx.inplace:
+        with torch.no_grad():
+            _grad_inplace(logits, *arguments)
+        return logits, *(None,) * 8
+    return _grad(logits, *arguments), *(None,) * 8
+
+
+_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,81 @@
+"""Which implementation an op runs: the Triton kernels where they can, the plain-torch reference elsewhere, and why.
+
+Every op asks `use_triton(name, tensor)` once per call. The answer and its reason are remembered for `backend_report()`,
+and a fallback on an accelerator is logged once.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("rlhf_kernels")
+
+ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
+"""`auto` (default), `reference` (plain torch everywhere), or `triton` (also on CPU tensors, under TRITON_INTERPRET=1)."""
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_choices: dict[str, "BackendChoice"] = {}
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What an op ran on at its latest call."""
+
+    backend: str
+    """`triton` or `reference`."""
+    device: str
+    """Type of the device the tensors were on."""
+    reason: str
+    """Why that backend, in words."""
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _choose(x: Tensor) -> BackendChoice:
+    device = x.device.type
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if wanted not in ("auto", "reference", "triton"):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={wanted!r}: use auto, reference or triton")
+    if wanted == "reference":
+        return BackendChoice("reference", device, f"{ENVIRONMENT_VARIABLE}=reference")
+    if not has_triton():
+        return BackendChoice("reference", device, "triton is not installed")
+    if x.dtype not in KERNEL_DTYPES:
+        return BackendChoice("reference", device, f"the kernels do not take {x.dtype}")
+    if device == "cuda":
+        return BackendChoice("triton", device, "CUDA tensors and triton")
+    if wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return BackendChoice("triton", device, "interpreted: TRITON_INTERPRET=1")
+    return BackendChoice("reference", device, f"no Triton kernels for {device} tensors")
+
+
+def use_triton(op: str, x: Tensor) -> bool:
+    """Whether `op` should launch its kernel for tensors like `x`; remembered for the report."""
+    choice = _choose(x)
+    if choice.backend == "reference" and choice.device not in ("cpu", "meta") and _choices.get(op) != choice:
+        _log.warning("rlhf_kernels.%s runs the plain-torch reference on %s: %s", op, choice.device, choice.reason)
+    _choices[op] = choice
+    return choice.backend == "triton"
+
+
+def backend_report() -> dict[str, BackendChoice]:
+    """For each op called so far in this process: the backend of its latest call, and why that one."""
+    return dict(sorted(_choices.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def scalars(device: torch.device, *values: float) -> Tensor:
+    """Numbers a kernel reads at run time, as float32 on `device`.
+
+    A kernel argument that is a Python float is a new compilation for every value in some compilers; a pointer never is.
+    """
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)

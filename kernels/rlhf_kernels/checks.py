@@ -1,0 +1,97 @@
+"""What is refused before any arithmetic, with the value and the remedy in the message."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_DEVICES = ("cpu", "cuda", "meta", "mps", "xpu")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    if isinstance(x, nn.Module):
+        raise ValueError(
+            f"{name} is a {type(x).__name__}: give its weight tensor. A LoRA-wrapped head has to be merged first "
+            "(weight + scaling * B @ A), or its adapter would be silently ignored"
+        )
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{name} has dtype {x.dtype}: give float32, bfloat16, float16 or float64")
+    if x.device.type not in _DEVICES:
+        raise ValueError(f"{name} is on {x.device}: supported devices are {', '.join(_DEVICES)}; move it there")
+
+
+def check_shape(name: str, x: Tensor, like_name: str, shape: Sequence[int]) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(x.shape)} but {like_name} asks for {tuple(shape)}")
+
+
+def check_rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *, name: str = "logits") -> None:
+    """Logits (or hidden states) [..., V], tokens [...], mask [...] belong together."""
+    check_float(name, logits)
+    if tokens.dtype not in _INTEGERS:
+        raise ValueError(f"tokens has dtype {tokens.dtype}: give integer token ids (torch.int64)")
+    if logits.ndim == 0 or tokens.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)} but {name} has shape {tuple(logits.shape)}: "
+            f"{name} needs exactly one more (last) axis"
+        )
+    if logits.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}: there is no row to score; skip the empty batch")
+    if tokens.device != logits.device:
+        raise ValueError(f"tokens is on {tokens.device} but {name} on {logits.device}: move one of them")
+    if mask is not None:
+        check_mask(mask, tokens.shape, "tokens")
+
+
+def check_mask(mask: Tensor, shape: Sequence[int], like_name: str) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}: give booleans, True = counts (mask.bool())")
+    check_shape("mask", mask, like_name, shape)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+    check_float(f"{prefix}weight", weight)
+    if weight.ndim != 2 or weight.shape[-1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight has shape {tuple(weight.shape)} but {prefix}hidden has shape {tuple(hidden.shape)}: "
+            f"the weight of a head is [vocab, {hidden.shape[-1]}]"
+        )
+    if bias is not None:
+        check_float(f"{prefix}bias", bias)
+        check_shape(f"{prefix}bias", bias, f"{prefix}weight {tuple(weight.shape)}", weight.shape[:1])
+
+
+def check_temperature(temperature: float | Tensor, shape: Sequence[int]) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature requires a gradient, and none is computed: detach it")
+        if temperature.numel() != 1:
+            check_shape("temperature", temperature, "tokens", shape)
+    elif not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive; for greedy choices use is_argmax")
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive; None switches it off")
+
+
+def check_token_range(tokens: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """Reads the ids, so only on the CPU; on a GPU the kernels read no id out of range and give NaN for that row."""
+    if tokens.device.type != "cpu" or tokens.numel() == 0:
+        return
+    low, high = torch.aminmax(tokens)
+    if int(low) >= 0 and int(high) < vocab:
+        return
+    bad = (tokens < 0) | (tokens >= vocab)
+    if mask is not None:
+        bad = bad & mask
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        value = int(tokens[tuple(where)])
+        raise ValueError(
+            f"token id {value} at {where} is outside [0, {vocab}): set mask False where no token counts, "
+            "or use the tokenizer the model was made for"
+        )

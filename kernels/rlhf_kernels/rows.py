@@ -1,0 +1,258 @@
+"""One row of logits: its log-probability, entropy and arg-max match, and the gradient of any function of them.
+
+Every op that ends in a softmax is made of these two steps. With x the row after scale, cap and temperature, m its
+maximum, d = x - m, s = sum exp(d), p = exp(d) / s, and y the row's token,
+
+    log p_y = d_y - log s        entropy = log s - sum p d        logsumexp = m + log s
+
+and the gradient of a function f of the three in x is
+
+    df/dx_i = a ([i = y] - p_i) + p_i (b + c d_i)
+
+with a = df/dlog p_y, b = df/dlogsumexp + df/dentropy (log s - entropy), c = -df/dentropy. At i = y the first term is
+a * miss with miss = 1 - p_y summed over the other columns: the difference itself would lose every digit where p_y is
+near 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.backend import use_triton
+
+_BLOCK_ELEMENTS = 1 << 20
+"""Elements the reference works on at a time: its temporaries stay in the cache of a core."""
+
+
+class Transform(NamedTuple):
+    """What happens to logits before the softmax: x = cap(scale * logits) / temperature."""
+
+    temperature: float = 1.0
+    """Of every row, unless `row_temperature` is given."""
+    row_temperature: Tensor | None = None
+    """[rows] float32, or None."""
+    softcap: float = 0.0
+    """cap(z) = softcap * tanh(z / softcap); 0 = none."""
+    logit_scale: float = 1.0
+    """Factor before the cap."""
+
+    def take(self, rows: Tensor | slice) -> "Transform":
+        """The same for some of the rows."""
+        return self if self.row_temperature is None else self._replace(row_temperature=self.row_temperature[rows])
+
+
+class RowStats(NamedTuple):
+    """Per row; float32, or float64 where the logits are."""
+
+    logprobs: Tensor
+    """log p_y."""
+    entropy: Tensor
+    """Entropy, or an empty tensor if not asked for."""
+    maximum: Tensor
+    """m."""
+    log_sum: Tensor
+    """log s: m + log s is the logsumexp, kept apart because near 1e4 a float32 has no digits left for log s."""
+    miss: Tensor
+    """1 - p_y, without cancellation."""
+    is_argmax: Tensor
+    """Whether no column is above the token's (a tie counts as a match)."""
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """What softmaxes are computed in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def row_blocks(x: Tensor) -> list[Tensor]:
+    """[..., V] as views [rows, V], in order, that together are x: one where its strides allow, never a copy."""
+    if x.ndim <= 2:
+        return [x.view(-1, x.shape[-1])]
+    try:
+        return [x.view(-1, x.shape[-1])]
+    except RuntimeError:
+        return [block for part in x.unbind(0) for block in row_blocks(part)]
+
+
+def transformed(logits: Tensor, transform: Transform) -> tuple[Tensor, Tensor | None]:
+    """x, and the slope of the cap where there is one. May be `logits` itself: do not write to it."""
+    x = logits.to(work_dtype(logits))
+    slope = None
+    if transform.logit_scale != 1.0:
+        x = x * transform.logit_scale
+    if transform.softcap:
+        tanh = torch.tanh(x / transform.softcap)
+        x = tanh * transform.softcap
+        slope = 1 - tanh.square()
+    if transform.row_temperature is not None:
+        x = x / transform.row_temperature[:, None].to(x.dtype)
+    elif transform.temperature != 1.0:
+        x = x / transform.temperature
+    return x, slope
+
+
+def _stats_block(logits: Tensor, tokens: Tensor, transform: Transform, with_entropy: bool) -> RowStats:
+    x, _ = transformed(logits, transform)
+    index = tokens[:, None]
+    maximum = x.amax(-1)
+    d = x - maximum[:, None]
+    chosen = d.gather(-1, index)[:, 0]
+    e = d.exp() if with_entropy else d.exp_()
+    weighted = None
+    if with_entropy:
+        # exp(-inf) * -inf is NaN: a column that cannot occur adds nothing to the entropy
+        weighted = torch.linalg.vecdot(e, d.clamp_(min=torch.finfo(d.dtype).min))
+    chosen_e = e.gather(-1, index)[:, 0]
+    others = e.scatter_(-1, index, 0.0).sum(-1)
+    total = others + chosen_e
+    is_argmax = chosen == 0
+    log_sum = torch.where(is_argmax, torch.log1p(others), torch.log(total))
+    entropy = log_sum - weighted / total if weighted is not None else log_sum.new_empty(0)
+    return RowStats(chosen - log_sum, entropy, maximum, log_sum, others / total, is_argmax)
+
+
+def row_stats_reference(logits: Tensor, tokens: Tensor, transform: Transform, *, with_entropy: bool) -> RowStats:
+    """The definition. logits [N, V]; tokens [N] int64 within [0, V)."""
+    num_rows, vocab = logits.shape
+    step = max(1, _BLOCK_ELEMENTS // vocab)
+    if num_rows <= step:
+        return _stats_block(logits, tokens, transform, with_entropy)
+    parts = []
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        parts.append(_stats_block(logits[rows], tokens[rows], transform.take(rows), with_entropy))
+    return RowStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _grads_block(
+    logits: Tensor, tokens: Tensor, stats: RowStats, a: Tensor, b: Tensor, c: Tensor | None, transform: Transform
+) -> Tensor:
+    x, slope = transformed(logits, transform)
+    index = tokens[:, None]
+    d = x - stats.maximum[:, None]
+    p = (d - stats.log_sum[:, None]).exp_()
+    inner = (b - a)[:, None]
+    at_token = b
+    if c is not None:
+        d = d.clamp_(min=torch.finfo(d.dtype).min)
+        at_token = b + c * d.gather(-1, index)[:, 0]
+        inner = torch.addcmul(inner, c[:, None], d)
+    at_token = a * stats.miss + at_token * p.gather(-1, index)[:, 0]
+    grad = p.mul_(inner).scatter_(-1, index, at_token[:, None])
+    if slope is not None:
+        grad = grad.mul_(slope)
+    if transform.row_temperature is not None:
+        grad = grad.mul_((transform.logit_scale / transform.row_temperature.to(grad.dtype))[:, None])
+    elif transform.logit_scale != transform.temperature:
+        grad = grad.mul_(transform.logit_scale / transform.temperature)
+    return grad
+
+
+def row_grads_reference(
+    logits: Tensor,
+    tokens: Tensor,
+    stats: RowStats,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    transform: Transform,
+    *,
+    out: Tensor,
+) -> Tensor:
+    """Writes the gradient in the logits to `out` [N, V], which may be `logits`. a, b, c are [N]; c None = zeros."""
+    num_rows, vocab = logits.shape
+    step = max(1, _BLOCK_ELEMENTS // vocab)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        block = RowStats(*(field[rows] for field in stats))
+        part = None if c is None else c[rows]
+        grad = _grads_block(logits[rows], tokens[rows], block, a[rows], b[rows], part, transform.take(rows))
+        out[rows].copy_(grad)
+    return out
+
+
+def row_stats(
+    op: str, logits: Tensor, tokens: Tensor, transform: Transform, *, with_entropy: bool, mask: Tensor | None = None
+) -> RowStats:
+    """Statistics of each row of [..., V]; 0 where `mask` is False. Runs the kernel where there is one.
+
+    Args:
+        tokens: [N], N = number of rows; so are `mask` and a row temperature.
+    """
+    if use_triton(op, logits):
+        from rlhf_kernels.triton_rows import row_stats_triton
+
+        return row_stats_triton(logits, tokens, transform, with_entropy=with_entropy, mask=mask)
+    parts, start = [], 0
+    for block in row_blocks(logits):
+        rows = slice(start, start + len(block))
+        start += len(block)
+        if mask is None:
+            part = row_stats_reference(block, tokens[rows], transform.take(rows), with_entropy=with_entropy)
+        else:
+            kept = mask[rows].nonzero()[:, 0]
+            some = transform.take(rows).take(kept)
+            part = row_stats_reference(block[kept], tokens[rows][kept], some, with_entropy=with_entropy)
+            part = RowStats(*(spread(field, kept, len(block)) for field in part))
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else RowStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def row_grads(
+    op: str,
+    logits: Tensor,
+    tokens: Tensor,
+    stats: RowStats,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    transform: Transform,
+    *,
+    out: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Gradient in the logits [..., V], written to `out`, which may be `logits`; 0 where `mask` is False.
+
+    Runs the kernel where there is one.
+    """
+    if use_triton(op, logits):
+        from rlhf_kernels.triton_rows import row_grads_triton
+
+        return row_grads_triton(logits, tokens, stats, a, b, c, transform, out=out, mask=mask)
+    start = 0
+    for block in row_blocks(logits):
+        rows = slice(start, start + len(block))
+        start += len(block)
+        target = out.view(-1, out.shape[-1])[rows] if out is not logits else block
+        some = RowStats(*(field[rows] for field in stats))
+        part = None if c is None else c[rows]
+        if mask is None:
+            row_grads_reference(block, tokens[rows], some, a[rows], b[rows], part, transform.take(rows), out=target)
+            continue
+        kept = mask[rows].nonzero()[:, 0]
+        some = RowStats(*(field[kept] if field.numel() else field for field in some))
+        grads = torch.empty((len(kept), block.shape[1]), dtype=out.dtype, device=out.device)
+        part = None if part is None else part[kept]
+        taken = (block[kept], tokens[rows][kept], some, a[rows][kept], b[rows][kept], part)
+        row_grads_reference(*taken, transform.take(rows).take(kept), out=grads)
+        target.zero_().index_copy_(0, kept, grads)
+    return out
+
+
+def spread(values: Tensor, kept: Tensor, num_rows: int) -> Tensor:
+    """Per kept row -> per row, 0 elsewhere; an empty (not asked for) field stays empty."""
+    if values.numel() == 0 and len(kept):
+        return values
+    return values.new_zeros((num_rows, *values.shape[1:])).index_copy_(0, kept, values)
+
+
+def coefficients(
+    stats: RowStats, d_logprob: Tensor | None, d_entropy: Tensor | None, d_logsumexp: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """a, b, c of the module's formula from the gradients in the three outputs of a row; None = zero."""
+    zero = torch.zeros_like(stats.maximum)
+    a = zero if d_logprob is None else d_logprob
+    b = zero if d_logsumexp is None else d_logsumexp
+    if d_entropy is None:
+        return a, b, None
+    return a, b + d_entropy * (stats.log_sum - stats.entropy), -d_entropy
