@@ -6,4 +6,4 @@ from rlhf_kernels.linear_token_logprobs import linear_token_logprobs
 from rlhf_kernels.token_logprobs import TokenLogprobs, token_logprobs
 from rlhf_kernels.whiten import masked_whiten
 
-__all__ = ["backend_report", "TokenLogprobs", "gae", "linear_token_logprobs", "masked_whiten", "token_logprobs"]
+__all__ = ["TokenLogprobs", "backend_report", "gae", "linear_token_logprobs", "masked_whiten", "token_logprobs"]

@@ -36,7 +36,7 @@ def bind(function: Callable[..., Any], namespace: Any, **others: Any) -> Any:
 
 
 def kl_term(difference, ESTIMATOR):  # type: ignore[no-untyped-def]
-    """An estimate of KL(policy || reference) from d = log policy - log reference of a sampled token, and its slope in d.
+    """An estimate of KL(policy || reference) from d = log policy - log reference of a sampled token; its slope in d.
 
         k1 = d      k2 = d^2 / 2      k3 = exp(-d) - 1 + d
 

@@ -16,7 +16,7 @@ from torch import Tensor
 _log = logging.getLogger("rlhf_kernels")
 
 ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
-"""`auto` (default), `reference` (plain torch everywhere), or `triton` (also on CPU tensors, under TRITON_INTERPRET=1)."""
+"""`auto` (default), `reference` (torch everywhere), or `triton` (also on CPU tensors, under TRITON_INTERPRET=1)."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

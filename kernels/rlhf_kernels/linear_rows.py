@@ -116,13 +116,13 @@ class HeadGrads:
     def results(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in the dtypes of the inputs; an empty tensor for one that was not asked for."""
         weight = self.head.weight
-        nothing = weight.new_empty(0)
-        hidden = nothing if self.hidden is None else self.hidden
+        hidden = weight.new_empty(0) if self.hidden is None else self.hidden
         if not self.needs[1]:
-            d_weight = nothing
+            d_weight = weight.new_empty(0)
         else:
             d_weight = torch.zeros_like(weight) if self.weight is None else self.weight.to(weight.dtype)
-        return hidden, d_weight, nothing if self.bias is None or bias is None else self.bias.to(bias.dtype)
+        d_bias = weight.new_empty(0) if self.bias is None or bias is None else self.bias.to(bias.dtype)
+        return hidden, d_weight, d_bias
 
 
 def plain(weight: Tensor) -> Tensor:

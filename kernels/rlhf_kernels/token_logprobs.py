@@ -1,4 +1,4 @@
-"""Log-probability of one chosen token per row of logits, with entropy, logsumexp and arg-max match from the same pass."""
+"""Log-probability of one chosen token per row of logits; entropy, logsumexp and arg-max match from the same pass."""
 
 from typing import Any, NamedTuple
 
