@@ -5,7 +5,6 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
@@ -90,8 +90,8 @@ def _load_decoder(spec: ModelSpec, config: PretrainedConfig) -> tuple[PreTrained
     """The decoder of a folder, and its scalar head if it holds one."""
     assert spec.path is not None
     kind = (config.architectures or [""])[0]
-    head_file = Path(resolve_path(spec.path)) / HEAD_FILE
-    if head_file.is_file():
+    if hasattr(config, "score_mean") and not kind.endswith("ForSequenceClassification"):
+        head_file = cached_file(resolve_path(spec.path), HEAD_FILE, revision=spec.revision)
         return _load(spec, AutoModel), load_file(head_file)
     if not kind.endswith("ForSequenceClassification"):
         return _load(spec, AutoModel), None
@@ -118,7 +118,7 @@ def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
     }
     try:
         # on the CPU whatever the caller's default device: the same seed must give the same weights everywhere
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _no_progress_bar():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), no_progress_bar():
             torch.default_generator.manual_seed(spec.seed)
             if spec.path is None:
                 model = auto.from_config(_build_config(spec), **options)
@@ -154,8 +154,8 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for every load; the trainer has one of its own."""
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every load and save; the trainer has one of its own."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
