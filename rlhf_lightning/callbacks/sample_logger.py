@@ -1,7 +1,224 @@
-"""What the model says: the same prompts before and after, as a table in the terminal and as samples.jsonl."""
+"""What the model says: answers to the same prompts before and after, as a table in the terminal and as samples.jsonl."""
 
-from lightning.pytorch import Callback
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_lightning.callbacks.answering import answer_prompts
+from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import Sample
+from rlhf_lightning.data.collate import collate_prompts
+from rlhf_lightning.rollout.generate import GenerationSpec
+
+TEXT_PROMPT_LENGTH = 8
+"""Tokens of a record without a prompt (plain text) that serve as one."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One line of samples.jsonl."""
+
+    step: int
+    """Optimiser steps done when `after` was said."""
+    prompt: str
+    before: str
+    """What the model answered before the first step."""
+    after: str
+    score_before: float | None = None
+    """By the stage's reward functions; None for a stage without any."""
+    score_after: float | None = None
 
 
 class SampleLogger(Callback):
-    """x."""
+    """Asks the same few prompts before training and again at its end, and shows the answers side by side.
+
+    An on-policy stage is asked the prompts of its first rollout, any other stage with a policy those of its first
+    batch; a stage without a policy (a reward model) is asked nothing. Rows are appended to `samples.jsonl` in the run
+    folder and, where the logger can, logged as a table or text.
+
+    Args:
+        num_prompts: how many.
+        every_n_steps: ask again every so many optimiser steps, besides the end.
+        max_new_tokens: length of an answer of a stage that has no generation options of its own.
+        file: name of the file in the run folder.
+        show: print the table in the terminal.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int = 4,
+        every_n_steps: int | None = None,
+        max_new_tokens: int = 48,
+        file: str = "samples.jsonl",
+        show: bool = True,
+    ) -> None:
+        if num_prompts < 1:
+            raise UserError(f"SampleLogger: num_prompts={num_prompts} shows nothing; use at least 1")
+        self.num_prompts = num_prompts
+        self.every_n_steps = every_n_steps
+        self.max_new_tokens = max_new_tokens
+        self.file = file
+        self.show = show
+        self._prompt_ids: list[list[int]] = []
+        self._before: list[SampleRow] = []
+        self._asked_at = -1
+
+    # --- what is asked, and the first answers
+
+    def on_rollout_end(self, trainer: Trainer, module: LightningModule, rollouts: Rollouts) -> None:
+        if self._before or trainer.global_step > 0:
+            return
+        chosen: dict[tuple[int, ...], int] = {}
+        for row in range(rollouts.tokens.shape[0]):
+            first = int(rollouts.mask[row].int().argmax())
+            ids = rollouts.tokens[row, :first][rollouts.attention_mask[row, :first]].tolist()
+            chosen.setdefault(tuple(ids), row)
+            if len(chosen) == self.num_prompts:
+                break
+        answers = [rollouts.tokens[row][rollouts.mask[row]].tolist() for row in chosen.values()]
+        scores = [float(rollouts.scores[row]) for row in chosen.values()]
+        self._remember(module, [list(ids) for ids in chosen], answers, scores)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        is_first = not self._before and trainer.global_step == 0 and isinstance(batch, TokenBatch)
+        if not is_first or getattr(module, "policy", None) is None:
+            return
+        ids = [_prompt_of(batch, row) for row in range(min(self.num_prompts, batch.tokens.shape[0]))]
+        self._prompt_ids = [row for row in ids if row]
+        if self._prompt_ids:
+            samples, scores = self._ask(trainer, module)
+            self._remember(module, self._prompt_ids, [list(sample.tokens) for sample in samples], scores)
+
+    def _remember(
+        self, module: LightningModule, prompts: list[list[int]], answers: list[list[int]], scores: list[Any]
+    ) -> None:
+        tokenizer = module.tokenizer
+        self._prompt_ids = prompts
+        asked = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        self._before = [
+            SampleRow(0, prompt, before, before, score, score)
+            for prompt, before, score in zip(asked, said, scores, strict=True)
+        ]
+
+    # --- the later answers
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step > 0 and step % self.every_n_steps == 0 and step != self._asked_at:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._asked_at:
+            self._write(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self._path(trainer)
+        if trainer.global_step > 0 and path.exists() and trainer.is_global_zero:  # resumed: later rows will come again
+            rows = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if json.loads(row)["step"] <= trainer.global_step]
+            path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+
+    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._before:
+            return
+        samples, scores = self._ask(trainer, module)  # on every rank: sharded weights answer together
+        self._asked_at = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        rows = [
+            replace(row, step=trainer.global_step, after=sample.completion, score_after=score)
+            for row, sample, score in zip(self._before, samples, scores, strict=True)
+        ]
+        if not trainer.fast_dev_run:
+            path = self._path(trainer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        if self.show:
+            show_rows(rows)
+        _to_loggers(trainer, rows)
+
+    def _ask(self, trainer: Trainer, module: LightningModule) -> tuple[list[Sample], list[float | None]]:
+        spec = getattr(module, "generation", None) or GenerationSpec(max_new_tokens=self.max_new_tokens)
+        ids, tokenizer = self._prompt_ids, module.tokenizer
+        records: list[dict[str, Any]] = [{} for _ in ids]
+        batch = collate_prompts(ids, tokenizer.batch_decode(ids), records, range(len(ids)), tokenizer.pad_token_id)
+        with trainer.precision_plugin.forward_context():
+            samples = answer_prompts(module, batch, replace(spec, num_samples=1), purpose="samples")
+            return samples, _scores(module, samples)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.file
+
+    # --- a resumed run still knows what was said at the start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompt_ids": self._prompt_ids, "before": [asdict(row) for row in self._before]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._prompt_ids = state_dict["prompt_ids"]
+        self._before = [SampleRow(**row) for row in state_dict["before"]]
+
+
+def _prompt_of(batch: TokenBatch, row: int) -> list[int]:
+    """What stands before the first trained token of a row's first record; of plain text the first few tokens."""
+    tokens, real, mask = batch.tokens[row], batch.attention_mask[row], batch.mask[row]
+    if batch.segments is not None:
+        real = real & (batch.segments[row] == 1)
+    ids, counts = tokens[real].tolist(), mask[real].tolist()
+    length = counts.index(True) if True in counts else len(counts)
+    return ids[:length] if length > 1 else ids[:TEXT_PROMPT_LENGTH]
+
+
+def _scores(module: LightningModule, samples: list[Sample]) -> list[float | None]:
+    """Scores of the stage's reward functions, if it has any that can do without the prompt's record."""
+    rewards = getattr(module, "rewards", None)
+    if not rewards:
+        return [None] * len(samples)
+    from rlhf_lightning.rewards.combine import score_samples
+
+    try:
+        return [float(score) for score in score_samples(rewards, samples).total]
+    except (UserError, KeyError):
+        return [None] * len(samples)
+
+
+def show_rows(rows: Sequence[SampleRow]) -> None:
+    """The table in the terminal; plain paragraphs where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print(f"prompt: {row.prompt}\n  before{_score(row.score_before, ' ({})')}: {row.before}")
+            print(f"  after{_score(row.score_after, ' ({})')}: {row.after}", flush=True)
+        return
+    table = Table("prompt", "before", "after", "score", title=f"step {rows[0].step}", show_lines=True)
+    for row in rows:
+        change = f"{_score(row.score_before)} → {_score(row.score_after)}" if row.score_after is not None else ""
+        table.add_row(Text(row.prompt), Text(row.before), Text(row.after), change)
+    console.print(table)
+
+
+def _score(value: float | None, shape: str = "{}") -> str:
+    return "" if value is None else shape.format(f"{value:.3g}")
+
+
+def _to_loggers(trainer: Trainer, rows: Sequence[SampleRow]) -> None:
+    step, columns = trainer.global_step, list(asdict(rows[0]))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table("samples", columns=columns, data=[list(asdict(row).values()) for row in rows], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            text = "\n\n".join(f"**{row.prompt}**\n\n{row.before}\n\n→ {row.after}" for row in rows)
+            logger.experiment.add_text("samples", text, step)

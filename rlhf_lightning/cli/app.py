@@ -1,4 +1,4 @@
-"""Lightning's command line with its traps closed: no abbreviations, the command line beats a checkpoint, one run per folder."""
+"""Lightning's command line with its traps closed: no abbreviations, options beat checkpoints, one run per folder."""
 
 import sys
 from pathlib import Path
@@ -143,12 +143,13 @@ class RLHFCLI(LightningCLI):
         self.run_folder = RunFolder(Path(config.trainer.default_root_dir))
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             config.ckpt_path = self.run_folder.prepare(config.resume, config.overwrite, config.get("ckpt_path"))
-        elif config.get("ckpt_path") == "last":
-            config.ckpt_path = str(self.run_folder.last_checkpoint(required=True))
+        elif config.get("ckpt_path") in ("last", "auto"):
+            last = self.run_folder.last_checkpoint(required=config.ckpt_path == "last")
+            config.ckpt_path = None if last is None else str(last)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        check_instances(self.model, self.datamodule, self.sources)
+        check_instances(self.config[self.subcommand], self.model, self.datamodule, self.sources)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         assert self.run_folder is not None

@@ -1,10 +1,101 @@
-"""Checks of a parsed config that no type can express, and of keys that would do nothing."""
+"""Checks of a config that no type can express, and of keys that would do nothing."""
 
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
 from rlhf_lightning.cli.sources import ConfigSources
+from rlhf_lightning.core.errors import UserError
+
+Inert = tuple[str, str]
+"""A dotted key and why it does nothing."""
 
 
-def check_config(config: Any, sources: ConfigSources) -> None: ...
-def check_trainer_names(config: Any, sources: ConfigSources) -> None: ...
-def check_instances(model: Any, data: Any, sources: ConfigSources) -> None: ...
+def check_config(config: Any, sources: ConfigSources) -> None:
+    """Refuses numbers that are none and learning rates that cannot be meant.
+
+    Args:
+        config: the parsed options of the subcommand.
+        sources: where each was set.
+    """
+    for key, value in leaves(config.as_dict() if hasattr(config, "as_dict") else config):
+        if not isinstance(value, float | int) or isinstance(value, bool):
+            continue
+        if math.isnan(value):
+            raise UserError(f"{at(key, sources)}={value} is not a number")
+        if key.rpartition(".")[2] == "lr" and not 0 < value <= 100:
+            raise UserError(f"{at(key, sources)}={value}: a learning rate is positive, usually 1e-7 to 1e-1")
+
+
+def check_trainer_names(trainer: Any, sources: ConfigSources) -> None:
+    """Refuses strategies and accelerators that do not exist, which Lightning would answer with a traceback."""
+    names = {
+        "strategy": {"auto", "ddp", "fsdp", *StrategyRegistry.available_strategies()},
+        "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
+    }
+    for option, known in names.items():
+        value = trainer.get(option)
+        if isinstance(value, str) and value not in known:
+            near = get_close_matches(value, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(known))}"
+            raise UserError(f"{at(f'trainer.{option}', sources)}: there is no {option} {value!r}; {hint}")
+
+
+def check_instances(config: Any, model: Any, data: Any, sources: ConfigSources) -> None:
+    """Refuses keys that the rest of the config leaves without effect."""
+    found = [
+        *inert_trainer_options(config, sources),
+        *((f"model.init_args.{key}", why) for key, why in model.inert_options()),
+        *((f"data.{key}", why) for key, why in _of_data(data)),
+    ]
+    if found:
+        raise UserError("\n  ".join(f"{at(key, sources)} does nothing: {why}; remove it" for key, why in found))
+
+
+def _of_data(data: Any) -> Iterable[Inert]:
+    return data.inert_options() if hasattr(data, "inert_options") else ()
+
+
+def inert_trainer_options(config: Any, sources: ConfigSources) -> Iterable[Inert]:
+    """Trainer options that were set and have no effect beside the others."""
+
+    def is_set(option: str) -> bool:
+        # only what somebody wrote by hand, and not as it is anyway: a saved config names every key
+        return sources.where(f"trainer.{option}") is not None and trainer.get(option) not in (None, False)
+
+    trainer = config["trainer"]
+    if is_set("gradient_clip_algorithm") and trainer.get("gradient_clip_val") is None:
+        yield "trainer.gradient_clip_algorithm", "gradient_clip_val is not set, so nothing is clipped"
+    data = config.get("data") or {}
+    if not data.get("val") and not data.get("val_frac"):
+        for option, default in (
+            ("val_check_interval", 1.0),
+            ("limit_val_batches", 1.0),
+            ("check_val_every_n_epoch", 1),
+        ):
+            if is_set(option) and trainer.get(option) not in (0, default):
+                yield f"trainer.{option}", "there is no validation data (data.val, data.val_frac)"
+    if is_set("log_every_n_steps") and trainer.get("logger") is False:
+        yield "trainer.log_every_n_steps", "logger is false, so nothing is logged"
+
+
+def leaves(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """Every scalar below a mapping or list, with its dotted key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from leaves(inner, key)
+    else:
+        yield key, value
+
+
+def at(key: str, sources: ConfigSources) -> str:
+    """The key, headed by the file and line that set it."""
+    place = sources.where(key)
+    return f"{place}: {place.key if place.file else '--' + place.key}" if place else key

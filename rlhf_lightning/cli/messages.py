@@ -1,15 +1,136 @@
-"""Turns jsonargparse's nested complaints into one sentence: the key, where it was set, the nearest right one."""
+"""Turns jsonargparse's nested complaints into one sentence: the key, its place, what is wrong, the nearest right one."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
-from rlhf_lightning.cli.sources import ConfigSources
+from rlhf_lightning.cli.options import class_of, known_classes, valid_children
+from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
 
-UNKNOWN_OPTION = re.compile(r"[Oo]ption '([\w.]+)' is not accepted")
-UNKNOWN_GROUP_KEY = re.compile(
-    r"(?:Group|Key|Option) '([\w.]+)' (?:does not accept nested key|is not expected|does not)"
+BOILERPLATE = re.compile(
+    r"Does not validate against any|Subtypes:|Errors:|Given value|Not a valid subclass|Subclass types expect|"
+    r"a class path \(str\)|a dict with|a dict without|Expected a <class 'NoneType'>|Expected a path but|$"
 )
+UNKNOWN = (
+    re.compile(r"Subcommand '\w+' does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
+    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
+)
+WRONG_TYPE = re.compile(r"Expected (?:a|an) (?P<type>.+?)\.? Got value: (?P<value>.*)")
+WRONG_TYPE_OF_UNION = re.compile(r"Expected (?:a|an) <class '(?P<type>[^']+)'>$")
+UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)$")
+NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """One thing that is wrong, and the key it is about."""
+
+    key: str
+    text: str
 
 
 def explain(message: str, sources: ConfigSources, parser: Any) -> str:
-    return message
+    """One readable sentence for a parser's error message.
+
+    Args:
+        message: what the parser says.
+        sources: where keys were set.
+        parser: of the subcommand; knows the options of trainer and data.
+    """
+    missing = re.search(r"arguments are required: (\S+)", message)
+    if missing:
+        key = missing.group(1).partition(".")[2] or missing.group(1)
+        return f"{key} is missing: set it in the YAML file or by --{key}"
+    complaints = _complaints(message)
+    for complaint in complaints:
+        for pattern in UNKNOWN:
+            if match := pattern.search(complaint.text):
+                parts = [complaint.key, match.groupdict().get("group"), match["key"]]
+                return _unknown(".".join(part for part in parts if part), sources, parser)
+    for complaint in complaints:
+        if match := NO_ATTRIBUTE.search(complaint.text):
+            return _no_attribute(complaint.key, match["module"], match["name"], sources)
+    types = [m["type"] for c in complaints if (m := WRONG_TYPE_OF_UNION.search(c.text))]
+    for complaint in complaints:
+        if match := WRONG_TYPE.search(complaint.text):
+            return f"{_at(complaint.key, sources)}: {match['value']} is not {_a_type(match['type'])}"
+        if match := UNKNOWN_CLASS.search(complaint.text):
+            if types and "." not in match["name"]:
+                return f"{_at(complaint.key, sources)}: {match['name']} is not {' or '.join(map(_a_type, types))}"
+            return _unknown_class(complaint.key, match["name"], sources)
+    if not complaints:
+        return message
+    key = complaints[0].key
+    what = "; ".join(dict.fromkeys(c.text for c in complaints if c.key == key))
+    if not key:
+        return what
+    return f"{_at(f'{key}.class_path' if 'Import path' in what else key, sources)}: {what}"
+
+
+def _complaints(message: str) -> list[Complaint]:
+    """The leaves of the message's tree, each with the keys on the way to it."""
+    found: list[Complaint] = []
+    path: list[tuple[int, str]] = []
+    for line in message.splitlines():
+        text = line.strip().removeprefix("- ").strip()
+        if not text:
+            continue
+        indent = len(line) - len(line.lstrip(" -"))
+        while path and indent <= path[-1][0]:
+            path.pop()
+        if match := re.fullmatch(r"""Parser key ["'](?P<key>[^"']+)["']:(?P<rest>.*)""", text):
+            path.append((indent, match["key"]))
+            text = match["rest"].strip()
+        if text and not BOILERPLATE.match(text):
+            found.append(Complaint(".".join(key for _, key in path), text))
+    return found
+
+
+def _unknown(key: str, sources: ConfigSources, parser: Any) -> str:
+    parts = short_key(key).split(".")
+    for depth in range(len(parts)):  # the first part that is not an option is the culprit, not the leaf below it
+        parent, name = ".".join(parts[:depth]), parts[depth]
+        place = sources.where(".".join(parts[: depth + 1])) or sources.where(key)
+        valid = valid_children(parent, place, sources, parser)
+        if valid and name not in valid:
+            owner = class_of(parent, place, sources)
+            whose = f"an option of {owner}" if owner else (f"an option of {parent}" if parent else "a section")
+            return f"{_at(place.key if place else key, sources, place)} is not {whose}; {_nearest(name, valid)}"
+    return f"{_at(key, sources)} is not an option"
+
+
+def _no_attribute(key: str, module: str, name: str, sources: ConfigSources) -> str:
+    near = get_close_matches(name, dir(import_module(module)), n=1)
+    hint = f"; did you mean {module}.{near[0]}?" if near else ""
+    return f"{_at(f'{key}.class_path', sources)}: there is no {name} in {module}{hint}"
+
+
+def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
+    return (
+        f"{_at(f'{key}.class_path', sources)}: {name} is not a known class; {_nearest(name, known_classes(key), 12)} "
+        "(your own needs its module: package.module.Class)"
+    )
+
+
+def _nearest(name: str, valid: Iterable[str], most: int = 60) -> str:
+    valid = sorted(valid)
+    near = get_close_matches(name, valid, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"choose one of {', '.join(valid[:most])}{', ...' if len(valid) > most else ''}"
+
+
+def _a_type(text: str) -> str:
+    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    plain = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return plain.get(name, f"of type {name}")
+
+
+def _at(key: str, sources: ConfigSources, place: Place | None = None) -> str:
+    place = place or sources.where(key) or sources.where(key.removesuffix(".class_path"))
+    return f"{place}: {place.key if place.file else '--' + place.key}" if place else key

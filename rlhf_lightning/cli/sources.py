@@ -1,4 +1,4 @@
-"""The YAML files of a command line, read with line numbers: where each key was set, and what jsonargparse would let pass."""
+"""The YAML files of a command line, with line numbers: where each key was set, and what would pass without a word."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,11 +56,20 @@ class ConfigSources:
         return sources
 
     def where(self, key: str) -> Place | None:
-        """The last place that set `key`, or a key ending in it (class_path and init_args levels left out or not)."""
-        for exact in (True, False):
+        """The last place that set `key`; failing that, one that set a key ending in it.
+
+        init_args and class_path levels may be left out of `key`.
+        """
+        wanted = short_key(key)
+        for matches in (lambda short: short == wanted, lambda short: short.endswith("." + wanted)):
+            best: Place | None = None
             for place in reversed(self.places):
-                if _short(place.key) == _short(key) or (not exact and _short(place.key).endswith("." + _short(key))):
-                    return place
+                if best is None and matches(short_key(place.key)):
+                    best = place
+                elif best is not None and best.key.startswith(place.key + ".") and short_key(place.key) == wanted:
+                    best = place  # policy rather than policy.init_args
+            if best is not None:
+                return best
         return None
 
     def check(self) -> None:
@@ -127,6 +136,6 @@ class ConfigSources:
             self.problems.append(f"{where}: {node.value} is not a number")
 
 
-def _short(key: str) -> str:
+def short_key(key: str) -> str:
     """The key without its class_path / init_args levels: model.init_args.policy.path -> model.policy.path."""
     return ".".join(part for part in key.split(".") if part not in ("init_args", "dict_kwargs"))

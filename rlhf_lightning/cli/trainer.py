@@ -1,16 +1,151 @@
 """A Trainer with three more things to do: answer prompts, show records, export."""
 
-from lightning.pytorch import Trainer
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_lightning.callbacks.answering import answer_prompts, prompt_batches
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.rollout.generate import GenerationSpec
 
 
 class RLHFTrainer(Trainer):
     """Lightning's Trainer; `generate`, `preview` and `export` are subcommands as `fit` is."""
 
-    def generate(self, model, datamodule) -> None:
-        """x."""
+    def generate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        prompt: list[str] | None = None,
+        prompts: str | None = None,
+        out: str | None = None,
+        sampling: GenerationSpec | None = None,
+        batch_size: int = 16,
+        ckpt_path: str | None = "auto",
+    ) -> list[dict[str, Any]]:
+        """Answer prompts with the policy of a config.
 
-    def preview(self, model, datamodule) -> None:
-        """x."""
+        Args:
+            model: a stage that trains a policy.
+            datamodule: not read.
+            prompt: prompts given on the command line: --prompt "Once upon" or --prompt '[one, two]'.
+            prompts: a file of prompts: .jsonl, .json, .parquet or .csv with a `prompt` column, or one prompt a line.
+            out: also write prompts and answers to this .jsonl file.
+            sampling: how to sample; default: the stage's own generation options.
+            batch_size: prompts answered at once.
+            ckpt_path: weights: a checkpoint, `last` of the run folder, `auto` (last if there is one, else the model
+                that the config starts from), or null (the model that the config starts from).
+        """
+        questions = _read_prompts(prompt, prompts)
+        self._build(model, ckpt_path)
+        if getattr(model, "policy", None) is None:
+            raise UserError(f"{type(model).__name__} has no policy that could answer; generate takes SFT, PPO and such")
+        spec = sampling or getattr(model, "generation", None) or GenerationSpec()
+        rows: list[dict[str, Any]] = []
+        for index, batch in enumerate(prompt_batches(model.tokenizer, questions, batch_size)):
+            samples = answer_prompts(model, batch, spec, purpose="generate", index=index)
+            rows += [{"prompt": s.prompt, "completion": s.completion, "finished": s.finished} for s in samples]
+        _show_answers(rows)
+        if out is not None:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            print(f"written to {out}")
+        return rows
 
-    def export(self, model, datamodule) -> None:
-        """x."""
+    def preview(
+        self, model: LightningModule, datamodule: LightningDataModule, num_records: int = 4, split: str = "train"
+    ) -> None:
+        """Print a few records as the stage will see them, every token coloured by what it counts for.
+
+        Args:
+            model: the stage: its tokenizer and the kind of records it wants.
+            datamodule: the records.
+            num_records: how many.
+            split: train or val.
+        """
+        from rlhf_lightning.data.preview import preview
+
+        model.trainer = self
+        datamodule.trainer = self
+        self.strategy._lightning_module = model
+        preview(datamodule, num_records=num_records, split=split)
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        folder: str | None = None,
+        ckpt_path: str | None = "last",
+    ) -> Path:
+        """Write a checkpoint as a Hugging Face folder.
+
+        Args:
+            model: the stage that wrote the checkpoint.
+            datamodule: not read.
+            folder: where to write; default: `hf` in the run folder.
+            ckpt_path: a checkpoint, `last` of the run folder, or null (the model that the config starts from).
+        """
+        self._build(model, ckpt_path)
+        path = Path(model.export(Path(folder) if folder else Path(self.default_root_dir) / "hf"))
+        print(f"exported to {path}")
+        return path
+
+    def _build(self, model: LightningModule, ckpt_path: str | None) -> None:
+        """Networks with their weights, on the device, ready to be asked."""
+        model.trainer = self
+        self.strategy._lightning_module = model
+        model.configure_model()
+        if ckpt_path is not None:
+            load_weights(model, ckpt_path)
+        model.to(self.strategy.root_device).eval()
+
+
+def load_weights(model: LightningModule, ckpt_path: str | Path) -> None:
+    """The weights of a checkpoint, and nothing else of it: the config says everything else."""
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(f"--ckpt_path {path}: no such checkpoint file")
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not fit the model of the config: {error}") from error
+    print(f"weights: {path}, step {checkpoint.get('global_step', '?')}")
+
+
+def _read_prompts(given: list[str] | None, file: str | None) -> list[Any]:
+    questions: list[Any] = list(given or [])
+    if file is not None:
+        path = Path(file)
+        if path.suffix in (".jsonl", ".json", ".parquet", ".csv"):
+            from rlhf_lightning.data.readers import Source, read_source
+
+            table = read_source(Source(path=file))
+            if "prompt" not in table.columns():
+                raise UserError(f"{file} has no column `prompt`; its columns are {', '.join(table.columns())}")
+            questions += [row["prompt"] for row in table.rows]
+        elif path.is_file():
+            questions += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            raise UserError(f"--prompts {file}: no such file")
+    if not questions:
+        raise UserError('nothing to answer: give --prompt "some text" or --prompts FILE')
+    return questions
+
+
+def _show_answers(rows: list[dict[str, Any]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print(f"> {row['prompt']}\n{row['completion']}\n")
+        return
+    table = Table("prompt", "answer", show_lines=True)
+    for row in rows:
+        table.add_row(Text(row["prompt"]), Text(row["completion"]))
+    console.print(table)

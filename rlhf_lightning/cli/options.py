@@ -1,0 +1,110 @@
+"""What may stand under a key: the options of the class that the config names there."""
+
+import dataclasses
+import inspect
+from abc import ABC
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
+from rlhf_lightning.core import interfaces
+
+
+def valid_children(parent: str, place: Place | None, sources: ConfigSources, parser: Any) -> set[str]:
+    """Names that may stand under `parent`; empty if that cannot be told.
+
+    Args:
+        parent: a dotted key without its init_args levels; empty for the root.
+        place: where the key in question was set: tells list items apart.
+        sources: which class each key names.
+        parser: of the subcommand.
+    """
+    dests = [action.dest for action in parser._actions]
+    if not parent:
+        return {dest.split(".")[0] for dest in dests} - {"help", "print_config", "print_shtab"}
+    direct = {dest[len(parent) + 1 :].split(".")[0] for dest in dests if dest.startswith(f"{parent}.")}
+    direct.discard("help")
+    if direct:
+        return direct
+    head, rest = parent, ""
+    while head:
+        name = class_of(head, place, sources)
+        if name is not None:
+            cls = _import(name)
+            return set() if cls is None else _options(cls, rest)
+        head, _, last = head.rpartition(".")
+        rest = f"{last}.{rest}".rstrip(".")
+    return set()
+
+
+def class_of(key: str, place: Place | None, sources: ConfigSources) -> str | None:
+    """The class that the config names for `key`, as written there; of several list items the one above `place`."""
+    found = None
+    for candidate in sources.places:
+        is_class = short_key(candidate.key) == f"{key}.class_path"
+        is_short = short_key(candidate.key) == key and candidate.value and not candidate.value.startswith("{")
+        same_file = place is not None and candidate.file == place.file and bool(place.file)
+        if (is_class or is_short) and not (same_file and place is not None and candidate.line > place.line):
+            found = candidate.value
+    return found
+
+
+def known_classes(key: str = "") -> dict[str, type]:
+    """Classes that a config may name without their module; under `key`, if it is the stage's or the callbacks'."""
+    from rlhf_lightning.stages.base import RLHFModule
+
+    bases: list[type] = [v for v in vars(interfaces).values() if isinstance(v, type) and issubclass(v, ABC)]
+    by_key: dict[str, list[type]] = {"model": [RLHFModule], "trainer.callbacks": [Callback], "trainer.logger": [Logger]}
+    bases = by_key.get(key, [RLHFModule, Callback, Logger, *bases])
+    found: dict[str, type] = {}
+    while bases:
+        for sub in type.__subclasses__(bases.pop()):
+            if not (sub.__name__.startswith("_") or inspect.isabstract(sub)):
+                found[sub.__name__] = sub
+            bases.append(sub)
+    return found
+
+
+def _import(name: str) -> type | None:
+    if "." not in name:
+        return known_classes().get(name)
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute, None)
+    except ImportError:
+        return None
+
+
+@lru_cache
+def _options(cls: type, below: str) -> set[str]:
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_class_arguments(cls, fail_untyped=False)
+    except ValueError:
+        return set()
+    dests = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+    if not below:
+        return {dest.split(".")[0] for dest in dests}
+    direct = {dest[len(below) + 1 :].split(".")[0] for dest in dests if dest.startswith(f"{below}.")} - {"help"}
+    return direct or _fields(cls, below.split("."))
+
+
+def _fields(cls: type, path: list[str]) -> set[str]:
+    """Fields of the dataclasses that the annotation of an (optional, listed) argument mentions."""
+    hint = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__).get(path[0])
+    for found in _dataclasses_in(hint):
+        if len(path) == 1:
+            return {field.name for field in dataclasses.fields(found)}
+        return _fields(found, path[1:])
+    return set()
+
+
+def _dataclasses_in(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for argument in get_args(hint) for found in _dataclasses_in(argument)]
