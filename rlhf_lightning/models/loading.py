@@ -170,7 +170,12 @@ def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
     if spec.disable_dropout:
         disable_dropout(model)
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.2x on
+        if enable is None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        else:
+            enable(activation_checkpointing_kwargs=options)
     return model if spec.lora is None else add_adapter(model, spec.lora, seed=spec.seed)
 
 

@@ -1,5 +1,7 @@
 """Low-rank adapters in the decoder."""
 
+import warnings
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,7 +27,9 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int) -> PeftMod
         fan_in_fan_out=model.config.model_type == "gpt2",  # its layers store the transpose
     )
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft asks transformers by old names, and warns of tied layers that are refused below
+            warnings.simplefilter("ignore")
             torch.default_generator.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except ValueError as error:
