@@ -1,4 +1,4 @@
-"""The quickstart's gold scorer as a reward function, and the checks that its report counts."""
+"""The quickstart's scorers as reward functions. All read prompt and answer as one text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,13 @@ from rlhf_lightning.quickstart.language import gold_score, is_grammatical, senti
 
 @dataclass(frozen=True)
 class ReviewGold(RewardFn):
-    """Scores the whole review, prompt and answer: sentiment minus repetition minus broken grammar.
-
-    Args:
-        repetition_coef: weight of the share of repeated word pairs.
-        ungrammaticality_coef: weight of 0.5 to 1 for a text that is no review of the language.
-    """
+    """Sentiment minus repetition minus broken grammar: what a good review is worth."""
 
     name: ClassVar[str] = "gold"
     repetition_coef: float = 1.5
+    """Weight of the share of repeated word pairs."""
     ungrammaticality_coef: float = 1.0
+    """Weight of 0.5 to 1 for a text that is no review of the language."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         return [
@@ -32,11 +29,21 @@ class ReviewGold(RewardFn):
         ]
 
 
-def grammatical(samples: Sequence[Sample]) -> list[float]:
-    """1 for each sample that is, prompt and answer together, a finished review of the language; else 0."""
-    return [float(sample.finished and is_grammatical(sample.prompt + sample.completion)) for sample in samples]
+@dataclass(frozen=True)
+class Grammatical(RewardFn):
+    """1 for an answer that ended by itself and makes, with its prompt, a review of the language; else 0."""
+
+    name: ClassVar[str] = "grammatical"
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [float(sample.finished and is_grammatical(sample.prompt + sample.completion)) for sample in samples]
 
 
-def review_sentiment(samples: Sequence[Sample]) -> list[float]:
-    """Sentiment of each sample, prompt and answer together, from -1 to 1."""
-    return [sentiment(sample.prompt + sample.completion) for sample in samples]
+@dataclass(frozen=True)
+class Sentiment(RewardFn):
+    """From -1 (all blame) to 1 (all praise)."""
+
+    name: ClassVar[str] = "sentiment"
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [sentiment(sample.prompt + sample.completion) for sample in samples]

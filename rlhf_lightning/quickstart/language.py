@@ -116,14 +116,13 @@ _WORD_VALUES = {word: value for lexicon in GRAMMAR.lexicons.values() for word, v
 def sample_review(rng: random.Random) -> str:
     """Draw a grammatical review that says nothing twice: all praise or all blame (2 in 5 each), or as it comes."""
     mood = rng.choices((1, -1, 0), (2, 2, 1))[0]
+    shapes = GRAMMAR.productions[f"{rng.choice(TOPICS)}Review"]
+    shape = rng.choices(shapes, [shape.weight for shape in shapes])[0]
     while True:
-        words, _ = GRAMMAR.sample(f"{rng.choice(TOPICS)}Review", rng)
+        words = [word for part in shape.parts for word in _sample_in_mood(part, mood, rng)]
         num_words = sum(word.isalpha() for word in words)
-        if not REVIEW_LENGTH[0] <= num_words <= REVIEW_LENGTH[1] or _repetition(words) > 0:
-            continue
-        review = _write(words)
-        if mood == 0 or min(mood * _sentence_value(sentence) for sentence in _sentences(review)) >= 0:
-            return review
+        if REVIEW_LENGTH[0] <= num_words <= REVIEW_LENGTH[1] and _repetition(words) == 0:
+            return _write(words)
 
 
 def split_review(review: str, rng: random.Random) -> tuple[str, str]:
@@ -173,6 +172,13 @@ def gold_score(text: str, *, repetition_coef: float = 1.5, ungrammaticality_coef
     gold = sentiment - 1.5 repetition - ungrammaticality
     """
     return sentiment(text) - repetition_coef * repetition(text) - ungrammaticality_coef * ungrammaticality(text)
+
+
+def _sample_in_mood(symbol: str, mood: int, rng: random.Random) -> list[str]:
+    while True:
+        words, value = GRAMMAR.sample(symbol, rng)
+        if mood * value >= 0:
+            return words
 
 
 def _is_neutral(words: Sequence[str]) -> bool:

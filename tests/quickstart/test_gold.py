@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_lightning.core.interfaces import Sample
-from rlhf_lightning.quickstart.gold import ReviewGold, grammatical, review_sentiment
+from rlhf_lightning.quickstart.gold import Grammatical, ReviewGold, Sentiment
 
 GOOD = Sample(prompt="The film was", completion=" superb. I would watch it again.")
 CUT = Sample(prompt="The film was", completion=" superb. I would watch it again.", finished=False)
@@ -9,10 +9,10 @@ TWICE = Sample(prompt="The film", completion=" film film")
 
 
 def test_prompt_and_answer_are_read_as_one_text():
-    assert review_sentiment([GOOD]) == [pytest.approx(0.8)]
+    assert Sentiment()([GOOD]) == [pytest.approx(0.8)]
     assert ReviewGold()([GOOD, TWICE]) == [pytest.approx(0.8), pytest.approx(-1.5 * 1 / 3 - 1)]
     assert ReviewGold(repetition_coef=0, ungrammaticality_coef=0)([TWICE]) == [0]
 
 
 def test_only_a_finished_review_counts_as_grammatical():
-    assert grammatical([GOOD, CUT, TWICE]) == [1, 0, 0]
+    assert Grammatical()([GOOD, CUT, TWICE]) == [1, 0, 0]
