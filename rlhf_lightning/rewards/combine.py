@@ -4,7 +4,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,11 @@ class ScoredSamples:
     """Weighted sum of the functions that score tokens, [tokens] for each sample; None if no function does."""
     breakdown: dict[str, Tensor]
     """Scores of each function before weighting, by name [batch]."""
+
+    def plus(self, scores: Tensor) -> "ScoredSamples":
+        """With one more number per sample [batch], given at the end."""
+        scores = scores.to(self.total)
+        return replace(self, total=self.total + scores, at_end=self.at_end + scores)
 
 
 def score_samples(rewards: Sequence[WeightedReward], samples: Sequence[Sample]) -> ScoredSamples:
