@@ -3,8 +3,6 @@
 PYTHONPATH=examples rlhf-lightning fit --config configs/ppo.yaml --model shorter_answers.ShorterAnswersPPO
 """
 
-from dataclasses import replace
-
 from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.rewards.combine import ScoredSamples
 from rlhf_lightning.stages import PPOModule
@@ -22,6 +20,4 @@ class ShorterAnswersPPO(PPOModule):
         self.price_per_token = price_per_token
 
     def score(self, prompts: PromptBatch, answers: Generated) -> ScoredSamples:
-        scored = super().score(prompts, answers)
-        lengths = answers.mask.sum(-1).to(scored.total)
-        return replace(scored, total=scored.total - self.price_per_token * lengths)
+        return super().score(prompts, answers).plus(-self.price_per_token * answers.mask.sum(-1))

@@ -4,6 +4,7 @@ Every other module averages through here, so that padding never leaks into a num
 on how its batch was cut into micro-batches, ranks or packed rows.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,25 +31,31 @@ def masked_var(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Floa
     return masked_mean((x - masked_mean(x, mask)).square(), mask)
 
 
+def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "3"]:
+    """Count, sum and sum of squares in float64: add these over ranks, then whiten with the total."""
+    kept = torch.where(mask, x, torch.zeros_like(x)).double()
+    return torch.stack((mask.sum().double(), kept.sum(), kept.square().sum()))
+
+
 def explained_variance(
-    values: Float[Tensor, "*shape"], returns: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
+    values: Float[Tensor, "*shape"],
+    returns: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+    *,
+    add_over_ranks: Callable[[Tensor], Tensor] = lambda moments: moments,
 ) -> Float[Tensor, ""]:
     """How much of the spread of the returns the critic foresaw.
 
         1 - var(returns - values) / var(returns)
 
+    Args:
+        add_over_ranks: adds moments over all ranks, where there are several.
     Returns:
         1 for a perfect critic, 0 for a constant one, below 0 for one that is worse; 0 where the returns do not vary.
     """
-    spread = masked_var(returns, mask)
-    unexplained = masked_var(returns - values, mask)
-    return torch.where(spread > 0, 1 - unexplained / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
-
-
-def masked_moments(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "3"]:
-    """Count, sum and sum of squares in float64: add these over ranks, then whiten with the total."""
-    kept = torch.where(mask, x, torch.zeros_like(x)).double()
-    return torch.stack((mask.sum().double(), kept.sum(), kept.square().sum()))
+    spread = _variance(add_over_ranks(masked_moments(returns, mask)))
+    unexplained = _variance(add_over_ranks(masked_moments(returns - values, mask)))
+    return torch.where(spread > 0, 1 - unexplained / spread.clamp(min=torch.finfo(spread.dtype).tiny), 0.0).float()
 
 
 def masked_whiten(
@@ -71,6 +78,12 @@ def masked_whiten(
         Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019. arXiv:1909.08593
     """
     return _masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
+
+
+def _variance(moments: Float[Tensor, "3"]) -> Float[Tensor, ""]:
+    count, total, squares = moments.unbind()
+    mean = total / count.clamp(min=1)
+    return (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
 
 
 def reduce_tokens(

@@ -19,6 +19,7 @@ from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_loader import StepLoader
+from rlhf_lightning.stages.step_means import StepMeans
 
 PLAIN = (bool, int, float, str, list, dict, type(None))
 
@@ -57,6 +58,7 @@ class RLHFModule(L.LightningModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._loader: Any = None
         self._saved_progress: Mapping[str, Any] | None = None
+        self.step_means = StepMeans()
         self.figures: dict[str, float] = {}
         """Numbers of the last validation, for the model card."""
 
@@ -92,6 +94,12 @@ class RLHFModule(L.LightningModule, ABC):
         summed = vector.to(self.device, torch.float64 if self.device.type != "mps" else torch.float32)
         torch.distributed.all_reduce(summed)
         return summed.to(vector.device, vector.dtype)
+
+    def log_step_means(self, batch_idx: int, *, prog_bar: bool = False) -> None:
+        """With the last micro-batch of an optimiser step, log the means of all that was added to `step_means`."""
+        done = batch_idx + 1
+        if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
+            self.log_dict(self.step_means.take(self.add_over_ranks), prog_bar=prog_bar, batch_size=1)
 
     # ---- loader and its state --------------------------------------------------------------------------------------
 

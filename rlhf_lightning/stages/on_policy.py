@@ -285,11 +285,9 @@ class OnPolicyModule(RLHFModule):
     def log_pending(self) -> None:
         """Log the metrics of the last rollout; called from the training step, where Lightning accepts them."""
         if self._pending_metrics:
-            self.log_dict({k: float(v) for k, v in self._pending_metrics.items()}, batch_size=1)
             shown = ("rollout/score", "rollout/kl")
-            self.log_dict(
-                {f"{k}_now": self._pending_metrics[k] for k in shown}, prog_bar=True, logger=False, batch_size=1
-            )
+            self.log_dict({k: v for k, v in self._pending_metrics.items() if k in shown}, prog_bar=True, batch_size=1)
+            self.log_dict({k: v for k, v in self._pending_metrics.items() if k not in shown}, batch_size=1)
             self._pending_metrics = {}
 
     def tell(self, hook: str, *arguments: Any) -> None:

@@ -25,8 +25,6 @@ from rlhf_lightning.core.kl import KLEstimator, kl_estimate
 from rlhf_lightning.core.logprobs import TokenScores, about_tokens
 from rlhf_lightning.core.masked import (
     Reduction,
-    explained_variance,
-    masked_mean,
     masked_moments,
     masked_whiten,
     reduce_tokens,
@@ -243,7 +241,7 @@ class PPOModule(OnPolicyModule):
         """Score at the last answer token, KL at every one, after the options of `shaping`."""
         shaping = self.shaping
         scores = missing_eos_penalty(
-            scored.total.to(old),
+            scored.at_end.to(old),
             answers.finished,
             subtract=shaping.missing_eos_penalty,
             replace_by=shaping.missing_eos_score,
@@ -301,6 +299,16 @@ class PPOModule(OnPolicyModule):
     def _whiten(self, x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         return masked_whiten(x, mask, shift_mean=shift_mean, moments=self.add_over_ranks(masked_moments(x, mask)))
 
+    def rollout_metrics(
+        self, rollouts: Rollouts, scored: ScoredSamples, shaped: Shaped, entropy: Tensor
+    ) -> dict[str, float]:
+        """Those of every rollout, and how much of the returns the critic explained before it was trained on them."""
+        metrics = super().rollout_metrics(rollouts, scored, shaped, entropy)
+        explained = explained_variance(
+            rollouts.values, rollouts.returns, rollouts.mask, add_over_ranks=self.add_over_ranks
+        )
+        return metrics | {"value/explained_variance": float(explained)}
+
     # ---- training --------------------------------------------------------------------------------------------------
 
     def policy_loss(self, batch: Rollouts, scores: TokenScores) -> PolicyLossOutput:
@@ -330,7 +338,19 @@ class PPOModule(OnPolicyModule):
             terms["ptx"] = self.ptx_coef * self._ptx(batch)
         loss = torch.stack(list(terms.values())).sum()
         self._count_step_kl(scores, batch)
-        self._log_step(batch, scores, policy, values, per_value, value_clipped, loss)
+        per_token = {
+            "policy/loss": policy.per_token,
+            "policy/ratio": policy.ratio,
+            "policy/clip_frac": policy.clipped.float(),
+            "policy/approx_kl": kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"),
+            "policy/entropy": scores.entropy,
+            "value/loss": per_value,
+            "value/clip_frac": value_clipped.float(),
+            "value/mean": values,
+            "value/return": batch.returns,
+        }
+        self.step_means.add(per_token, batch.mask)
+        self.log_step_means(batch_idx)
         return loss * self.loss_scale
 
     def _mean(self, per_token: Tensor, batch: Rollouts) -> Tensor:
@@ -344,37 +364,8 @@ class PPOModule(OnPolicyModule):
         assert self.policy is not None
         assert batch.extra is not None
         nll = token_nll(self.policy(batch.extra).logprobs)
-        self.log("ptx/loss", masked_mean(nll.detach(), batch.extra.mask), batch_size=1)
+        self.step_means.add({"ptx/loss": nll}, batch.extra.mask)
         return reduce_tokens(nll, batch.extra.mask, "token_mean", batch.total("extra_tokens"))
-
-    def _log_step(
-        self,
-        batch: Rollouts,
-        scores: TokenScores,
-        policy: PolicyLossOutput,
-        values: Tensor,
-        per_value: Tensor,
-        value_clipped: Tensor,
-        loss: Tensor,
-    ) -> None:
-        mask = batch.mask
-        approx_kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
-        mean = {
-            "policy/loss": policy.per_token,
-            "policy/ratio": policy.ratio,
-            "policy/clip_frac": policy.clipped.float(),
-            "policy/approx_kl": approx_kl,
-            "policy/entropy": scores.entropy,
-            "value/loss": per_value,
-            "value/clip_frac": value_clipped.float(),
-            "value/mean": values,
-            "value/return": batch.returns,
-        }
-        metrics = {name: masked_mean(value.detach(), mask) for name, value in mean.items() if value is not None}
-        metrics["policy/ratio_max"] = torch.where(mask, policy.ratio, 0.0).max()
-        metrics["value/explained_variance"] = explained_variance(values.detach(), batch.returns, mask)
-        metrics["train/loss"] = loss.detach()
-        self.log_dict(metrics, batch_size=batch.tokens.shape[0])
 
     # ---- early stop and critic warm-up -----------------------------------------------------------------------------
 

@@ -108,16 +108,10 @@ class RewardModule(RLHFModule):
         scores = self.scores(batch)
         output = self.loss(scores, batch)
         loss = output.per_element.sum() / batch.total(self.loss.denominator)
-        self.log_dict(
-            {
-                "train/loss": output.per_element.detach().mean(),
-                "train/accuracy": output.accuracy.mean(),
-                "train/margin": output.margin.mean(),
-                "train/score_mean": scores.detach().mean(),
-            },
-            prog_bar=True,
-            batch_size=output.per_element.numel(),
-        )
+        elements = {"train/loss": output.per_element, "train/accuracy": output.accuracy, "train/margin": output.margin}
+        self.step_means.add(elements, torch.ones_like(output.per_element, dtype=torch.bool))
+        self.step_means.add({"train/score_mean": scores}, torch.ones_like(scores, dtype=torch.bool))
+        self.log_step_means(batch_idx, prog_bar=True)
         return loss * self.loss_scale
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

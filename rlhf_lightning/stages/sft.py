@@ -28,7 +28,7 @@ class SFTModule(RLHFModule):
     the step was cut. `text` records train every token (continued pretraining); prompt-completion and chat records
     train the answers.
 
-    Logs `train/loss`, `train/token_accuracy`, `train/tokens`; `val/loss`, `val/perplexity`, `val/token_accuracy`.
+    Logs `train/loss`, `train/token_accuracy`; `val/loss`, `val/perplexity`, `val/token_accuracy`.
 
     Args:
         policy: the model to train.
@@ -67,16 +67,10 @@ class SFTModule(RLHFModule):
         scores = self(batch)
         per_token = token_nll(scores.logprobs)
         loss = reduce_tokens(per_token, batch.mask, "token_mean", batch.total("tokens"))
-        tokens = batch.mask.sum()
-        self.log_dict(
-            {
-                "train/loss": masked_mean(per_token.detach(), batch.mask),
-                "train/token_accuracy": masked_mean(scores.is_argmax.float(), batch.mask),
-                "train/tokens": tokens.float(),
-            },
-            prog_bar=True,
-            batch_size=batch.tokens.shape[0],
+        self.step_means.add(
+            {"train/loss": per_token, "train/token_accuracy": scores.is_argmax.float()}, scored_tokens(batch.mask)
         )
+        self.log_step_means(batch_idx, prog_bar=True)
         return loss * self.loss_scale
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
@@ -87,9 +81,10 @@ class SFTModule(RLHFModule):
 
     def _evaluate(self, batch: TokenBatch) -> None:
         scores = self(batch)
-        tokens = batch.mask.sum()
-        self.val_loss.update(masked_mean(token_nll(scores.logprobs), batch.mask), tokens)
-        self.val_accuracy.update(masked_mean(scores.is_argmax.float(), batch.mask), tokens)
+        mask = scored_tokens(batch.mask)
+        tokens = mask.sum()
+        self.val_loss.update(masked_mean(token_nll(scores.logprobs), mask), tokens)
+        self.val_accuracy.update(masked_mean(scores.is_argmax.float(), mask), tokens)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -105,8 +100,7 @@ class SFTModule(RLHFModule):
             f"{split}/perplexity": loss.exp(),
             f"{split}/token_accuracy": self.val_accuracy.compute(),
         }
-        # the metrics have summed over ranks already
-        self.log_dict(values, prog_bar=split == "val", rank_zero_only=False, sync_dist=False)
+        self.log_dict(values, prog_bar=split == "val")  # the metrics have added over ranks already
         self.val_loss.reset()
         self.val_accuracy.reset()
 
@@ -117,3 +111,10 @@ class SFTModule(RLHFModule):
     def export(self, folder: str | Path) -> Path:
         assert self.policy is not None, "nothing to export before the model is built"
         return export_policy(self.policy, self.tokenizer, folder, card=self.card("Supervised fine-tuned model"))
+
+
+def scored_tokens(mask: Tensor) -> Tensor:
+    """The tokens that are both meant to be trained and have a predictor: never the first of a row."""
+    scored = mask.clone()
+    scored[:, 0] = False
+    return scored
