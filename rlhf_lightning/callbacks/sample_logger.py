@@ -1,4 +1,4 @@
-"""What the model says: answers to the same prompts before and after, as a table in the terminal and as samples.jsonl."""
+"""Answers to the same prompts before and after, as a table in the terminal and as samples.jsonl."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts
-from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.batches import Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.data.collate import collate_prompts

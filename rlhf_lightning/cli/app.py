@@ -1,6 +1,9 @@
 """Lightning's command line with its traps closed: no abbreviations, options beat checkpoints, one run per folder."""
 
+import logging
 import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,24 @@ class SaveRunConfig(SaveConfigCallback):
             self.parser.save(kept, str(folder / self.config_filename), skip_none=False, overwrite=True, multifile=False)
 
 
+def be_quiet() -> None:
+    """Leaves out what Lightning says that no user of this command line can act on."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(isinstance(kept, _Chatter) for kept in logger.filters):
+        logger.addFilter(_Chatter())
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+
+
+class _Chatter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not (
+            "litlogger" in text or text.startswith("TPU available") or text == "GPU available: False, used: False"
+        )
+
+
 def family() -> tuple[type, type]:
     """The stages and the datamodule; importing them makes their short names known to the parser."""
     from rlhf_lightning.data.datamodule import RLHFDataModule
@@ -60,14 +81,40 @@ def family() -> tuple[type, type]:
     return RLHFModule, RLHFDataModule
 
 
+class ParsedOnly(Exception):
+    """Ends a command line that was to be read and nothing more."""
+
+
+def check_command_line(args: list[str]) -> int:
+    """Reads a command line as `RLHFCLI` would, without building anything; raises `UserError` where it is wrong."""
+    with suppress(ParsedOnly):
+        RLHFCLI(args, parse_only=True)
+    return 0
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """What a constructor said, without the layers that jsonargparse puts around it."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    for said in chain:
+        if isinstance(said, UserError):
+            return said
+    return UserError(str(chain[-1])) if isinstance(chain[-1], ValueError) else chain[-1]
+
+
 class RLHFCLI(LightningCLI):
     """Parses one command line, builds stage, data and trainer from it, and runs the subcommand.
 
     Args:
         args: subcommand and options, as in a shell; default: those of this process.
+        parse_only: read and check the options, build nothing.
     """
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None, *, parse_only: bool = False) -> None:
+        self.parse_only = parse_only
+        be_quiet()
         self.args = list(sys.argv[1:] if args is None else args)
         self.sources = ConfigSources.of_command_line(self.args[1:])
         self.run_folder: RunFolder | None = None
@@ -108,7 +155,7 @@ class RLHFCLI(LightningCLI):
                 "--resume",
                 type=str,
                 default="never",
-                help="never: a folder that holds a run is an error; auto: go on from its checkpoints/last.ckpt if there "
+                help="never: a folder that holds a run is an error; auto: go on from its last.ckpt if there "
                 "is one; or the path of a checkpoint.",
             )
             parser.add_argument(
@@ -131,6 +178,8 @@ class RLHFCLI(LightningCLI):
         except UserError as error:
             raise UserError(explain(str(error), self.sources, self._subcommand_parsers[self.args[0]])) from error
         check_config(self.config[self.config.subcommand], self.sources)
+        if self.parse_only:
+            raise ParsedOnly
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a checkpoint's hyperparameters would silently beat the command line."""
@@ -148,7 +197,10 @@ class RLHFCLI(LightningCLI):
             config.ckpt_path = None if last is None else str(last)
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise _root_of(error) from error
         check_instances(self.config[self.subcommand], self.model, self.datamodule, self.sources)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -1,4 +1,4 @@
-"""Turns jsonargparse's nested complaints into one sentence: the key, its place, what is wrong, the nearest right one."""
+"""Turns jsonargparse's nested complaints into one sentence: the key, its place, what is wrong, the nearest name."""
 
 import re
 from collections.abc import Iterable
