@@ -23,12 +23,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, ValueLoss
 from rlhf_lightning.core.kl import KLEstimator, kl_estimate
 from rlhf_lightning.core.logprobs import TokenScores, about_tokens
-from rlhf_lightning.core.masked import (
-    Reduction,
-    masked_moments,
-    masked_whiten,
-    reduce_tokens,
-)
+from rlhf_lightning.core.masked import Reduction, explained_variance, masked_moments, masked_whiten, reduce_tokens
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.losses.value import ClippedValue
