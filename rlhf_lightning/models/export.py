@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.card import ModelCard, write_card
 from rlhf_lightning.models.loading import HEAD_FILE, no_progress_bar
-from rlhf_lightning.models.lora import merged
+from rlhf_lightning.models.lora import merged, wrap
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar_head import ScalarModel
 
@@ -167,12 +167,13 @@ def _whole(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> PreTrai
 def _rebuilt(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """The same architecture around other weights. Built anew: a sharded module cannot be copied."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    auto = AutoModelForCausalLM if inner.get_output_embeddings() is not None else AutoModel
+    is_language_model = inner.get_output_embeddings() is not None
     with torch.device("meta"):
-        rebuilt = auto.from_config(copy.deepcopy(inner.config))
-        rebuilt.generation_config = inner.generation_config
+        rebuilt = (AutoModelForCausalLM if is_language_model else AutoModel).from_config(copy.deepcopy(inner.config))
+        if is_language_model:
+            rebuilt.generation_config = inner.generation_config
         if isinstance(model, PeftModel):
-            rebuilt = get_peft_model(rebuilt, copy.deepcopy(model.active_peft_config))
+            rebuilt = wrap(rebuilt, copy.deepcopy(model.active_peft_config))
     rebuilt.load_state_dict({key: value.detach() for key, value in state_dict.items()}, strict=False, assign=True)
     (rebuilt.get_base_model() if isinstance(rebuilt, PeftModel) else rebuilt).tie_weights()
     empty = [name for name, weight in rebuilt.named_parameters() if weight.is_meta]

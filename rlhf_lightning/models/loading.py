@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -126,8 +128,9 @@ def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
                 model = _from_pretrained(spec, auto, options)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"cannot load {_name(spec)}: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        trust = "; set trust_remote_code: true if you trust its author" if "custom code" in str(error) else ""
+        raise UserError(f"cannot load {_name(spec)}: {first_line(error)}{trust}") from error
     used = getattr(model.config, "_attn_implementation", spec.attn_implementation)
     if used != spec.attn_implementation:
         say_once(f"{_name(spec)}: {spec.attn_implementation} attention does not serve this family, using {used}")

@@ -27,11 +27,9 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int) -> PeftMod
         fan_in_fan_out=model.config.model_type == "gpt2",  # its layers store the transpose
     )
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # peft asks transformers by old names, and warns of tied layers that are refused below
-            warnings.simplefilter("ignore")
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            adapted = get_peft_model(model, config)
+            adapted = wrap(model, config)
     except ValueError as error:
         raise UserError(f"lora.target_modules={spec.target_modules!r}: {error}") from error
     head = model.get_output_embeddings()
@@ -47,6 +45,13 @@ def add_adapter(model: PreTrainedModel, spec: LoraSpec, *, seed: int) -> PeftMod
             "output head's: leave it out (all-linear does)"
         )
     return adapted
+
+
+def wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """peft's `get_peft_model` without its warnings: it asks transformers by old names, and of tied layers we judge."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config)
 
 
 def merged(model: nn.Module) -> nn.Module:

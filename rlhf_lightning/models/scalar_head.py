@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers import PreTrainedModel
 
 from rlhf_lightning.core.batches import TokenBatch
@@ -35,7 +36,9 @@ class ScalarModel(nn.Module):
         # no bias unless a file brings one: transformers' classification heads have none, and a constant added to all
         # scores lives in score_mean
         width = self.config.get_text_config().hidden_size
-        self.head = nn.Linear(width, 1, bias=bias, device="cpu", dtype=torch.float32)
+        # skip_init: torch would draw from the global generator. On the CPU in float32 whatever the caller's defaults
+        self.head = skip_init(nn.Linear, width, 1, bias=bias, device="cpu", dtype=torch.float32)
+        init_head(self.head, "zero", 0)
         self.register_buffer("score_mean", torch.zeros((), device="cpu", dtype=torch.float32))
         self.register_buffer("score_std", torch.ones((), device="cpu", dtype=torch.float32))
         self._packing_checked = False
@@ -81,9 +84,8 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = skip_init(nn.Linear, hidden_size, 1)
+        init_head(self.linear, "zero", 0)
 
     def forward(self, hidden: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time"]:
         """The number at t has read tokens[<= t]."""

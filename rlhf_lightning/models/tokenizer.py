@@ -92,4 +92,6 @@ class _GenerationTag(Extension):
 
 def first_line(error: BaseException) -> str:
     """What went wrong, without the advice that follows it."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return f"{type(error).__name__}: {said}"
