@@ -1,0 +1,80 @@
+"""A step's loss and gradients do not depend on how the step was cut, padded, packed, ordered or shared out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from one_step import records, step
+
+SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
+LOSS = {"sft": "train/loss", "reward": "train/loss", "ppo": "policy/loss"}
+# an on-policy stage cuts its rollouts itself: a batch is always the 12 prompts of the step
+CUTS = {
+    "micro-batches of 3": {"batch_size": 3, "accumulate": 4},
+    "micro-batches of 5, 5 and 2": {"batch_size": 5, "accumulate": 3},
+    "gradient checkpointing": {"spec": {"gradient_checkpointing": True}},
+    "reversed order": {"reverse": True},
+    "wider padding": {"data": {"pad_to_multiple_of": 16}},
+}
+CASES = [("sft", name, how) for name, how in CUTS.items()]
+CASES += [("reward", name, how) for name, how in CUTS.items()]
+CASES += [(stage, "padding on the left", {"data": {"padding_side": "left"}}) for stage in ("sft", "reward")]
+CASES += [
+    ("sft", "packing", {"data": {"packing": True, "max_length": 24}}),
+    ("sft", "token budget", {"data": {"tokens_per_batch": 40}, "batch_size": 8, "accumulate": 100}),
+    ("ppo", "micro-batches of 3", {"accumulate": 4}),
+    ("ppo", "micro-batches of 3, 3, 2, 2 and 2", {"accumulate": 5}),
+    ("ppo", "gradient checkpointing", {"spec": {"gradient_checkpointing": True}}),
+    ("ppo", "reversed order", {"reverse": True}),
+    ("ppo", "wider padding on the left", {"attributes": {"extra_left": 5}}),
+    ("ppo", "wider padding on the right", {"attributes": {"extra_right": 3}}),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    """One batch, padded on the right, in file order: metrics and gradients of each stage."""
+    folder = tmp_path_factory.mktemp("whole")
+    results = {}
+    for stage in LOSS:
+        path = folder / f"{stage}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
+        results[stage] = (str(path), *step(stage, str(tiny_model), str(path)))
+    return results
+
+
+def assert_same(stage, expected, metrics, gradients):
+    want_metrics, want_gradients = expected
+    assert metrics[LOSS[stage]] == pytest.approx(want_metrics[LOSS[stage]], abs=1e-5)
+    assert gradients.keys() == want_gradients.keys()
+    largest = max(float(g.abs().max()) for g in want_gradients.values())
+    assert largest > 1e-3, "a comparison of zeros shows nothing"
+    for name, gradient in gradients.items():
+        # float32 sums in another order: 1e-5 of the largest entry
+        torch.testing.assert_close(gradient, want_gradients[name], rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize(("stage", "name", "how"), CASES, ids=[f"{stage}, {name}" for stage, name, _ in CASES])
+def test_the_cut_does_not_matter(stage, name, how, whole, tiny_model, tmp_path):
+    path, *expected = whole[stage]
+    how = dict(how)
+    if how.pop("reverse", False):
+        reversed_path = tmp_path / "reversed.jsonl"
+        reversed_path.write_text("".join(reversed(Path(path).read_text().splitlines(keepends=True))))
+        path = str(reversed_path)
+    assert_same(stage, expected, *step(stage, str(tiny_model), path, **how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(LOSS))
+def test_two_processes_take_the_same_step_as_one(stage, whole, tiny_model, tmp_path):
+    path, *expected = whole[stage]
+    out = tmp_path / "rank0.pt"
+    command = [sys.executable, str(SUPPORT), stage, str(tiny_model), path, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert out.is_file(), done.stderr[-2000:]
+    saved = torch.load(out, weights_only=True)
+    assert_same(stage, expected, saved["metrics"], saved["gradients"])

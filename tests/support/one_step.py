@@ -1,0 +1,148 @@
+"""One optimiser step of a stage on fixed records, cut in any way: its loss and its gradients.
+
+Run as a script it takes the same step in two processes: one_step.py STAGE MODEL RECORDS OUT
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from rlhf_lightning.core.batches import Generated, PromptBatch
+from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.reward_model import BradleyTerry
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec, assemble
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages.ppo import KLSpec, RewardShaping
+
+WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
+
+
+def words(count: int, start: int) -> str:
+    return " ".join(WORDS[(start * 5 + 3 * i) % len(WORDS)] for i in range(count))
+
+
+def records(stage: str) -> list[dict[str, Any]]:
+    """Twelve records of uneven lengths."""
+    lengths = [1, 9, 2, 7, 3, 3, 8, 1, 6, 4, 5, 2]
+    made = []
+    for i, n in enumerate(lengths):
+        prompt = words(1 + i % 4, i)
+        if stage == "sft":
+            made.append({"prompt": prompt, "completion": words(n, i + 1)})
+        elif stage == "reward":
+            made.append({"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i})
+        else:
+            made.append({"prompt": prompt, "length": n, "row": i})
+    return made
+
+
+class CannedPPO(PPOModule):
+    """PPO whose answers are a function of the prompt's record, padded as asked; everything else is real."""
+
+    extra_left = 0
+    extra_right = 0
+
+    def generate(self, prompts: PromptBatch, seed: int) -> Generated:
+        pad = self.tokenizer.pad_token_id
+        left = torch.nn.functional.pad(prompts.tokens, (self.extra_left, 0), value=pad)
+        mask = torch.nn.functional.pad(prompts.attention_mask, (self.extra_left, 0), value=False)
+        longest = max(record["length"] for record in prompts.records) + self.extra_right
+        answers = torch.stack(
+            [torch.arange(longest) * 7 % 11 + 4 + record["row"] % 3 for record in prompts.records]
+        )
+        lengths = torch.tensor([left.shape[1] + record["length"] for record in prompts.records])
+        return assemble(torch.cat((left, answers), 1), mask, lengths, pad_id=pad)
+
+
+class Keep(L.Callback):
+    """Keeps the gradients of the first optimiser step, and its metrics."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
+    torch.manual_seed(0)
+    source = ModelSpec(path=model, **spec)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    if stage == "sft":
+        return SFTModule(source, optimizer=sgd)
+    if stage == "reward":
+        return RewardModule(source, loss=BradleyTerry(label_smoothing=0.1, centring_coef=0.1), optimizer=sgd, seed=3)
+    return CannedPPO(
+        source,
+        [WeightedReward(LengthReward(target=4))],
+        generation=GenerationSpec(max_new_tokens=10, temperature=0.7),
+        updates=UpdateSpec(inner_epochs=1, num_minibatches=1),
+        kl=KLSpec(loss_coef=0.3, loss_estimator="k2"),
+        shaping=RewardShaping(whiten_rewards=True, scale_by_running_std=True),
+        entropy_coef=0.05,
+        optimizer=sgd,
+        seed=3,
+    )
+
+
+def step(
+    stage: str,
+    model: str,
+    path: str,
+    *,
+    batch_size: int = 12,
+    accumulate: int = 1,
+    data: dict[str, Any] | None = None,
+    spec: dict[str, Any] | None = None,
+    attributes: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and gradients of one optimiser step over all records of `path`."""
+    module = module_for(stage, model, **(spec or {}))
+    for name, value in (attributes or {}).items():
+        setattr(module, name, value)
+    keep = Keep()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = L.Trainer(
+            **{"accelerator": "cpu", "devices": 1, **trainer},
+            max_epochs=1,
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(Path(path).parent),
+            callbacks=[keep],
+        )
+        fit.fit(module, datamodule=RLHFDataModule(train=path, batch_size=batch_size, **(data or {})))
+    return {k: float(v) for k, v in fit.callback_metrics.items()}, keep.gradients
+
+
+if __name__ == "__main__":
+    stage, model, path, out = sys.argv[1:]
+    on_policy = stage == "ppo"
+    metrics, gradients = step(
+        stage,
+        model,
+        path,
+        batch_size=6 if on_policy else 2,
+        accumulate=3,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+    )
+    if torch.distributed.get_rank() == 0:
+        torch.save({"metrics": metrics, "gradients": gradients}, out)
+        print(json.dumps(metrics))
