@@ -80,7 +80,7 @@ def build_items(
         for item in made:
             report.kept += 1
             report.lengths += [len(row.ids) for row in item.rows()]
-            report.trained += sum(int(np.sum(row.mask)) for row in item.rows())
+            report.trained += sum(int(np.sum(row.mask[1:])) for row in item.rows())  # the first is never predicted
         items += made
     return items
 
@@ -125,8 +125,6 @@ class _Builder:
                 only_last=encoding.train_on == "last_answer",
                 tools=record.get("tools"),
             )
-            if not any(encoded.mask) and encoding.train_on != "all":
-                raise UserError(f"{place}: the conversation has no assistant's message to train on")
         else:
             encoded = self._pair(record, record["prompt"], record["completion"])
         prompt_length = prompt_length_of(encoded)
@@ -223,6 +221,9 @@ class _Builder:
     def _fit(self, rows: list[Encoded], prompt_length: int, place: str) -> Iterator[list[Any]]:
         """The rows cut to length, once; nothing if the record is left out."""
         rule = self.encoding.rule
+        if not all(any(row.mask) for row in rows):
+            what = "labelled step" if self.encoding.batch_format == "steps" else "assistant's message"
+            raise UserError(f"{place}: there is no {what} to train on")
         if not rule.fits(rows, prompt_length):
             longest = max(len(row.ids) for row in rows)
             if longest > rule.max_length:

@@ -145,8 +145,17 @@ class RLHFDataModule(L.LightningDataModule):
             raise UserError("the datamodule is not set up: call setup_for(batch_format, tokenizer) or give a trainer")
         return self._tokenizer
 
-    def encoding(self, batch_format: BatchFormat) -> Encoding:
-        """How records are read, as the options say."""
+    def encoding_for(
+        self, batch_format: BatchFormat, tokenizer: PreTrainedTokenizerBase | str | None = None
+    ) -> Encoding:
+        """How records are read, as the options say.
+
+        Args:
+            batch_format: what to make of them.
+            tokenizer: a tokenizer or where it is; None: the one in use, else the `tokenizer` option.
+        """
+        if tokenizer is not None or self._tokenizer is None:
+            self._tokenizer = find_tokenizer(tokenizer or self.options["tokenizer"])
         options = self.options
         rule = LengthRule(
             options["max_length"] or usable_length(self.tokenizer),
@@ -173,7 +182,7 @@ class RLHFDataModule(L.LightningDataModule):
     def _read(self, name: str, batch_format: BatchFormat) -> Split:
         given, holdout = self._given(name)
         weighted = name in ("train", "pretraining")
-        return read_split(name, given, self.encoding(batch_format), holdout=holdout, weighted=weighted)
+        return read_split(name, given, self.encoding_for(batch_format), holdout=holdout, weighted=weighted)
 
     def _given(self, name: str) -> tuple[Sources, Holdout | None]:
         from_train = name == "val" and self.options["val"] is None
@@ -237,7 +246,7 @@ class RLHFDataModule(L.LightningDataModule):
             batch_size=sizes.get(name, options["eval_batch_size"]) or options["batch_size"],
             widths=tuple(max(len(row.ids) for row in item.rows()) for item in split.items),
             rows=tuple(len(item.rows()) for item in split.items),
-            pack_length=self.encoding(batch_format).rule.max_length if packing else None,
+            pack_length=self.encoding_for(batch_format).rule.max_length if packing else None,
             tokens_per_batch=options["tokens_per_batch"] if name != "pretraining" else None,
             shuffle=options["shuffle"] and training,
             seed=self.seed,

@@ -118,10 +118,11 @@ class EpochSampler(DistributedSampler[Any]):
         units = self.plan.units(self.epoch)
         size = 1 if self.plan.tokens_per_batch is not None else self.plan.batch_size
         together = self.num_replicas * (size if self.plan.drop_last else 1)
-        if self.plan.drop_last and len(units) >= together:
+        if self.plan.drop_last:
             units = units[: len(units) // together * together]
         missing = -len(units) % self.num_replicas
-        units += (units * (missing // len(units) + 1))[:missing]
+        if missing:  # there are fewer units than ranks, perhaps: repeat them as often as it takes
+            units += (units * (missing // len(units) + 1))[:missing]
         mine = units[self.rank :: self.num_replicas]
         if self.plan.tokens_per_batch is not None:
             return mine
