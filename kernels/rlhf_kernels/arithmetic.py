@@ -16,8 +16,8 @@ import torch
 
 CLIPPED, REINFORCE, CISPO, SAPO = 0, 1, 2, 3
 
-tl: Any
-"""Bound by `bind`: a namespace with `where` and `exp`."""
+tl: Any = None
+"""Given a meaning by `bind`: a namespace with `where` and `exp`."""
 
 
 class TorchNamespace:

@@ -172,8 +172,8 @@ def _grad(
     transform = Transform(numbers[0], row_temperature, numbers[1], numbers[2])
     kept = wanted_rows(mask, ids.numel(), ids.device)
     head = Head(hidden, weight, bias)
-    flat = [field.reshape(-1) for field in stats]
-    flat = RowStats(*flat, is_argmax=flat[0].new_empty(0))
+    logprobs, entropy, maximum, log_sum, miss = (field.reshape(-1) for field in stats)
+    flat = RowStats(logprobs, entropy, maximum, log_sum, miss, miss.new_empty(0))
     d_outputs = (None if d is None else d.reshape(-1) for d in (d_logprob, d_entropy, d_logsumexp))
     a, b, c = coefficients(flat, *d_outputs)
     sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]))

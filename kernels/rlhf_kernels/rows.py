@@ -42,6 +42,16 @@ class Transform(NamedTuple):
         return self if self.row_temperature is None else self._replace(row_temperature=self.row_temperature[rows])
 
 
+def pieces(rows: Tensor, size: int) -> list[Tensor]:
+    """`rows` cut into views of at most `size`."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of [..., V] by number, as [len(rows), V]; x may have any strides, and only those rows are copied."""
+    return x[torch.unravel_index(rows, x.shape[:-1])] if x.ndim > 2 else x[rows]
+
+
 class RowStats(NamedTuple):
     """Per row; float32, or float64 where the logits are."""
 

@@ -117,7 +117,8 @@ def _grad_into(
     d_logsumexp: Tensor | None,
     numbers: list[float],
 ) -> None:
-    flat = RowStats(*(field.reshape(-1) for field in stats), is_argmax=stats[0].new_empty(0))
+    logprobs, entropy, maximum, log_sum, miss = (field.reshape(-1) for field in stats)
+    flat = RowStats(logprobs, entropy, maximum, log_sum, miss, miss.new_empty(0))
     a, b, c = coefficients(flat, _flat(d_logprob), _flat(d_entropy), _flat(d_logsumexp))
     transform = Transform(numbers[0], _flat(row_temperature), numbers[1], numbers[2])
     ids = tokens.reshape(-1).long()

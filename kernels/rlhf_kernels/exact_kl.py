@@ -1,0 +1,159 @@
+"""KL divergence between two distributions over the whole vocabulary, per row of logits, with its gradient."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.backend import use_triton
+from rlhf_kernels.checks import check_float, check_mask, check_shape
+from rlhf_kernels.rows import pieces, take_rows, work_dtype
+from rlhf_kernels.scaling import scaled
+
+Direction = Literal["forward", "reverse"]
+_BLOCK_ELEMENTS = 1 << 19
+
+
+def exact_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    direction: Direction = "reverse",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """KL divergence per token, over the full vocabulary; gradient to `logits` only.
+
+        reverse: KL(policy || reference) = sum_i p_i (log p_i - log q_i)    what the KL-regularised objective penalises
+        forward: KL(reference || policy) = sum_i q_i (log q_i - log p_i)    what distillation minimises
+
+    with p = softmax(logits / temperature), q = softmax(ref_logits / temperature). The gradient is computed in the same
+    pass; if `weights` holds all the factors of the loss, so that the loss is the plain sum of the result, nothing is
+    read again in the backward pass.
+
+    Args:
+        logits: [..., V] of the policy.
+        ref_logits: [..., V] of the reference; no gradient.
+        mask: [...] True = wanted; elsewhere 0, not read.
+        temperature: divides both logits.
+        direction: see above.
+        weights: [...] factor on each token's KL and gradient; None = 1.
+    Returns:
+        [...] in float32 (float64 where the logits are).
+    """
+    check_float("logits", logits)
+    check_float("ref_logits", ref_logits)
+    check_shape("ref_logits", ref_logits, "logits", logits.shape)
+    check_kl(logits.shape[:-1], mask, weights, temperature, direction)
+    if logits.numel() == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: there is no row; skip the empty batch")
+    learns = logits.requires_grad and torch.is_grad_enabled()
+    weights = None if weights is None else weights.detach()
+    kl: Tensor = _op(logits, ref_logits.detach(), mask, weights, temperature, direction == "forward", learns)[0]
+    return kl
+
+
+def check_kl(
+    shape: torch.Size, mask: Tensor | None, weights: Tensor | None, temperature: float, direction: str
+) -> None:
+    if mask is not None:
+        check_mask(mask, shape, "logits")
+    if weights is not None:
+        check_float("weights", weights)
+        check_shape("weights", weights, "logits", shape)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction={direction!r}: use forward, KL(reference || policy), or reverse, the other way")
+
+
+def _kl_block(
+    logits: Tensor, ref_logits: Tensor, weights: Tensor | None, temperature: float, forward: bool, out: Tensor | None
+) -> Tensor:
+    x, y = logits.to(work_dtype(logits)), ref_logits.to(work_dtype(logits))
+    if temperature != 1.0:
+        x, y = x / temperature, y / temperature
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    first, log_ratio = (q, log_q - log_p) if forward else (p, log_p - log_q)
+    # a token that cannot occur adds nothing, whatever the ratio: 0 * inf is NaN. A NaN row stays NaN.
+    log_ratio = torch.where(first == 0, 0.0, log_ratio)
+    kl: Tensor = torch.linalg.vecdot(first, log_ratio)
+    if out is not None:
+        grads = p - q if forward else p * (log_ratio - kl[:, None])
+        factor = torch.full_like(kl, 1 / temperature) if weights is None else weights.to(kl.dtype) / temperature
+        out.copy_(grads.mul_(factor[:, None]))
+    return kl if weights is None else kl * weights.to(kl.dtype)
+
+
+def kl_rows(
+    op: str,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    temperature: float,
+    forward: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """Weighted KL of each row of [..., V], flat; the gradient in the logits goes to `out`, if given (may be logits)."""
+    if use_triton(op, logits):
+        from rlhf_kernels.triton_kl import kl_rows_triton
+
+        kl: Tensor = kl_rows_triton(logits, ref_logits, mask, weights, temperature, forward, out)
+        return kl
+    vocab = logits.shape[-1]
+    num_rows = logits.numel() // max(1, vocab)
+    kl = torch.zeros(num_rows, dtype=work_dtype(logits), device=logits.device)
+    kept = torch.arange(num_rows, device=logits.device) if mask is None else mask.nonzero()[:, 0]
+    flat_out = None if out is None else out.view(-1, vocab)
+    if flat_out is not None and mask is not None:
+        flat_out[~mask] = 0
+    for rows in pieces(kept, max(1, _BLOCK_ELEMENTS // vocab)):
+        some, ref_some = take_rows(logits, rows), take_rows(ref_logits, rows)
+        grads = None if flat_out is None else torch.empty_like(some)
+        kl[rows] = _kl_block(some, ref_some, None if weights is None else weights[rows], temperature, forward, grads)
+        if flat_out is not None and grads is not None:
+            flat_out[rows] = grads
+    return kl
+
+
+@torch.library.custom_op("rlhf_kernels::exact_kl", mutates_args=())
+def _op(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    temperature: float,
+    forward: bool,
+    learns: bool,
+) -> tuple[Tensor, Tensor]:
+    grads = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if learns else logits.new_empty(0)
+    flat_mask = None if mask is None else mask.reshape(-1)
+    flat_weights = None if weights is None else weights.reshape(-1)
+    out = grads if learns else None
+    kl = kl_rows("exact_kl", logits, ref_logits, flat_mask, flat_weights, temperature, forward, out)
+    return kl.view(logits.shape[:-1]), grads
+
+
+@_op.register_fake
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    learns = others[-1]
+    grads = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if learns else logits.new_empty(0)
+    return torch.empty(logits.shape[:-1], dtype=work_dtype(logits), device=logits.device), grads
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_kl: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_kl is None:
+        return (None,) * 7
+    return scaled(ctx.saved_tensors[0], d_kl), *(None,) * 6
+
+
+_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,35 @@
+"""Gradients that were computed in the forward pass, multiplied by what arrives in the backward pass."""
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.backend import use_triton
+
+
+def scaled(grads: Tensor, factor: Tensor) -> Tensor:
+    """grads * factor, written over `grads`; where factor is 1, the usual case, nothing is read or written.
+
+    Called in a backward pass. One that keeps its graph may come again, so it gets a copy.
+
+    Args:
+        grads: [..., n].
+        factor: a scalar, or [...]: one per row.
+    """
+    traced = torch.compiler.is_compiling() or isinstance(grads, torch._subclasses.FakeTensor)
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grads * (factor if factor.ndim == 0 else factor[..., None]).to(grads.dtype)
+    with torch.no_grad():
+        _scale(grads, factor)
+    return grads
+
+
+@torch.library.custom_op("rlhf_kernels::scale_rows_", mutates_args={"grads"})
+def _scale(grads: Tensor, factor: Tensor) -> None:
+    if use_triton("scale_rows", grads):
+        from rlhf_kernels.triton_rows import scale_rows_triton
+
+        return scale_rows_triton(grads, factor)
+    if bool((factor == 1).all()):
+        return None
+    grads.mul_((factor if factor.ndim == 0 else factor[..., None]).to(grads.dtype))
+    return None
