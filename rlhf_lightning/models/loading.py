@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.body import attention_of
 from rlhf_lightning.models.locate import check_model_folder, resolve_path
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy, check_head
@@ -131,10 +132,21 @@ def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         trust = "; set trust_remote_code: true if you trust its author" if "custom code" in str(error) else ""
         raise UserError(f"cannot load {_name(spec)}: {first_line(error)}{trust}") from error
-    used = getattr(model.config, "_attn_implementation", spec.attn_implementation)
-    if used != spec.attn_implementation:
-        say_once(f"{_name(spec)}: {spec.attn_implementation} attention does not serve this family, using {used}")
+    _check_attention(model, spec)
     return model
+
+
+def _check_attention(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Make sure that the attention in use computes what the family defines; say so if it is not the one asked for."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is not None and attention_of(model) == "sdpa":
+        # sdpa has no cap on attention scores (Gemma 2): some versions of transformers leave it out without a word
+        model.set_attn_implementation("eager")
+    if attention_of(model) != spec.attn_implementation:
+        say_once(
+            f"{_name(spec)}: {spec.attn_implementation} attention does not serve this family, "
+            f"using {attention_of(model)}"
+        )
 
 
 def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> PreTrainedModel:

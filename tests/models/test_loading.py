@@ -187,8 +187,10 @@ def test_a_family_without_sdpa_falls_back_and_says_so(lab, caplog):
     from rlhf_lightning.models.tokenizer import say_once
 
     say_once.cache_clear()
+    asked, batch = lab.policy("gemma2", attn_implementation="eager"), lab.padded(lab.records(6))
     policy = lab.policy("gemma2")
     assert policy.config._attn_implementation == "eager"
+    assert torch.equal(policy(batch).logprobs, asked(batch).logprobs)
     assert "sdpa attention does not serve this family, using eager" in caplog.text
 
 
