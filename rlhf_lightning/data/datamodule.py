@@ -1,5 +1,6 @@
 """One datamodule for every stage: the stage says what it reads (`batch_format`), this file brings it."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -209,17 +210,22 @@ class RLHFDataModule(L.LightningDataModule):
         elif self._resume_from is not None:
             loader.load_state_dict(self._resume_from)
         self._resume_from = None
-        return wrapped
+        return wrapped if wrapped is not loader else self._flat(loader)
 
     def val_dataloader(self) -> Any:
-        return self._make_loader("val") if "val" in self._splits else []
+        """Batches of the validation records; no loader if there are none."""
+        if "val" in self._splits:
+            return self._flat(self._make_loader("val"))
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # it was the intention
+        return []
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> ResumableLoader:
+        """Batches of the test records."""
         self._require("test")
         return self._make_loader("test")
 
     def predict_dataloader(self) -> Any:
-        """The test records (else those of validation), as a plain iterable: Lightning rebuilds real loaders here."""
+        """Batches of the test records, else of those of validation."""
         return _Plain(self._make_loader("test" if "test" in self._splits else "val"))
 
     def pretraining_dataloader(self) -> ResumableLoader:
@@ -230,6 +236,10 @@ class RLHFDataModule(L.LightningDataModule):
     def report(self, name: str = "train") -> DataReport:
         """What became of a data set's records."""
         return self._splits[name].report
+
+    def _flat(self, loader: ResumableLoader) -> Any:
+        """The loader; where Lightning would rebuild it with a sampler of its own, a plain iterable."""
+        return _Plain(loader) if self.trainer is not None and self.trainer.overfit_batches > 0 else loader
 
     def _make_loader(self, name: str) -> ResumableLoader:
         if name not in self._splits:
@@ -248,7 +258,7 @@ class RLHFDataModule(L.LightningDataModule):
             rows=tuple(len(item.rows()) for item in split.items),
             pack_length=self.encoding_for(batch_format).rule.max_length if packing else None,
             tokens_per_batch=options["tokens_per_batch"] if name != "pretraining" else None,
-            shuffle=options["shuffle"] and training,
+            shuffle=options["shuffle"] and training and not (self.trainer and self.trainer.overfit_batches),
             seed=self.seed,
             drop_last=options["drop_last"] and training,
         )
@@ -285,7 +295,7 @@ class RLHFDataModule(L.LightningDataModule):
 
 
 class _Plain:
-    """A sized iterable and nothing else."""
+    """A sized iterable and nothing else: Lightning leaves it as it is."""
 
     def __init__(self, loader: ResumableLoader) -> None:
         self.loader = loader
