@@ -21,9 +21,6 @@ from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_loader import StepLoader
 from rlhf_lightning.stages.step_means import StepMeans
 
-PLAIN = (bool, int, float, str, list, dict, type(None))
-
-
 class RLHFModule(L.LightningModule, ABC):
     """A stage of training. Subclasses build their networks in `configure_model` and their loss in `training_step`.
 
@@ -126,7 +123,7 @@ class RLHFModule(L.LightningModule, ABC):
             checkpoint["loader_progress"] = self._of_all_ranks(self._loader.progress())
         # objects would make the file a pickle that torch refuses to load; the command line stores plain values
         if "hyper_parameters" in checkpoint:
-            plain = {k: v for k, v in checkpoint["hyper_parameters"].items() if isinstance(v, PLAIN)}
+            plain = {k: v for k, v in checkpoint["hyper_parameters"].items() if is_plain(v)}
             checkpoint["hyper_parameters"] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,3 +187,12 @@ class RLHFModule(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self.keep_figures()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of nothing but numbers, strings, lists and dicts."""
+    if isinstance(value, Mapping):
+        return all(is_plain(k) and is_plain(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str)

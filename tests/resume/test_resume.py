@@ -1,0 +1,110 @@
+"""A run that is stopped anywhere and resumed ends with the same bits as one that was not."""
+
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from one_step import records
+
+from rlhf_lightning.advantages.kl_control import AdaptiveKL
+from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages.ppo import KLSpec, RewardShaping
+from rlhf_lightning.stages.schedule import Schedule
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def module_for(stage, model):
+    source = ModelSpec(path=str(model))
+    # a schedule asks for the number of steps, which makes Lightning forget the state of the loader
+    common = {"optimizer": adamw, "schedule": Schedule("cosine", warmup_frac=0.2), "seed": 5}
+    if stage == "sft":
+        return SFTModule(source, **common)
+    if stage == "reward":
+        return RewardModule(source, normalise_on="train", **common)
+    return PPOModule(
+        source,
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=5, num_samples=2),
+        updates=UpdateSpec(inner_epochs=2, num_minibatches=2),
+        kl=KLSpec(control=AdaptiveKL(init_coef=0.1, target=0.5, horizon=100.0)),
+        shaping=RewardShaping(scale_by_running_std=True),
+        critic_warmup_steps=2,
+        target_kl=0.02,
+        ptx_coef=0.2,
+        **common,
+    )
+
+
+def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=()):
+    module = module_for(stage, model)
+    data = RLHFDataModule(
+        train=write_jsonl(f"{stage}.jsonl", records(stage)),
+        pretraining=write_jsonl("texts.jsonl", records("sft")),
+        batch_size=4 if stage == "ppo" else 2,
+        pretraining_batch_size=2,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=2,
+            accumulate_grad_batches=2,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=bool(callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(folder),
+            callbacks=list(callbacks),
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def everything(module, trainer):
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for index, moments in enumerate(trainer.optimizers[0].state.values()):
+        state |= {f"optimiser {index} {name}": value.clone() for name, value in moments.items()}
+    if isinstance(module, PPOModule):
+        state["kl_coef"] = torch.tensor(module.kl_coef, dtype=torch.float64)
+        state["score_std"] = torch.tensor(module.score_moments.std, dtype=torch.float64)
+    return state
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_resuming_from_every_checkpoint_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
+    keep_all = ModelCheckpoint(
+        dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+    )
+    whole, trainer = fit(stage, tiny_model, write_jsonl, tmp_path, callbacks=[keep_all])
+    expected = everything(whole, trainer)
+    steps = trainer.global_step
+    checkpoints = sorted((tmp_path / "all").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    assert len(checkpoints) == steps
+    # on-policy: the first buffer, its end, the one after, the end of an epoch, and the last but one
+    chosen = {0, 1, 3, 4, steps // 2 - 1, steps // 2, steps - 2} if stage == "ppo" else range(0, steps - 1, 2)
+    for index in sorted(chosen):
+        torch.manual_seed(index)  # whatever the global generator holds must not matter
+        resumed = everything(*fit(stage, tiny_model, write_jsonl, tmp_path, ckpt_path=str(checkpoints[index])))
+        assert resumed.keys() == expected.keys()
+        different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
+        assert not different, f"resumed at step {index + 1} of {steps}: {different}"
+
+
+def test_another_number_of_processes_is_refused(tiny_model, write_jsonl, tmp_path):
+    module = module_for("sft", tiny_model)
+    module._trainer = type("Two", (), {"world_size": 2, "global_rank": 0})()
+    with pytest.raises(ValueError, match=r"written by 1 processes and is resumed by 2: use the same number"):
+        module.on_load_checkpoint({"loader_progress": [{"given": 0, "loader": None}]})
