@@ -1,4 +1,4 @@
-"""Entry point of `rlhf-lightning` and `python -m rlhf_lightning`: picks the subcommand, turns errors into exit codes."""
+"""Entry point of `rlhf-lightning` and `python -m rlhf_lightning`: picks the subcommand; errors become exit codes."""
 
 import os
 import sys

@@ -34,7 +34,8 @@ class HFExport(Callback):
             pl_module.export(path.with_name(f"{path.name}-step-{step}"))  # all ranks: sharded weights are gathered
         self._last_step = step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not on_train_end: a run resumed at its very end trains no more, and still owes its export
         path = Path(pl_module.export(self._path(trainer)))
         if trainer.is_global_zero:
             print(f"exported to {path}", flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -61,14 +62,14 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation data
+    warnings.filterwarnings("ignore", message="(?s).*deprecated in v4.*removed in v5.*")  # what Lightning calls
 
 
 class _Chatter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not (
-            "litlogger" in text or text.startswith("TPU available") or text == "GPU available: False, used: False"
-        )
+        return not ("💡 Tip" in text or text.startswith("TPU available") or text == "GPU available: False, used: False")
 
 
 def family() -> tuple[type, type]:
@@ -124,7 +125,7 @@ class RLHFCLI(LightningCLI):
             subclass_mode_model=True,
             datamodule_class=datamodule_class,
             trainer_class=RLHFTrainer,
-            trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 10},
+            trainer_defaults={"default_root_dir": "runs/default", "log_every_n_steps": 1},
             save_config_callback=SaveRunConfig,
             seed_everything_default=42,
             auto_configure_optimizers=False,
@@ -210,6 +211,9 @@ class RLHFCLI(LightningCLI):
         given = list(given) if isinstance(given, list) else [given]
         wanted = self._get(self.config_init, "default_callbacks")
         config["callbacks"] = given + default_callbacks(wanted, given, config, self.subcommand, self.run_folder.path)
+        kept = any(isinstance(callback, Checkpoint) for callback in config["callbacks"])
+        if not kept and config.get("enable_checkpointing") is None:
+            config["enable_checkpointing"] = False  # else Lightning adds one of its own
         if config.get("logger") in (None, True) and not config.get("barebones"):
             config["logger"] = default_logger(self.run_folder.path) if self.subcommand == "fit" else False
         try:

@@ -63,6 +63,9 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
             if types and "." not in match["name"]:
                 return f"{_at(complaint.key, sources)}: {match['name']} is not {' or '.join(map(_a_type, types))}"
             return _unknown_class(complaint.key, match["name"], sources)
+    place = sources.where(complaints[0].key) if complaints else None
+    if types and place is not None and place.value:
+        return f"{_at(place.key, sources, place)}: {place.value} is not {' or '.join(map(_a_type, types))}"
     if not complaints:
         return message
     key = complaints[0].key
@@ -127,7 +130,7 @@ def _nearest(name: str, valid: Iterable[str], most: int = 60) -> str:
 
 def _a_type(text: str) -> str:
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    plain = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    plain = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
     return plain.get(name, f"of type {name}")
 
 

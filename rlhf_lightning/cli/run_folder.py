@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_lightning.core.errors import UserError
 
-RUN_FILES = ("config.yaml", "metrics.csv", "hparams.yaml", "samples.jsonl", "finished.json")
+RUN_FILES = ("config.yaml", "metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "finished.json")
 RUN_FOLDERS = ("checkpoints", "hf")
 
 

@@ -12,6 +12,9 @@ from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts, prompt_batches
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.data.preview import preview_records
+from rlhf_lightning.data.readers import Source, read_source
 from rlhf_lightning.rollout.generate import GenerationSpec
 
 
@@ -22,7 +25,7 @@ class RLHFTrainer(Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
-        prompt: list[str] | None = None,
+        prompt: list[str] | str | None = None,
         prompts: str | None = None,
         out: str | None = None,
         sampling: GenerationSpec | None = None,
@@ -59,7 +62,7 @@ class RLHFTrainer(Trainer):
         return rows
 
     def preview(
-        self, model: LightningModule, datamodule: LightningDataModule, num_records: int = 4, split: str = "train"
+        self, model: LightningModule, datamodule: RLHFDataModule, num_records: int = 4, split: str = "train"
     ) -> None:
         """Print a few records as the stage will see them, every token coloured by what it counts for.
 
@@ -67,14 +70,12 @@ class RLHFTrainer(Trainer):
             model: the stage: its tokenizer and the kind of records it wants.
             datamodule: the records.
             num_records: how many.
-            split: train or val.
+            split: train, val, test or pretraining.
         """
-        from rlhf_lightning.data.preview import preview
-
-        model.trainer = self
-        datamodule.trainer = self
-        self.strategy._lightning_module = model
-        preview(datamodule, num_records=num_records, split=split)
+        tokenizer = None if datamodule.options["tokenizer"] else model.tokenizer
+        Console(width=None if Console().is_terminal else 120).print(
+            preview_records(datamodule, model.batch_format, num_records, tokenizer=tokenizer, split=split)
+        )
 
     def export(
         self,
@@ -119,13 +120,11 @@ def load_weights(model: LightningModule, ckpt_path: str | Path) -> None:
     print(f"weights: {path}, step {checkpoint.get('global_step', '?')}")
 
 
-def _read_prompts(given: list[str] | None, file: str | None) -> list[Any]:
-    questions: list[Any] = list(given or [])
+def _read_prompts(given: list[str] | str | None, file: str | None) -> list[Any]:
+    questions: list[Any] = [given] if isinstance(given, str) else list(given or [])
     if file is not None:
         path = Path(file)
         if path.suffix in (".jsonl", ".json", ".parquet", ".csv"):
-            from rlhf_lightning.data.readers import Source, read_source
-
             table = read_source(Source(path=file))
             if "prompt" not in table.columns():
                 raise UserError(f"{file} has no column `prompt`; its columns are {', '.join(table.columns())}")

@@ -1,0 +1,41 @@
+"""metrics.csv: one row per step, continued by a resumed run."""
+
+import csv
+from pathlib import Path
+
+from rlhf_lightning.callbacks import MetricsCSV
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_logged_at_a_step_shares_its_row(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.log_metrics({"lr": 0.1}, step=0)
+    logger.log_metrics({"loss": 2.0}, step=1)
+    logger.log_metrics({"loss": 3.0}, step=1)  # the same metric twice: nothing is overwritten
+    logger.save()
+    assert [(r["step"], r["loss"], r["lr"]) for r in rows(tmp_path)] == [
+        ("0", "1.0", "0.1"),
+        ("1", "2.0", ""),
+        ("1", "3.0", ""),
+    ]
+
+
+def test_a_second_logger_goes_on_and_may_bring_new_columns(tmp_path):
+    first = MetricsCSV(tmp_path)
+    for step in range(4):
+        first.log_metrics({"loss": float(step)}, step=step)
+    first.save()
+    second = MetricsCSV(tmp_path)
+    second.forget_from(2)  # resumed from a checkpoint after two steps
+    second.log_metrics({"loss": 20.0, "new": 1.0}, step=2)
+    second.save()
+    assert [(r["step"], r["loss"], r["new"]) for r in rows(tmp_path)] == [
+        ("0", "0.0", ""),
+        ("1", "1.0", ""),
+        ("2", "20.0", "1.0"),
+    ]

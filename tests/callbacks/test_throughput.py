@@ -1,0 +1,58 @@
+"""Tokens per second with a clock that the test turns."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_lightning.callbacks import Throughput
+from rlhf_lightning.callbacks.throughput import num_real_tokens
+from rlhf_lightning.core.batches import PairBatch, PromptBatch, TokenBatch
+
+
+class Log:
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+
+    def log_metrics(self, metrics, step) -> None:
+        self.logged |= metrics
+
+
+def batch(*lengths: int) -> TokenBatch:
+    real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
+    return TokenBatch(real.long(), real, real, real.long())
+
+
+def test_rollouts_and_validation_are_not_training_time():
+    log = Log()
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=2, loggers=[log])
+    callback, now = Throughput(), [0.0]
+    callback._clock = lambda: now[0]
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    callback.on_train_start(trainer, None)
+    passes(1.0)  # training
+    callback.on_rollout_start(trainer, None)
+    passes(50.0)
+    callback.on_rollout_end(trainer, None, SimpleNamespace(mask=torch.ones(4, 25)))
+    assert log.logged == {"throughput/rollout_tokens_per_s": pytest.approx(2 * 100 / 50)}
+    passes(1.0)  # training
+    trainer.global_step = 1
+    callback.on_train_batch_end(trainer, None, None, batch(3, 2), 0)
+    callback.on_validation_start(trainer, None)
+    passes(9.0)
+    callback.on_validation_end(trainer, None)
+    passes(3.0)  # training
+    trainer.global_step = 2
+    callback.on_train_batch_end(trainer, None, None, batch(5), 1)
+    assert log.logged["throughput/train_tokens_per_s"] == pytest.approx(2 * (5 + 5) / 5.0)
+
+
+def test_padding_is_no_token():
+    assert int(num_real_tokens(batch(3, 1))) == 4
+    assert int(num_real_tokens(PairBatch(batch(3, 1), batch(2, 2)))) == 8
+    assert num_real_tokens({"x": 1}) is None
+    prompts = PromptBatch(torch.ones(1, 1).long(), torch.ones(1, 1).bool(), ["a"], [{}], torch.zeros(1).long())
+    assert num_real_tokens(prompts) is None

@@ -1,0 +1,366 @@
+"""The command line, in process: `main([...])` as a shell would call it."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  imported here so that its log handler does not keep one test's captured stderr
+import pytest
+import torch
+import yaml
+
+from rlhf_lightning.__main__ import main
+
+OWN_STAGE = '''
+import torch
+from rlhf_lightning import RewardModule, SFTModule
+
+
+class MySFT(SFTModule):
+    """A user's own stage."""
+
+    def __init__(self, policy: "rlhf_lightning.ModelSpec", gain: float = 1.0, **kwargs):
+        """Scales the loss.
+
+        Args:
+            policy: the model.
+            gain: factor.
+        """
+        super().__init__(policy, **kwargs)
+        self.gain = gain
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/gain", self.gain)
+        return super().training_step(batch, batch_idx) * self.gain
+
+    def inert_options(self):
+        yield from super().inert_options()
+        if self.gain == 0.5:
+            yield "gain", "a half gain is none"
+
+
+class Interrupted(SFTModule):
+    def training_step(self, batch, batch_idx):
+        raise KeyboardInterrupt
+'''
+
+
+@pytest.fixture
+def config(tmp_path, tiny_tokenizer, tiny_config, monkeypatch) -> dict:
+    """A small SFT config; the working directory is a fresh folder that also holds a user's module `mine`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rlhf-lightning"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mine.py").write_text(
+        OWN_STAGE.replace('"rlhf_lightning.ModelSpec"', "ModelSpec").replace(
+            "RewardModule, SFTModule", "ModelSpec, SFTModule"
+        )
+    )
+    records = [{"prompt": "the film", "completion": f" was {word}"} for word in ("good", "bad", "long", "short") * 2]
+    Path("train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    yield {
+        "seed_everything": 1,
+        "trainer": {
+            "default_root_dir": "runs/a",
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+        },
+        "model": {
+            "class_path": "SFTModule",
+            "init_args": {
+                "policy": {"config": tiny_config, "tokenizer": str(tiny_tokenizer)},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
+            },
+        },
+        "data": {"train": "train.jsonl", "batch_size": 4, "max_length": 16},
+    }
+    sys.modules.pop("mine", None)
+
+
+def write(config: dict, file: str = "sft.yaml") -> str:
+    Path(file).write_text(yaml.safe_dump(config, sort_keys=False))
+    return file
+
+
+def fit(config: dict, *options: str) -> int:
+    return main(["fit", "--config", write(config), *options])
+
+
+def metrics(folder: str) -> list[dict[str, str]]:
+    with (Path(folder) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# --- a run and its folder
+
+
+def test_a_run_leaves_config_metrics_samples_checkpoint_and_export(config):
+    assert fit(config) == 0
+    for name in ("config.yaml", "metrics.csv", "samples.jsonl", "checkpoints/last.ckpt", "hf/config.json"):
+        assert (Path("runs/a") / name).is_file(), name
+    steps = [float(row["train/loss"]) for row in metrics("runs/a") if row["train/loss"]]
+    assert len(steps) == 4  # 8 records, batches of 4, 2 epochs
+    assert "lr-AdamW" in metrics("runs/a")[0]
+
+
+def test_a_saved_config_runs_again_and_repeats_the_run(config):
+    assert fit(config) == 0
+    first = Path("runs/a/config.yaml").read_text()
+    assert main(["fit", "--config", "runs/a/config.yaml", "--trainer.default_root_dir", "runs/b"]) == 0
+    again = yaml.safe_load(Path("runs/b/config.yaml").read_text())
+    assert again == yaml.safe_load(first) | {
+        "trainer": yaml.safe_load(first)["trainer"] | {"default_root_dir": "runs/b"}
+    }
+    losses = [[row["train/loss"] for row in metrics(folder)] for folder in ("runs/a", "runs/b")]
+    assert losses[0] == losses[1]
+
+
+def test_a_second_run_into_the_same_folder_is_refused_with_both_remedies(config, capsys):
+    assert fit(config, "--trainer.max_steps", "1") == 0
+    assert fit(config) == 2
+    message = capsys.readouterr().err
+    assert "runs/a already holds a run" in message
+    assert "--resume auto" in message
+    assert "--overwrite true" in message
+    assert "Traceback" not in message
+
+
+def test_resume_goes_on_and_keeps_the_metrics_of_before(config):
+    assert fit(config, "--trainer.max_epochs", "1") == 0
+    assert fit(config, "--resume", "auto") == 0
+    assert [row["step"] for row in metrics("runs/a") if row["train/loss"]] == ["0", "1", "2", "3"]
+    assert fit({**config, "trainer": {**config["trainer"], "default_root_dir": "runs/whole"}}) == 0
+    ours, whole = (
+        torch.load(f"runs/{n}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in ("a", "whole")
+    )
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_overwrite_starts_anew(config):
+    assert fit(config) == 0
+    Path("runs/a/notes.txt").write_text("mine")
+    assert fit(config, "--trainer.max_epochs", "1", "--overwrite", "true") == 0
+    assert [row["step"] for row in metrics("runs/a") if row["train/loss"]] == ["0", "1"]
+    assert Path("runs/a/notes.txt").exists()  # only what a run writes is deleted
+    assert "overwrite" not in yaml.safe_load(Path("runs/a/config.yaml").read_text())
+
+
+def test_resume_from_a_checkpoint_that_is_not_there(config, capsys):
+    assert fit(config, "--resume", "nowhere.ckpt") == 2
+    assert "nowhere.ckpt" in capsys.readouterr().err
+
+
+def test_the_command_line_beats_the_checkpoint(config):
+    own = {**config, "model": {"class_path": "mine.MySFT", "init_args": {**config["model"]["init_args"], "gain": 0.2}}}
+    assert fit(own, "--trainer.max_epochs", "1") == 0
+    assert fit(own, "--resume", "auto", "--model.gain", "0.9") == 0
+    gains = [float(row["train/gain"]) for row in metrics("runs/a") if row["train/gain"]]
+    assert gains == pytest.approx([0.2, 0.2, 0.9, 0.9])
+
+
+# --- parsing
+
+
+def test_a_users_own_stage_is_selected_by_its_path(config):
+    options = ["--model", "mine.MySFT", "--model.gain", "2.0", "--trainer.fast_dev_run", "true"]
+    assert fit(config, *options) == 0
+
+
+def test_print_config_round_trips(config, capsys):
+    assert fit(config, "--print_config") == 0
+    printed = capsys.readouterr().out
+    Path("printed.yaml").write_text(printed)
+    assert main(["fit", "--config", "printed.yaml", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+
+
+def test_abbreviations_are_refused(config, capsys):
+    assert fit(config, "--trainer.max_epoch", "1") == 2
+    assert "did you mean max_epochs?" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_1e_4_is_a_number(config, capsys):
+    text = Path(write(config)).read_text().replace("lr: 0.001", "lr: 1e-4")
+    Path("sft.yaml").write_text(text)
+    assert main(["fit", "--config", "sft.yaml", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert float(printed["model"]["init_args"]["optimizer"]["init_args"]["lr"]) == 1e-4
+
+
+TYPOS = {
+    "trainer": ("max_epochs: 2", "max_epoch: 2", "trainer.max_epoch", "max_epochs"),
+    "data": ("batch_size: 4", "batchsize: 4", "data.batchsize", "batch_size"),
+    "stage": ("optimizer:", "optimiser:", "model.init_args.optimiser", "optimizer"),
+    "model spec": ("tokenizer:", "tokeniser:", "model.init_args.policy.tokeniser", "tokenizer"),
+    "optimizer": ("lr: 0.001", "lrr: 0.001", "model.init_args.optimizer.init_args.lrr", "lr"),
+    "section": ("data:", "dta:", "dta", "data"),
+    "stage's name": ("SFTModule", "SFTModul", "SFTModul", "SFTModule"),
+    "class": ("torch.optim.AdamW", "torch.optim.AdamWW", "AdamWW", "AdamW"),
+}
+
+
+@pytest.mark.parametrize("name", TYPOS)
+def test_a_typo_is_an_error_that_names_key_file_line_and_the_right_name(config, capsys, name):
+    right, wrong, key, meant = TYPOS[name]
+    text = Path(write(config)).read_text()
+    assert right in text
+    Path("typo.yaml").write_text(text.replace(right, wrong))
+    line = next(i for i, row in enumerate(text.replace(right, wrong).splitlines(), 1) if wrong in row)
+    assert main(["fit", "--config", "typo.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert f"typo.yaml:{line}: " in message
+    assert key in message
+    assert f"did you mean {meant}?" in message.replace("torch.optim.", "")
+    assert len(message.strip().splitlines()) == 1
+
+
+WRONG_VALUES = {
+    "type": ("batch_size: 4", "batch_size: four", "four is not a whole number"),
+    "nested type": ("lr: 0.001", "lr: fast", "fast is not a number"),
+    "not a number": ("lr: 0.001", "lr: .nan", ".nan is not a number"),
+    "negative": ("lr: 0.001", "lr: -0.001", "a learning rate is positive"),
+    "twice": ("batch_size: 4", "batch_size: 4\n  batch_size: 5", "data.batch_size is set twice"),
+    "no YAML": ("batch_size: 4", "batch_size: [4", "not YAML"),
+    "tag": ("batch_size: 4", "batch_size: !!python/object/apply:os.system [ls]", "is not allowed"),
+    "import": ("torch.optim.AdamW", "os.system", "os.system is Python's own"),
+    "strategy": ("max_epochs: 2", "max_epochs: 2\n  strategy: ddpp", "did you mean ddp?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_wrong_value_is_an_error_with_its_place(config, capsys, name):
+    right, wrong, said = WRONG_VALUES[name]
+    Path("wrong.yaml").write_text(Path(write(config)).read_text().replace(right, wrong))
+    assert main(["fit", "--config", "wrong.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert "wrong.yaml:" in message
+    assert "Traceback" not in message
+
+
+def test_inert_keys_of_stage_and_trainer_are_errors(config, capsys):
+    config["model"]["class_path"] = "mine.MySFT"
+    config["model"]["init_args"]["gain"] = 0.5
+    config["trainer"]["gradient_clip_algorithm"] = "norm"
+    assert fit(config) == 2
+    message = capsys.readouterr().err
+    assert "model.init_args.gain does nothing: a half gain is none" in message
+    assert "trainer.gradient_clip_algorithm does nothing: gradient_clip_val is not set" in message
+    assert message.count("sft.yaml:") == 2
+
+
+def test_a_saved_config_has_no_inert_keys_although_it_names_every_key(config):
+    assert fit(config, "--trainer.max_steps", "1") == 0
+    assert main(["validate", "--config", "runs/a/config.yaml", "--data.val", "train.jsonl"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["fti"], "did you mean 'fit'?"),
+        (["fit"], "model is missing"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["chain"], "--config"),
+        (["chain", "--conf", "x"], "--config"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_2(config, capsys, args, said):
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(config, capsys):
+    assert main(["fit", "--config", "nowhere.yaml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_missing_model_folder(config, capsys):
+    config["model"]["init_args"]["policy"] = {"path": "models/nothing"}
+    assert fit(config) == 2
+    assert "models/nothing" in capsys.readouterr().err
+
+
+def test_interrupt_exits_with_130(config):
+    assert fit(config, "--model", "mine.Interrupted") == 130
+
+
+def test_default_callbacks_can_be_named_away_and_replaced(config):
+    config["default_callbacks"] = ["progress", "samples"]
+    config["trainer"]["callbacks"] = [{"class_path": "SampleLogger", "init_args": {"num_prompts": 1}}]
+    assert fit(config) == 0
+    assert not Path("runs/a/checkpoints").exists()
+    assert not Path("runs/a/hf").exists()
+    assert len(Path("runs/a/samples.jsonl").read_text().splitlines()) == 1
+
+
+# --- generate, export
+
+
+def test_generate_answers_with_the_weights_of_the_run(config, capsys):
+    assert fit(config) == 0
+    args = [
+        "generate",
+        "--config",
+        "sft.yaml",
+        "--prompt",
+        "the film",
+        "--sampling.max_new_tokens",
+        "3",
+        "--out",
+        "o.jsonl",
+    ]
+    assert main(args) == 0
+    assert "runs/a/checkpoints/last.ckpt, step 4" in capsys.readouterr().out
+    rows = [json.loads(row) for row in Path("o.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the film"]
+    assert main([*args, "--prompts", "train.jsonl"]) == 0
+    assert len(Path("o.jsonl").read_text().splitlines()) == 9
+
+
+def test_generate_without_a_prompt(config, capsys):
+    assert main(["generate", "--config", write(config)]) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_export_of_a_checkpoint_equals_that_of_the_run(config):
+    from safetensors.torch import load_file
+
+    assert fit(config) == 0
+    assert main(["export", "--config", "runs/a/config.yaml", "--folder", "out"]) == 0
+    ours, theirs = load_file("out/model.safetensors"), load_file("runs/a/hf/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_export_before_the_first_checkpoint(config, capsys):
+    assert main(["export", "--config", write(config)]) == 2
+    assert "last.ckpt" in capsys.readouterr().err
+
+
+def test_preview_prints_records_without_training(config, capsys):
+    assert main(["preview", "--config", write(config), "--num_records", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "train.jsonl, line 1" in printed
+    assert "good" in printed
+    assert "line 3" not in printed
+    assert not Path("runs").exists()
+
+
+# --- start-up
+
+
+def test_help_imports_neither_torch_nor_lightning():
+    code = "import sys; from rlhf_lightning.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("False")
+    assert "chain" in done.stdout
+
+
+def test_help_of_fit_answers(config, capsys):
+    assert main(["fit", "--help"]) == 0
+    assert "--trainer.max_epochs" in capsys.readouterr().out
