@@ -120,6 +120,7 @@ class RewardModelScore(RewardFn):
             sample.prompt if messages is None else list(messages),
             sample.completion,
             add_eos=self.add_eos == "always" or (self.add_eos == "finished" and sample.finished),
+            tools=sample.record.get("tools"),
         )
         if not encoded.ids:  # nothing asked and nothing said: the model still has to read something
             return Encoded([tokenizer.eos_token_id], [True])

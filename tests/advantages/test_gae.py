@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from rlhf_kernels import kl_shaped_gae
 
 from rlhf_lightning.advantages.gae import Gae
+from rlhf_lightning.advantages.shaping import kl_shaped_rewards
 from rlhf_lightning.core.errors import UserError
 
 
@@ -87,6 +89,19 @@ def test_the_critic_may_have_a_lam_of_its_own():
     advantages, returns = Gae(lam=0.5, critic_lam=1.0)(rewards, values, mask, groups)
     torch.testing.assert_close(advantages, Gae(lam=0.5)(rewards, values, mask, groups)[0])
     torch.testing.assert_close(returns, Gae(lam=1.0)(rewards, values, mask, groups)[1])
+
+
+@pytest.mark.parametrize("critic_lam", [None, 1.0])
+def test_shaping_and_credit_in_one_kernel_are_the_two_after_each_other(critic_lam):
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref_logprobs, values = torch.randn(3, 4, 9, generator=generator)
+    scores, mask = torch.randn(4, generator=generator), torch.rand(4, 9, generator=generator) < 0.6
+    rewards, kl = kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.1)
+    advantages, returns = Gae(critic_lam=critic_lam)(rewards, values, mask, torch.arange(4))
+    fused = kl_shaped_gae(
+        scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, gamma=1.0, lam=0.95, critic_lam=critic_lam
+    )
+    torch.testing.assert_close((rewards, kl, advantages, returns), (fused.rewards, fused.kl, *fused[1:3]))
 
 
 def test_a_mask_of_one_row_is_refused():

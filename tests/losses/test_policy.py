@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from rlhf_kernels import PolicyLossSpec, policy_terms
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.losses.policy import ClippedSurrogate, clipped_surrogate
@@ -72,6 +73,21 @@ def test_on_policy_its_gradient_is_reinforces():
     torch.testing.assert_close(ours, torch.autograd.grad(reinforce, logits)[0])
     assert (loss.ratio == 1).all()
     assert not loss.clipped.any()
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_the_kernels_compute_the_same_loss_and_gradient(dual_clip):
+    generator = torch.Generator().manual_seed(0)
+    logprobs, old, advantages = torch.randn(3, 8, 16, generator=generator, dtype=torch.float64)
+    logprobs.requires_grad_()
+    ours = clipped_surrogate(logprobs, old, advantages, dual_clip=dual_clip, **BOUNDS)
+    spec = PolicyLossSpec(form="clipped", dual_clip=dual_clip, **BOUNDS)
+    theirs = policy_terms(logprobs.detach(), old, advantages, torch.ones(8, 16).bool(), spec)
+    torch.testing.assert_close(ours.per_token, theirs.loss)
+    torch.testing.assert_close(torch.autograd.grad(ours.per_token.sum(), logprobs)[0], theirs.logprob_slope)
+    torch.testing.assert_close(ours.ratio, theirs.ratio)
+    assert (ours.clipped == theirs.clipped).all()
+    assert ours.clipped.any()
 
 
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
