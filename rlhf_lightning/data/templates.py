@@ -141,19 +141,35 @@ def _match(skeleton: _Skeleton, messages: Messages, text: str) -> list[str] | No
     """Each message's text as it was rendered (perhaps stripped), in the skeleton's order; None: nothing fits."""
     if any(m["content"] and i not in skeleton.order for i, m in enumerate(messages) if m["role"] == "assistant"):
         return None
-    for form in (str, str.strip, str.rstrip, str.lstrip):
-        contents = [form(messages[i]["content"]) for i in skeleton.order]
-        filled = (c + literal for c, literal in zip(contents, skeleton.literals[1:], strict=True))
-        if skeleton.literals[0] + "".join(filled) == text:
-            return contents
-    # some messages altered, others not: stripped in one role only, a thought cut out of an earlier turn
-    pattern = "(.*?)".join(map(re.escape, skeleton.literals))
-    match = re.fullmatch(pattern, text, flags=re.DOTALL)
-    if match is None or any(
-        part not in messages[i]["content"] for part, i in zip(match.groups(), skeleton.order, strict=True)
-    ):
+    contents = _match_stripped(skeleton, messages, text)
+    if contents is not None:
+        return contents
+    # a text altered in a way of the template's own: a thought cut out of an earlier turn
+    lazy, greedy = (re.fullmatch(gap.join(map(re.escape, skeleton.literals)), text, re.DOTALL) for gap in _GAPS)
+    if lazy is None or greedy is None or lazy.groups() != greedy.groups():
+        return None  # not the same texts, or more than one way to find them: a message quotes the template
+    pairs = zip(lazy.groups(), skeleton.order, strict=True)
+    return list(lazy.groups()) if all(part in messages[i]["content"] for part, i in pairs) else None
+
+
+_GAPS = ("(.*?)", "(.*)")
+
+
+def _match_stripped(skeleton: _Skeleton, messages: Messages, text: str) -> list[str] | None:
+    """Each message's text, as it is or without the blanks around it, if these and the literals make up `text`."""
+    if not text.startswith(skeleton.literals[0]):
         return None
-    return list(match.groups())
+    found: list[tuple[int, list[str]]] = [(len(skeleton.literals[0]), [])]  # (characters read, contents so far)
+    for index, literal in zip(skeleton.order, skeleton.literals[1:], strict=True):
+        raw = messages[index]["content"]
+        forms = dict.fromkeys((raw, raw.strip(), raw.rstrip(), raw.lstrip()))
+        found = [
+            (at + len(form) + len(literal), [*contents, form])
+            for at, contents in found
+            for form in forms
+            if text.startswith(form + literal, at)
+        ][:16]  # several fit only where texts are blanks: any of them will do
+    return next((contents for at, contents in found if at == len(text)), None)
 
 
 def _turn_end(encoder: TextEncoder) -> str | None:

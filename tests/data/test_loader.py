@@ -71,6 +71,14 @@ def test_an_iterator_that_nobody_uses_changes_nothing():
     assert len(list(fresh)) == 3
 
 
+def test_a_restored_position_holds_for_one_pass():
+    loader = make_loader()
+    next(iter(loader))
+    fresh = resumed(loader)
+    assert len(list(islice(fresh, 2))) == 2
+    assert list(fresh) == list(make_loader())
+
+
 def test_saved_behind_the_last_batch_means_the_next_epoch():
     loader = make_loader()
     batches = iter(loader)
