@@ -69,9 +69,8 @@ def export_policy(
         state_dict: the policy's weights, where they are not all in its own modules (gathered from several ranks).
     """
     model = _whole(policy.model, _under("model.", state_dict))
-    _complete_generation_config(model, tokenizer)
     card = card or ModelCard()
-    with _replacing(folder) as temporary, no_progress_bar():
+    with _replacing(folder) as temporary, no_progress_bar(), _completed_generation_config(model, tokenizer):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         usage = POLICY_USAGE.format(folder=Path(folder).name)
@@ -187,12 +186,24 @@ def _under(prefix: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Te
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def _complete_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whoever generates with the export must know where answers end and what to pad with."""
-    config = model.generation_config
+@contextmanager
+def _completed_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """While inside, the model's generation config says where answers end and what to pad with."""
+    own = model.generation_config
+    config = copy.deepcopy(own)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # some published models set a temperature without do_sample: transformers loads that but refuses to save it
+        config.do_sample = True
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager

@@ -113,7 +113,12 @@ class Policy(nn.Module):
 
     def generate(self, **kwargs: Any) -> Any:
         """transformers' `generate`."""
-        return self.model.generate(**kwargs)
+        own = self.causal_lm.generation_config
+        try:
+            return self.model.generate(**kwargs)
+        finally:
+            # peft lends the model its wrapper's generation config and does not take it back
+            self.causal_lm.generation_config = own
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:

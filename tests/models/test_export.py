@@ -75,6 +75,15 @@ def test_what_a_folder_holds(lab, tokenizer, tmp_path):
         assert part in readme
 
 
+def test_a_generation_config_that_transformers_would_not_save_is_mended(lab, tokenizer, tmp_path):
+    policy = lab.policy("llama")
+    policy.model.generation_config.temperature = 0.6  # as published with some models, without do_sample
+    folder = export_policy(policy, tokenizer, tmp_path / "hf")
+    assert GenerationConfig.from_pretrained(folder).temperature == 0.6
+    assert GenerationConfig.from_pretrained(folder).do_sample
+    assert policy.model.generation_config.do_sample is not True
+
+
 def test_a_card_names_no_local_folder_as_hub_id(lab, tokenizer, tmp_path):
     folder = export_policy(lab.policy("llama"), tokenizer, tmp_path / "hf", card=ModelCard(base_model=str(tmp_path)))
     assert "base_model:" not in (folder / "README.md").read_text()

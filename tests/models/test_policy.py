@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
@@ -119,6 +120,17 @@ def test_generation_continues_with_the_most_probable_token(lab):
         states = policy.hidden_states(prompt.tokens, prompt.attention_mask, prompt.positions)
     head = policy.head()
     assert torch.equal(out[:, -1], (states[:, -1] @ head.weight.T).argmax(-1))
+
+
+def test_generating_with_a_borrowed_config_leaves_the_models_own(lab):
+    """As sampling does: the wrapper's config is swapped for the call."""
+    policy = lab.policy("llama", lora=LoraSpec(r=2)).eval()
+    inner, wrapper = policy.causal_lm.generation_config, policy.model.generation_config
+    policy.model.generation_config = GenerationConfig(max_new_tokens=2, pad_token_id=0)
+    out = policy.generate(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2, dtype=torch.long))
+    policy.model.generation_config = wrapper
+    assert out.shape == (1, 4)
+    assert policy.causal_lm.generation_config is inner
 
 
 def test_an_adapter_can_be_switched_off_and_comes_back_trainable(lab, family):
