@@ -9,8 +9,7 @@ from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_float, check_head, check_shape
 from rlhf_kernels.exact_kl import Direction, check_kl, kl_rows
 from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, plain
-from rlhf_kernels.linear_token_logprobs import wanted_rows
-from rlhf_kernels.rows import pieces, work_dtype
+from rlhf_kernels.rows import Rows, work_dtype
 
 _NAME = "linear_exact_kl"
 
@@ -79,16 +78,16 @@ def _chunks(
 ) -> Tensor:
     """KL of each row; with `d_kl` and `sums`, also the gradients of sum(d_kl * kl), added to `sums`."""
     states, ref_states = hidden.reshape(-1, hidden.shape[-1]), ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    kept = wanted_rows(mask, len(states), hidden.device)
+    counting = Rows(mask, len(states))
     head, ref_head = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
     use_triton(_NAME, hidden)
     kl = torch.zeros(len(states), dtype=head.dtype, device=hidden.device)
-    size = (min(chunk_rows, max(1, len(kept))), weight.shape[0])
+    size = (min(chunk_rows, counting.count), weight.shape[0])
     buffer, ref_buffer = kl.new_empty(size), kl.new_empty(size, dtype=ref_head.dtype)
     with exact(hidden.device):
-        for rows in pieces(kept, chunk_rows):
-            logits = head.logits(states[rows], buffer[: len(rows)])
-            ref_logits = ref_head.logits(ref_states[rows], ref_buffer[: len(rows)])
+        for start, end, rows in counting.chunks(chunk_rows):
+            logits = head.logits(states[rows], buffer[: end - start])
+            ref_logits = ref_head.logits(ref_states[rows], ref_buffer[: end - start])
             factor = None if d_kl is None else d_kl[rows]
             out = None if sums is None else logits
             kl[rows] = kl_rows(_NAME, logits, ref_logits.to(head.dtype), None, factor, temperature, forward, out)

@@ -13,7 +13,7 @@ from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_head, check_rows, check_softcap, check_temperature, check_token_range
 from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, plain
 from rlhf_kernels.policy_loss import as_divisor, check_policy, decode, encode, fake_outputs, output, weighted
-from rlhf_kernels.rows import RowStats, Transform, coefficients, pieces, row_grads, row_stats, work_dtype
+from rlhf_kernels.rows import RowStats, Transform, coefficients, pieces, row_grads, row_stats, take_stats, work_dtype
 from rlhf_kernels.scaling import scaled
 from rlhf_kernels.spec import PolicyLossOutput, PolicyLossSpec, policy_terms
 from rlhf_kernels.token_logprobs import split_temperature
@@ -115,9 +115,6 @@ class _Rows:
             if whole.numel():
                 whole[rows] = part
 
-    def take_stats(self, rows: Tensor) -> RowStats:
-        return RowStats(*(field[rows] if field.numel() else field for field in self.stats))
-
 
 class _Inputs:
     """Per-token inputs, flat, and the shape of one sequence."""
@@ -210,7 +207,7 @@ def _op(
                 start += len(rows)
                 logits = buffer[: len(rows)] if len(chunks) == 1 else head.logits(states[rows], buffer[: len(rows)])
                 slopes = (d_logprob[part], None if d_entropy is None else d_entropy[part])
-                _add_chunk(sums, rows, states, logits, ids, results.take_stats(rows), slopes, transform)
+                _add_chunk(sums, rows, states, logits, ids, take_stats(results.stats, rows), slopes, transform)
     shape = tokens.shape
     loss = (results.loss.sum(dtype=torch.float64) / denominator.double()).to(head.dtype)
     logprobs, entropy = results.stats.logprobs.view(shape), results.stats.entropy
@@ -237,7 +234,7 @@ def _add_chunk(
     if c is None and not rows.is_cuda:  # counting them on a GPU would make the host wait
         moving = a.nonzero()[:, 0]
         if len(moving) < 0.75 * len(rows):
-            stats = RowStats(*(field[moving] if field.numel() else field for field in stats))
+            stats = take_stats(stats, moving)
             rows, logits, a, b = rows[moving], logits[moving], a[moving], b[moving]
     if len(rows):
         row_grads(_NAME, logits, ids[rows], stats, a, b, c, transform.take(rows), out=logits)

@@ -104,10 +104,10 @@ class HeadGrads:
         self.weight: Tensor | None = None
         self.bias = torch.zeros_like(bias, dtype=head.dtype) if bias is not None and needs[2] else None
 
-    def add(self, rows: Tensor, hidden: Tensor, grads: Tensor) -> None:
+    def add(self, rows: Tensor | slice, hidden: Tensor, grads: Tensor) -> None:
         """The share of one chunk: its row numbers, hidden states [rows, H], gradients in its logits [rows, V]."""
         if self.hidden is not None:
-            self.hidden.index_copy_(0, rows, self.head.hidden_grad(grads).to(self.hidden.dtype))
+            self.hidden[rows] = self.head.hidden_grad(grads).to(self.hidden.dtype)
         if self.needs[1]:
             self.weight = self.head.add_weight_grad(self.weight, grads, hidden)
         if self.bias is not None:

@@ -8,7 +8,17 @@ from torch import Tensor
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_head, check_rows, check_softcap, check_temperature, check_token_range
 from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, keep_rows_for, plain
-from rlhf_kernels.rows import RowStats, Transform, coefficients, row_grads, row_stats, spread, work_dtype
+from rlhf_kernels.rows import (
+    Rows,
+    RowStats,
+    Transform,
+    coefficients,
+    row_grads,
+    row_stats,
+    spread,
+    take_stats,
+    work_dtype,
+)
 from rlhf_kernels.token_logprobs import TokenLogprobs, split_temperature
 
 _NAME = "linear_token_logprobs"
@@ -62,13 +72,6 @@ def linear_token_logprobs(
     return TokenLogprobs(logprobs, entropy if with_entropy else None, logsumexp, is_argmax)
 
 
-def wanted_rows(mask: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
-    """Numbers of the rows that count."""
-    if mask is None:
-        return torch.arange(num_rows, device=device)
-    return mask.reshape(-1).nonzero()[:, 0]
-
-
 @torch.library.custom_op("rlhf_kernels::linear_token_logprobs", mutates_args=())
 def _op(
     hidden: Tensor,
@@ -89,23 +92,22 @@ def _op(
     ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = Transform(temperature, row_temperature, softcap, logit_scale)
-    kept = wanted_rows(mask, ids.numel(), ids.device)
+    counting = Rows(mask, ids.numel())
     head = Head(hidden, weight, bias)
     saved = hidden.new_empty((keep_rows, weight.shape[0]), dtype=head.dtype)
     buffer = saved[:0]
     parts = []
     with exact(hidden.device):
-        for start in range(0, len(kept), chunk_rows):
-            rows = kept[start : start + chunk_rows]
-            logits = saved[start : start + len(rows)]
-            if len(logits) < len(rows):
-                if len(buffer) < len(rows):
-                    buffer = saved.new_empty((len(rows), weight.shape[0]))
-                logits = buffer[: len(rows)]
+        for start, end, rows in counting.chunks(chunk_rows):
+            logits = saved[start:end]
+            if len(logits) < end - start:
+                if len(buffer) < end - start:
+                    buffer = saved.new_empty((end - start, weight.shape[0]))
+                logits = buffer[: end - start]
             head.logits(states[rows], logits)
             parts.append(row_stats(_NAME, logits, ids[rows], transform.take(rows), with_entropy=with_entropy))
             _keep_part(saved, logits, start)
-    logprobs, entropy, maximum, log_sum, miss, is_argmax = _gather(parts, kept, tokens, with_entropy, head.dtype)
+    logprobs, entropy, maximum, log_sum, miss, is_argmax = _gather(parts, counting, tokens, with_entropy, head.dtype)
     return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss, saved
 
 
@@ -117,7 +119,7 @@ def _keep_part(saved: Tensor, logits: Tensor, start: int) -> None:
 
 
 def _gather(
-    parts: list[RowStats], kept: Tensor, tokens: Tensor, with_entropy: bool, dtype: torch.dtype
+    parts: list[RowStats], counting: Rows, tokens: Tensor, with_entropy: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Chunks of rows that count -> the shape of `tokens`, 0 elsewhere."""
     if not parts:
@@ -129,10 +131,10 @@ def _gather(
         whole = field[0] if len(field) == 1 else torch.cat(field)
         if index == 1 and not with_entropy:
             fields.append(whole)
-        elif len(kept) == tokens.numel():
+        elif counting.numbers is None:
             fields.append(whole.view(tokens.shape))
         else:
-            fields.append(spread(whole, kept, tokens.numel()).view(tokens.shape))
+            fields.append(spread(whole, counting.numbers, tokens.numel()).view(tokens.shape))
     return tuple(fields)
 
 
@@ -170,27 +172,27 @@ def _grad(
     ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = Transform(numbers[0], row_temperature, numbers[1], numbers[2])
-    kept = wanted_rows(mask, ids.numel(), ids.device)
+    counting = Rows(mask, ids.numel())
     head = Head(hidden, weight, bias)
     logprobs, entropy, maximum, log_sum, miss = (field.reshape(-1) for field in stats)
     flat = RowStats(logprobs, entropy, maximum, log_sum, miss, miss.new_empty(0))
     d_outputs = (None if d is None else d.reshape(-1) for d in (d_logprob, d_entropy, d_logsumexp))
     a, b, c = coefficients(flat, *d_outputs)
     sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]))
-    buffer = saved.new_empty((min(chunk_rows, max(1, len(kept))), weight.shape[0]))
+    buffer = saved.new_empty((min(chunk_rows, counting.count), weight.shape[0]))
     with exact(hidden.device):
-        for start in range(0, len(kept), chunk_rows):
-            rows = kept[start : start + chunk_rows]
-            grads = buffer[: len(rows)]
-            logits = saved[start : start + len(rows)]
-            if len(logits) < len(rows):
+        for start, end, rows in counting.chunks(chunk_rows):
+            grads = buffer[: end - start]
+            logits = saved[start:end]
+            some_states = states[rows]
+            if len(logits) < len(grads):
                 grads[: len(logits)] = logits
-                head.logits(states[rows[len(logits) :]], grads[len(logits) :])
+                head.logits(some_states[len(logits) :], grads[len(logits) :])
                 logits = grads
-            chunk = RowStats(*(field[rows] if field.numel() else field for field in flat))
+            chunk = take_stats(flat, rows)
             some = None if c is None else c[rows]
             row_grads(_NAME, logits, ids[rows], chunk, a[rows], b[rows], some, transform.take(rows), out=grads)
-            sums.add(rows, states[rows], grads)
+            sums.add(rows, some_states, grads)
     d_hidden, d_weight, d_bias = sums.results(bias)
     return d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
 

@@ -14,6 +14,7 @@ a * miss with miss = 1 - p_y summed over the other columns: the difference itsel
 near 1.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,27 @@ class Transform(NamedTuple):
         return self if self.row_temperature is None else self._replace(row_temperature=self.row_temperature[rows])
 
 
+class Rows:
+    """The rows that count, in order, some at a time; slices where all do, because indexing by number copies."""
+
+    def __init__(self, mask: Tensor | None, num_rows: int) -> None:
+        self.numbers = None
+        self.count = num_rows
+        # Asking whether all count makes the host wait, but so does counting those that do.
+        if mask is not None and not bool(mask.all()):
+            self.numbers = mask.reshape(-1).nonzero()[:, 0]
+            self.count = len(self.numbers)
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int, Tensor | slice]]:
+        """Start and end among the rows that count, and the rows: numbers, or a slice."""
+        for start in range(0, self.count, size):
+            end = min(start + size, self.count)
+            yield start, end, slice(start, end) if self.numbers is None else self.numbers[start:end]
+
+
 def pieces(rows: Tensor, size: int) -> list[Tensor]:
     """`rows` cut into views of at most `size`."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [rows] if len(rows) <= size else [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -67,6 +86,11 @@ class RowStats(NamedTuple):
     """1 - p_y, without cancellation."""
     is_argmax: Tensor
     """Whether no column is above the token's (a tie counts as a match)."""
+
+
+def take_stats(stats: RowStats, rows: Tensor | slice) -> RowStats:
+    """Of some of the rows; a field that was not asked for stays empty."""
+    return RowStats(*(field[rows] if field.numel() else field for field in stats))
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -135,27 +159,40 @@ def row_stats_reference(logits: Tensor, tokens: Tensor, transform: Transform, *,
 
 
 def _grads_block(
-    logits: Tensor, tokens: Tensor, stats: RowStats, a: Tensor, b: Tensor, c: Tensor | None, transform: Transform
-) -> Tensor:
+    logits: Tensor,
+    tokens: Tensor,
+    stats: RowStats,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    transform: Transform,
+    out: Tensor,
+) -> None:
     x, slope = transformed(logits, transform)
     index = tokens[:, None]
-    d = x - stats.maximum[:, None]
-    p = (d - stats.log_sum[:, None]).exp_()
-    inner = (b - a)[:, None]
+    maximum, scale = stats.maximum[:, None], torch.exp(-stats.log_sum)  # p = exp(d) * scale
+    grad = out if out.dtype == x.dtype and (x is logits or c is None) else torch.empty_like(x)
     at_token = b
-    if c is not None:
-        d = d.clamp_(min=torch.finfo(d.dtype).min)
-        at_token = b + c * d.gather(-1, index)[:, 0]
-        inner = torch.addcmul(inner, c[:, None], d)
-    at_token = a * stats.miss + at_token * p.gather(-1, index)[:, 0]
-    grad = p.mul_(inner).scatter_(-1, index, at_token[:, None])
+    if c is None:
+        torch.sub(x, maximum, out=grad)
+        chosen = grad.gather(-1, index)[:, 0]
+        grad.exp_().mul_(((b - a) * scale)[:, None])
+    else:
+        d = (x - maximum).clamp_(min=torch.finfo(x.dtype).min)
+        chosen = d.gather(-1, index)[:, 0]
+        at_token = b + c * chosen
+        torch.exp(d, out=grad)
+        grad.mul_(d.mul_((c * scale)[:, None]).add_(((b - a) * scale)[:, None]))
+    at_token = a * stats.miss + at_token * chosen.exp() * scale
+    grad.scatter_(-1, index, at_token[:, None])
     if slope is not None:
-        grad = grad.mul_(slope)
+        grad.mul_(slope)
     if transform.row_temperature is not None:
-        grad = grad.mul_((transform.logit_scale / transform.row_temperature.to(grad.dtype))[:, None])
+        grad.mul_((transform.logit_scale / transform.row_temperature.to(grad.dtype))[:, None])
     elif transform.logit_scale != transform.temperature:
-        grad = grad.mul_(transform.logit_scale / transform.temperature)
-    return grad
+        grad.mul_(transform.logit_scale / transform.temperature)
+    if grad is not out:
+        out.copy_(grad)
 
 
 def row_grads_reference(
@@ -172,12 +209,14 @@ def row_grads_reference(
     """Writes the gradient in the logits to `out` [N, V], which may be `logits`. a, b, c are [N]; c None = zeros."""
     num_rows, vocab = logits.shape
     step = max(1, _BLOCK_ELEMENTS // vocab)
+    if num_rows <= step:
+        _grads_block(logits, tokens, stats, a, b, c, transform, out)
+        return out
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
-        block = RowStats(*(field[rows] for field in stats))
         part = None if c is None else c[rows]
-        grad = _grads_block(logits[rows], tokens[rows], block, a[rows], b[rows], part, transform.take(rows))
-        out[rows].copy_(grad)
+        some = take_stats(stats, rows)
+        _grads_block(logits[rows], tokens[rows], some, a[rows], b[rows], part, transform.take(rows), out[rows])
     return out
 
 
@@ -234,13 +273,13 @@ def row_grads(
         rows = slice(start, start + len(block))
         start += len(block)
         target = out.view(-1, out.shape[-1])[rows] if out is not logits else block
-        some = RowStats(*(field[rows] for field in stats))
+        some = take_stats(stats, rows)
         part = None if c is None else c[rows]
         if mask is None:
             row_grads_reference(block, tokens[rows], some, a[rows], b[rows], part, transform.take(rows), out=target)
             continue
         kept = mask[rows].nonzero()[:, 0]
-        some = RowStats(*(field[kept] if field.numel() else field for field in some))
+        some = take_stats(some, kept)
         grads = torch.empty((len(kept), block.shape[1]), dtype=out.dtype, device=out.device)
         part = None if part is None else part[kept]
         taken = (block[kept], tokens[rows][kept], some, a[rows][kept], b[rows][kept], part)
