@@ -37,7 +37,7 @@ def test_length_by_hand():
 
 def test_keywords_are_whole_words_in_any_case():
     keyword = Keyword(wanted=["good", "C++"], unwanted=["bad idea"])
-    samples = said("Good C++!", "goodness", "good, a BAD idea", "bad ideas", "good good good")
+    samples = said("Good C++!", "ungood goodness", "good, a BAD idea", "bad ideas", "good good good")
     assert keyword(samples) == [1, 0, -0.5, 0, 0.5]
 
 
