@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 
 class HFExport(Callback):
@@ -31,11 +32,20 @@ class HFExport(Callback):
         step = trainer.global_step
         if self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0:
             path = self._path(trainer)
-            pl_module.export(path.with_name(f"{path.name}-step-{step}"))  # all ranks: sharded weights are gathered
+            export(trainer, pl_module, path.with_name(f"{path.name}-step-{step}"))
         self._last_step = step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not on_train_end: a run resumed at its very end trains no more, and still owes its export
-        path = Path(pl_module.export(self._path(trainer)))
+        path = self._path(trainer)
+        export(trainer, pl_module, path)
         if trainer.is_global_zero:
             print(f"exported to {path}", flush=True)
+
+
+def export(trainer: Trainer, module: LightningModule, folder: Path) -> None:
+    """Has the module write `folder`: by the first process, or by all where each holds only a part of the weights."""
+    is_sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+    if is_sharded or trainer.is_global_zero:
+        module.export(folder)
+    trainer.strategy.barrier("export")

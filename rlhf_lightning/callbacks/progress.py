@@ -79,17 +79,19 @@ class RolloutProgress(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         is_last = batch_idx + 1 == self.total_train_batches
         if self._wants_lines and (is_last or time.monotonic() - self._last_line_at >= self._line_every_seconds):
-            self._line(trainer, f"batch {batch_idx + 1}/{self.total_train_batches}")
+            metrics = self.get_metrics(trainer, pl_module)
+            now = {name: value for name, value in metrics.items() if not name.startswith("val/")}
+            self._line(trainer, f"batch {batch_idx + 1}/{self.total_train_batches}", now)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self._wants_lines and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._line(trainer, "validated", only="val/")
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            self._line(trainer, "validated", found)
 
-    def _line(self, trainer: Trainer, what: str, only: str = "") -> None:
+    def _line(self, trainer: Trainer, what: str, metrics: dict[str, Any]) -> None:
         self._last_line_at = time.monotonic()
-        metrics = self.get_metrics(trainer, trainer.lightning_module)
-        shown = " ".join(f"{name} {format_number(value)}" for name, value in metrics.items() if name.startswith(only))
+        shown = " ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
         seconds = self._last_line_at - self._started_at
         print(
             f"[{seconds:6.1f} s] epoch {trainer.current_epoch} {what} step {trainer.global_step}  {shown}", flush=True

@@ -16,7 +16,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning import callbacks as _callbacks  # noqa: F401  short class names resolve once imported
 from rlhf_lightning.cli.checks import check_config, check_instances, check_trainer_names
 from rlhf_lightning.cli.defaults import DefaultCallback, default_callbacks, default_logger
-from rlhf_lightning.cli.messages import explain
+from rlhf_lightning.cli.messages import explain, located
 from rlhf_lightning.cli.run_folder import RunFolder
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.cli.trainer import RLHFTrainer
@@ -67,9 +67,10 @@ def be_quiet() -> None:
 
 
 class _Chatter(logging.Filter):
+    STARTS = ("💡 Tip", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate")
+
     def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not ("💡 Tip" in text or text.startswith("TPU available") or text == "GPU available: False, used: False")
+        return not record.getMessage().startswith(self.STARTS)
 
 
 def family() -> tuple[type, type]:
@@ -201,7 +202,8 @@ class RLHFCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            raise _root_of(error) from error
+            said = _root_of(error)
+            raise (located(said, self.sources) if isinstance(said, UserError) else said) from error
         check_instances(self.config[self.subcommand], self.model, self.datamodule, self.sources)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -1,5 +1,6 @@
 """Turns jsonargparse's nested complaints into one sentence: the key, its place, what is wrong, the nearest name."""
 
+import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from rlhf_lightning.cli.options import class_of, known_classes, valid_children
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
+from rlhf_lightning.core.errors import UserError
 
 BOILERPLATE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Given value|Not a valid subclass|Subclass types expect|"
@@ -22,6 +24,7 @@ UNKNOWN = (
 )
 WRONG_TYPE = re.compile(r"Expected (?:a|an) (?P<type>.+?)\.? Got value: (?P<value>.*)")
 WRONG_TYPE_OF_UNION = re.compile(r"Expected (?:a|an) <class '(?P<type>[^']+)'>$")
+LITERAL = re.compile(r"Literal\[(?P<options>.*)\]")
 UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)$")
 NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 
@@ -58,6 +61,10 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
     types = [m["type"] for c in complaints if (m := WRONG_TYPE_OF_UNION.search(c.text))]
     for complaint in complaints:
         if match := WRONG_TYPE.search(complaint.text):
+            if choice := LITERAL.search(match["type"]):
+                known = [str(option) for option in ast.literal_eval(f"[{choice['options']}]")]
+                hint = _nearest(match["value"], known)
+                return f"{_at(complaint.key, sources)}: {match['value']} is not one of the choices; {hint}"
             return f"{_at(complaint.key, sources)}: {match['value']} is not {_a_type(match['type'])}"
         if match := UNKNOWN_CLASS.search(complaint.text):
             if types and "." not in match["name"]:
@@ -73,6 +80,13 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
     if not key:
         return what
     return f"{_at(f'{key}.class_path' if 'Import path' in what else key, sources)}: {what}"
+
+
+def located(error: UserError, sources: ConfigSources) -> UserError:
+    """A constructor's `key=value: ...`, headed by the file and line that set the key."""
+    match = re.match(r"([a-z_][\w.]*)=", str(error))
+    place = sources.where(match[1]) if match else None
+    return UserError(f"{place}: {error}") if place else error
 
 
 def _complaints(message: str) -> list[Complaint]:

@@ -39,6 +39,10 @@ def valid_children(parent: str, place: Place | None, sources: ConfigSources, par
             return set() if cls is None else _options(cls, rest)
         head, _, last = head.rpartition(".")
         rest = f"{last}.{rest}".rstrip(".")
+    if parent.startswith("data."):
+        from rlhf_lightning.data.datamodule import RLHFDataModule
+
+        return _options(RLHFDataModule, parent.removeprefix("data."))
     return set()
 
 

@@ -4,6 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from rlhf_lightning.core.errors import UserError
 
 RUN_FILES = ("config.yaml", "metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "finished.json")
@@ -18,7 +20,11 @@ class RunFolder:
 
     @property
     def holds_a_run(self) -> bool:
-        return any((self.path / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS))
+        """Whether something would be lost; the config of a run that stopped before its first step is nothing."""
+        if any((self.path / folder).is_dir() and any((self.path / folder).iterdir()) for folder in RUN_FOLDERS):
+            return True
+        files = (self.path / name for name in ("metrics.csv", "samples.jsonl", "finished.json"))
+        return any(file.exists() and file.stat().st_size > 0 for file in files)
 
     def last_checkpoint(self, *, required: bool = False) -> Path | None:
         """`checkpoints/last.ckpt`; None if there is none (an error if `required`)."""
@@ -33,7 +39,9 @@ class RunFolder:
         return None
 
     def clear(self) -> None:
-        """Deletes what a run leaves, and nothing else."""
+        """Deletes what a run leaves, and nothing else; on the first process only."""
+        if rank_zero_only.rank:
+            return
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         for name in RUN_FOLDERS:
@@ -67,9 +75,12 @@ class RunFolder:
             if not Path(resume).exists():
                 raise UserError(f"--resume {resume}: no such checkpoint (never, auto, or the path of a .ckpt)")
             return resume
-        if self.holds_a_run:
+        if (
+            self.holds_a_run and not rank_zero_only.rank
+        ):  # the other processes may start after the first one has written
             raise UserError(
                 f"the folder {self.path} already holds a run; go on with it by --resume auto, delete it by "
                 "--overwrite true, or name another folder by --trainer.default_root_dir FOLDER"
             )
+        self.clear()
         return None
