@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy, check_head
@@ -65,6 +66,20 @@ def test_positions_of_padding_may_be_anything(lab):
     policy, batch = lab.policy("gpt2"), lab.padded(lab.records(5, 3), "left")
     wild = dataclasses.replace(batch, positions=torch.where(batch.attention_mask, batch.positions, 1000))
     torch.testing.assert_close(policy(wild).logprobs, policy(batch).logprobs, rtol=0, atol=0)
+
+
+def test_sampled_answers_are_scored_like_any_batch(lab):
+    """Prompt left-padded, answer right-padded; such batches have no `segments`."""
+    policy = lab.policy("qwen2")
+    tokens = torch.tensor([[0, 5, 6, 7, 2], [3, 4, 5, 2, 0]])
+    real = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    answer = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]).bool()
+    positions = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 2, 3, 3]])
+    scores = policy(Generated(tokens, real, answer, positions, finished=torch.tensor([True, True])))
+    alone = [policy(lab.padded([row])).logprobs[0] for row in (tokens[0, 1:], tokens[1, :4])]
+    torch.testing.assert_close(scores.logprobs[0, 3:], alone[0][2:], **EXACT)
+    torch.testing.assert_close(scores.logprobs[1, 3], alone[1][3], **EXACT)
+    assert (scores.logprobs[~answer] == 0).all()
 
 
 def test_the_head_does_not_run_over_the_batch(lab):
