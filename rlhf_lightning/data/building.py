@@ -1,5 +1,6 @@
 """Rows of the sources to items: checked, encoded, cut to length, counted."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,7 +124,7 @@ class _Builder:
                 record["messages"],
                 add_eos=encoding.add_eos,
                 only_last=encoding.train_on == "last_answer",
-                tools=record.get("tools"),
+                tools=_tools(record),
             )
         else:
             encoded = self._pair(record, record["prompt"], record["completion"])
@@ -189,7 +190,7 @@ class _Builder:
         if "messages" in self.kind:
             while prompt and prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
-        ids, rule = self._prompt_ids(prompt, record.get("tools")), self.encoding.rule
+        ids, rule = self._prompt_ids(prompt, _tools(record)), self.encoding.rule
         limit = rule.max_prompt_length or rule.max_length
         if len(ids) > limit:
             if not self._may_cut(place, len(ids), limit, "prompt"):
@@ -199,7 +200,7 @@ class _Builder:
         elif isinstance(prompt, str):
             text = prompt
         else:
-            text = render(self.encoder, check_messages(prompt), tools=record.get("tools"), add_generation_prompt=True)
+            text = render(self.encoder, check_messages(prompt), tools=_tools(record), add_generation_prompt=True)
         yield PromptItem(np.asarray(ids, np.int32), text, dict(record), self.report.read - 1)
 
     def _pair(self, record: Mapping[str, Any], prompt: Any, completion: Any) -> Encoded:
@@ -209,7 +210,7 @@ class _Builder:
             prompt or "",
             completion,
             add_eos=encoding.add_eos,
-            tools=record.get("tools"),
+            tools=_tools(record),
             parse_controls=encoding.parse_special_tokens,
         )
 
@@ -258,3 +259,9 @@ class _Builder:
         if prefix and list(ids[: len(prefix)]) == prefix:
             return len(prefix)
         return int(len(ids) > 0 and ids[0] == self.encoding.tokenizer.bos_token_id)
+
+
+def _tools(record: Mapping[str, Any]) -> Any:
+    """The tools of a record; data sets keep them as JSON text where their schemas differ."""
+    tools = record.get("tools")
+    return json.loads(tools) if isinstance(tools, str) and tools else tools or None

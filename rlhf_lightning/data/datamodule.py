@@ -159,7 +159,7 @@ class RLHFDataModule(L.LightningDataModule):
             self._tokenizer = find_tokenizer(tokenizer or self.options["tokenizer"])
         options = self.options
         rule = LengthRule(
-            options["max_length"] or usable_length(self.tokenizer),
+            usable_length(self.tokenizer, options["max_length"]),
             options["max_prompt_length"],
             options["overlong"],
             options["cut_first"],

@@ -109,8 +109,9 @@ def encode_pair(
     if isinstance(prompt, str) and isinstance(completion, str):
         encoder = text_encoder(tokenizer)
         before, answer = _string(prompt, parse_controls), _string(completion, parse_controls)
-        prompt_ids = encoder.prefix + encoder.parts_ids(before)
-        answer_ids = encoder.continuation_ids(before if prompt else [], answer)
+        before_ids = encoder.parts_ids(before)
+        prompt_ids = encoder.prefix + before_ids
+        answer_ids = encoder.continuation_ids(before if prompt else [], answer, before_ids)
         answer_ids += [_eos(tokenizer)] if add_eos else []
         return Encoded(prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids))
     if isinstance(prompt, str):
@@ -156,9 +157,11 @@ def _encode_parts(encoder: TextEncoder, parts: Sequence[Part]) -> Encoded:
     ids: list[int] = []
     mask: list[bool] = []
     before: list[Part] = []
+    known: list[int] | None = None  # ids of `before` as a text of its own: those of the first piece
     for is_answer, group in groupby(parts, key=lambda part: part.is_answer):
         piece = list(group)
-        piece_ids = encoder.continuation_ids(before, piece)
+        piece_ids = encoder.continuation_ids(before, piece, known)
+        known = None if before else piece_ids
         ids += piece_ids
         mask += [is_answer] * len(piece_ids)
         before = piece

@@ -139,7 +139,7 @@ def _skeleton(
 
 def _match(skeleton: _Skeleton, messages: Messages, text: str) -> list[str] | None:
     """Each message's text as it was rendered (perhaps stripped), in the skeleton's order; None: nothing fits."""
-    if any(m["content"] and i not in skeleton.order for i, m in enumerate(messages) if m["role"] == "assistant"):
+    if any(m["role"] == "assistant" and i not in skeleton.order for i, m in enumerate(messages)):
         return None
     contents = _match_stripped(skeleton, messages, text)
     if contents is not None:

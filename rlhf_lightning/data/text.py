@@ -65,15 +65,22 @@ class TextEncoder:
             run += part.text[end:]
         return ids + (self.ids(run) if run else [])
 
-    def continuation_ids(self, before: Sequence[Part], parts: Sequence[Part]) -> list[int]:
+    def continuation_ids(
+        self, before: Sequence[Part], parts: Sequence[Part], before_ids: list[int] | None = None
+    ) -> list[int]:
         """Ids of `parts` as they follow `before`, which was encoded on its own (as a prompt is when it is answered).
 
         Joint encoding is cut where `before` ends; where a token would straddle that border, the parts are encoded
         behind a neutral character instead, so that no tokenizer adds the space it puts in front of a text's first word.
+
+        Args:
+            before: what comes in front.
+            parts: what to encode.
+            before_ids: ids of `before`, if they are known.
         """
         if not before:
             return self.parts_ids(parts)
-        before_ids = self.parts_ids(before)
+        before_ids = self.parts_ids(before) if before_ids is None else before_ids
         joint = self.parts_ids((*before, *parts))
         if joint[: len(before_ids)] == before_ids:
             return joint[len(before_ids) :]

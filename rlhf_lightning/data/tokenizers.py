@@ -38,6 +38,18 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
 
 
-def usable_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """1024 tokens, or fewer if the tokenizer says that its model reads fewer."""
-    return min(DEFAULT_LENGTH, tokenizer.model_max_length)
+def usable_length(tokenizer: PreTrainedTokenizerBase, wanted: int | None = None) -> int:
+    """How many tokens a record may have: what is wanted, else 1024 or what the tokenizer allows if that is less.
+
+    Args:
+        tokenizer: whose `model_max_length` is what its model reads, as far as it knows.
+        wanted: what the user asked for.
+    """
+    if wanted is None:
+        return min(DEFAULT_LENGTH, tokenizer.model_max_length)
+    if wanted > tokenizer.model_max_length:
+        log.warning(
+            f"max_length={wanted} is more than the {tokenizer.model_max_length} tokens that the tokenizer says its "
+            "model reads; lower it unless the model was made for more"
+        )
+    return wanted

@@ -295,3 +295,45 @@ def test_workers_give_the_same_batches(tokenizer, write):
     alone, helped = (batches(path, "tokens", tokenizer, shuffle=True, num_workers=n, batch_size=2) for n in (0, 2))
     assert len(alone) == math.ceil(8 / 2)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(alone, helped, strict=True))
+
+
+def test_tool_calls_are_answers(make_tokenizer, write):
+    tokenizer = make_tokenizer("chatml")
+    keep = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ 'tool ' + tool['name'] + '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{% for call in m['tool_calls'] or [] %}{{ '[call ' + call['function']['name'] + ']' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    records = [
+        {"messages": [USER, {"role": "assistant", "content": content, "tool_calls": [call]}, *turns], "tools": tools}
+        for content, turns in (("I look.", []), (None, []), ("", [USER, *says("Two.")]))
+        for tools in ([{"name": "look"}], '[{"name": "look"}]')
+    ]
+    try:
+        (batch,) = batches(write(records), "tokens", tokenizer, batch_size=8)
+    finally:
+        tokenizer.chat_template = keep
+    assert trained(tokenizer, batch)[::2] == trained(tokenizer, batch)[1::2]
+    assert trained(tokenizer, batch)[::2] == [
+        "I look.[call look]<|im_end|>",
+        "[call look]<|im_end|>",
+        "[call look]<|im_end|>Two.<|im_end|>",
+    ]
+    texts = [tokenizer.decode(row[real]) for row, real in zip(batch.tokens, batch.attention_mask, strict=True)]
+    assert all(text.startswith("tool look\n") for text in texts)
+
+
+def test_more_than_the_tokenizer_allows_is_warned_of(make_tokenizer, write, caplog):
+    tokenizer = make_tokenizer()
+    keep, tokenizer.model_max_length = tokenizer.model_max_length, 64
+    try:
+        dm = RLHFDataModule(write([{"text": "abcdefgh" * 40}]), max_length=100).setup_for("tokens", tokenizer)
+        assert max(dm.report().lengths) == 100
+        assert "max_length=100 is more than the 64 tokens" in caplog.text
+        dm = RLHFDataModule(write([{"text": "abcdefgh" * 40}])).setup_for("tokens", tokenizer)
+        assert max(dm.report().lengths) == 64
+    finally:
+        tokenizer.model_max_length = keep

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning.data.datamodule import RLHFDataModule
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(exists and is not empty|when using `ckpt_path`).*")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
