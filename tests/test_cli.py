@@ -13,6 +13,8 @@ import yaml
 
 from rlhf_lightning.__main__ import main
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 OWN_STAGE = '''
 import torch
 from rlhf_lightning import RewardModule, SFTModule
@@ -153,6 +155,35 @@ def test_overwrite_starts_anew(config):
 def test_resume_from_a_checkpoint_that_is_not_there(config, capsys):
     assert fit(config, "--resume", "nowhere.ckpt") == 2
     assert "nowhere.ckpt" in capsys.readouterr().err
+
+
+def test_resume_from_a_checkpoint_that_was_cut_off_or_is_of_another_model(config, tiny_config, capsys):
+    assert fit(config, "--trainer.max_steps", "1") == 0
+    whole = Path("runs/a/checkpoints/last.ckpt").read_bytes()
+    Path("cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert fit(config, "--resume", "cut.ckpt") == 2
+    assert "cut.ckpt is no checkpoint, or was cut off" in capsys.readouterr().err
+    assert main(["export", "--config", "sft.yaml", "--ckpt_path", "cut.ckpt"]) == 2
+    config["model"]["init_args"]["policy"]["config"] = {**tiny_config, "hidden_size": 32}
+    capsys.readouterr()
+    assert fit(config, "--resume", "auto") == 2
+    assert "runs/a/checkpoints/last.ckpt does not fit the model of the config" in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_before_its_first_step_may_be_started_again(config, capsys):
+    assert fit(config, "--data.train", "nowhere.jsonl") == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
+    assert fit(config) == 0
+
+
+def test_overlays_of_the_trainer_section_keep_what_they_do_not_name(config, capsys):
+    for overlay in ("cpu", "gpu", "ddp"):
+        file = REPOSITORY / "configs" / "trainer" / f"{overlay}.yaml"
+        assert fit(config, "--trainer", str(file), "--print_config") == 0
+        trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+        assert trainer["max_epochs"] == 2
+        for key, value in yaml.safe_load(file.read_text()).items():
+            assert trainer[key] == value
 
 
 def test_the_command_line_beats_the_checkpoint(config):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -219,6 +219,9 @@ def _to_loggers(trainer: Trainer, rows: Sequence[SampleRow]) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table("samples", columns=columns, data=[list(asdict(row).values()) for row in rows], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            table = {column: [asdict(row)[column] for row in rows] for column in columns}
+            logger.experiment.log_table(logger.run_id, table, artifact_file="samples.json")
         elif isinstance(logger, TensorBoardLogger):
             text = "\n\n".join(f"**{row.prompt}**\n\n{row.before}\n\n→ {row.after}" for row in rows)
             logger.experiment.add_text("samples", text, step)

@@ -1,9 +1,12 @@
 """Lightning's command line with its traps closed: no abbreviations, options beat checkpoints, one run per folder."""
 
 import logging
+import pickle
+import pkgutil
 import sys
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from rlhf_lightning import callbacks as _callbacks  # noqa: F401  short class na
 from rlhf_lightning.cli.checks import check_config, check_instances, check_trainer_names
 from rlhf_lightning.cli.defaults import DefaultCallback, default_callbacks, default_logger
 from rlhf_lightning.cli.messages import explain, located
-from rlhf_lightning.cli.run_folder import RunFolder
+from rlhf_lightning.cli.run_folder import RunFolder, misfit
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.cli.trainer import RLHFTrainer
 from rlhf_lightning.core.errors import UserError
@@ -78,8 +81,10 @@ def family() -> tuple[type, type]:
     from rlhf_lightning.data.datamodule import RLHFDataModule
     from rlhf_lightning.stages.base import RLHFModule
 
-    for name in ("sft", "reward", "ppo"):
-        __import__(f"rlhf_lightning.stages.{name}")
+    for room in ("stages", "rewards", "losses", "advantages"):
+        package = import_module(f"rlhf_lightning.{room}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            import_module(module.name)
     return RLHFModule, RLHFDataModule
 
 
@@ -222,6 +227,17 @@ class RLHFCLI(LightningCLI):
             return super()._instantiate_trainer(config, callbacks)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if "Error(s) in loading state_dict" not in str(error):
+                raise
+            raise misfit(self.config[subcommand].get("ckpt_path"), error) from error
+        except pickle.UnpicklingError as error:
+            path, why = self.config[subcommand].get("ckpt_path"), str(error).splitlines()[0]
+            raise UserError(f"{path} holds more than weights and numbers and is not read: {why}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -1,6 +1,8 @@
 """One folder, one run: what a run leaves, when a new one may start there, and where an old one goes on."""
 
 import shutil
+import textwrap
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.core.errors import UserError
 
-RUN_FILES = ("config.yaml", "metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "finished.json")
+RUN_FILES = ("metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "finished.json")
 RUN_FOLDERS = ("checkpoints", "hf")
 
 
@@ -39,7 +41,10 @@ class RunFolder:
         return None
 
     def clear(self) -> None:
-        """Deletes what a run leaves, and nothing else; on the first process only."""
+        """Deletes what a run leaves, on the first process only.
+
+        Not config.yaml: it may be the very file that this run was told to read, and is written anew anyway.
+        """
         if rank_zero_only.rank:
             return
         for name in RUN_FILES:
@@ -70,17 +75,30 @@ class RunFolder:
             last = self.last_checkpoint()
             if last is None:
                 self.clear()  # it broke before its first checkpoint: there is nothing to go on from
-            return None if last is None else str(last)
+            return None if last is None else checked(last)
         if resume != "never":
             if not Path(resume).exists():
                 raise UserError(f"--resume {resume}: no such checkpoint (never, auto, or the path of a .ckpt)")
-            return resume
-        if (
-            self.holds_a_run and not rank_zero_only.rank
-        ):  # the other processes may start after the first one has written
+            return checked(resume)
+        # the other processes may look after the first one has begun to write
+        if self.holds_a_run and not rank_zero_only.rank:
             raise UserError(
                 f"the folder {self.path} already holds a run; go on with it by --resume auto, delete it by "
                 "--overwrite true, or name another folder by --trainer.default_root_dir FOLDER"
             )
-        self.clear()
         return None
+
+
+def checked(checkpoint: str | Path) -> str:
+    """The path of a checkpoint, if it is one and whole; a folder is a sharded one."""
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    if path.is_file() and not zipfile.is_zipfile(path):  # the table of contents is at its end: a cut-off file has none
+        raise UserError(f"{path} is no checkpoint, or was cut off while it was written")
+    return str(path)
+
+
+def misfit(checkpoint: str | Path | None, error: BaseException) -> UserError:
+    """What is said when weights and model do not belong together."""
+    return UserError(f"{checkpoint} does not fit the model of the config: {textwrap.shorten(str(error), 400)}")

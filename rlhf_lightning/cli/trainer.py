@@ -1,6 +1,7 @@
 """A Trainer with three more things to do: answer prompts, show records, export."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts, prompt_batches
+from rlhf_lightning.cli.run_folder import checked, misfit
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.preview import preview_records
@@ -109,14 +111,17 @@ class RLHFTrainer(Trainer):
 
 def load_weights(model: LightningModule, ckpt_path: str | Path) -> None:
     """The weights of a checkpoint, and nothing else of it: the config says everything else."""
-    path = Path(ckpt_path)
-    if not path.is_file():
-        raise UserError(f"--ckpt_path {path}: no such checkpoint file")
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    path = Path(checked(ckpt_path))
+    if path.is_dir():
+        raise UserError(f"{path} is a sharded checkpoint; give one that is a single file")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than weights and is not read: {str(error).splitlines()[0]}") from error
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"{path} does not fit the model of the config: {error}") from error
+        raise misfit(path, error) from error
     print(f"weights: {path}, step {checkpoint.get('global_step', '?')}")
 
 
