@@ -12,35 +12,32 @@ from itertools import pairwise
 
 from rlhf_lightning.quickstart.grammar import Grammar
 
-# A rule that holds {T} is written once for Film and once for Product; one that holds {P} once with {P} Good and {O}
-# Bad, once the other way round. Words stand as they do inside a sentence: only I and the names of days and places
-# are capitalised. The notation is that of `Grammar`.
+# A rule that holds {T} is written once for Film and once for Product. Words stand as they do inside a sentence: only I
+# and the names of days and places are capitalised. The notation is that of `Grammar`.
 _RULES = """
 {T}Review   -> 2 {T}Opening "." {T}Verdict "." | 3 {T}Opening "." {T}Detail "." {T}Verdict "."
 
-{T}Opening  -> 4 {T}Thing Look Judgement | {T}Thing {T}GoodDeed | {T}Thing {T}BadDeed | {T}Fact |
-               {T}Thing Look GoodJudgement {T}GoodTurn :mean | {T}Thing Look BadJudgement {T}BadTurn :mean |
-               Person Liked {T}Thing | Person "did not" Like {T}Thing :flip
-{T}Detail   -> 2 {T}GoodClause | 2 {T}BadClause | "the" {T}Part Look Plain | {T}Circumstance |
-               {T}GoodClause {T}GoodTurn :mean | {T}BadClause {T}BadTurn :mean |
+{T}Opening  -> 4 {T}Thing Look Judgement | 2 {T}Thing {T}Deed | 2 {T}Fact | Person Liked {T}Thing |
+               Person "did not" Like {T}Thing :flip | 2 {T}Thing Look Judgement Link {T}Point :mean
+{T}Detail   -> 5 {T}Point | {T}Circumstance | 2 {T}Point Link {T}Point :mean |
                2 "the" {T}Part "and the" {T}Part "were" Judgement
 {T}Verdict  -> 2 "in the end I" Liked "it" | 2 "in the end it was" Judgement | "I did not" Like "it at all" :flip |
-               "I would call it a" GoodAdjective {T}Kind | "I would call it a" BadAdjective {T}Kind | 3 {T}Advice
+               2 "I would call it a" Adjective {T}Kind | 3 {T}Advice
 
 {T}Thing    -> 2 "the" {T}Noun | 2 "this" {T}Noun | "the new" {T}Noun
-{T}GoodTurn -> ", and" {T}GoodClause | ", but" {T}BadClause
-{T}BadTurn  -> ", and" {T}BadClause | ", but" {T}GoodClause
-{T}GoodClause -> 3 "the" {T}Part Look GoodJudgement | 2 "the" {T}Part {T}GoodDeed
-{T}BadClause  -> 3 "the" {T}Part Look BadJudgement | 2 "the" {T}Part {T}BadDeed
+{T}Point    -> 3 "the" {T}Part Look Judgement | 2 "the" {T}Part {T}Deed
+{T}Deed     -> {T}Praise :praise | {T}Blame :blame
 Person      -> "my" Relative | "our" Relative
+Link        -> ", and" | ", while"
 
-Judgement    -> 4 GoodJudgement | 4 BadJudgement | Plain | GoodAdjective "but" BadAdjective :mean
-{P}Judgement -> 5 {P}Adjective | 3 Degree {P}Mild :boost | 2 Hedge {P}Mild :soften | Extreme {P}Strong |
-                2 "not" {O}Adjective :flip | "not" Degree {O}Mild :flip | 2 {P}Adjective "and" {P}Adjective :mean
-{P}Adjective -> 3 {P}Mild | 2 {P}Strong
-Hedge        -> "rather" | "a little" | "somewhat"
-Degree       -> "very" | "really" | "quite"
-Extreme      -> "simply" | "truly" | "absolutely"
+Judgement   -> 5 Adjective | 3 Degree Mild :boost | 2 Hedge Mild :soften | 2 Extreme Strong | 2 "not" Adjective :flip |
+               "not" Degree Mild :flip | 2 Adjective "and" Adjective :mean | Plain
+Adjective   -> 3 Mild | 2 Strong
+Mild        -> GoodMild | BadMild
+Strong      -> GoodStrong | BadStrong
+Hedge       -> "rather" | "a little" | "somewhat"
+Degree      -> "very" | "really" | "quite"
+Extreme     -> "simply" | "truly" | "absolutely"
 
 FilmFact      -> "we watched" FilmThing "on" Day | Person "took me to" FilmThing | "I saw" FilmThing "with" Person
 ProductFact   -> "I bought" ProductThing "for" Person | Person "gave me" ProductThing |
@@ -48,62 +45,50 @@ ProductFact   -> "I bought" ProductThing "for" Person | Person "gave me" Product
 FilmCircumstance    -> "it lasted about" Number "hours" | "we sat in the" Row "row" | "it is set in" Place
 ProductCircumstance -> "it arrived in" Number "days" | "it came in a" Size "box" | "we keep it in the" Room
 
-FilmGoodDeed    -> "kept me guessing" :praise | "made" Someone "laugh" :praise | "moved" Someone "to tears" :praise |
-                   "deserved every prize" :praise
-FilmBadDeed     -> "put" Someone "to sleep" :blame | "made" Someone "yawn" :blame | "made no sense" :blame |
-                   "wasted my evening" :blame
-ProductGoodDeed -> "worked from the first day" :praise | "saved" Someone "a lot of time" :praise |
-                   "did the job" :praise | "lasted for" Number Period :praise
-ProductBadDeed  -> "broke after" Number Period :blame | "let" Someone "down" :blame | "stopped working" :blame |
-                   "fell apart" :blame
+FilmPraise    -> "kept me guessing" | "made" Someone "laugh" | "moved" Someone "to tears" | "deserved every prize"
+FilmBlame     -> "put" Someone "to sleep" | "made" Someone "yawn" | "made no sense" | "wasted my evening"
+ProductPraise -> "worked from the first day" | "saved" Someone "a lot of time" | "did the job" |
+                 "lasted for" Number Period
+ProductBlame  -> "broke after" Number Period | "let" Someone "down" | "stopped working" | "fell apart"
 
 FilmAdvice    -> "I would watch it again" :praise | "do not miss it" :praise | "five stars from me" :praise |
                  "I would rather read a book" :blame | "I left before the end" :blame | "one star from me" :blame
 ProductAdvice -> "I would buy it again" :praise | "I use it every day" :praise | "five stars from me" :praise |
                  "I sent it back" :blame | "I want my money back" :blame | "one star from me" :blame
 
+FilmNoun    -> film=0 | movie=0 | comedy=0 | thriller=0 | drama=0 | western=0
+FilmPart    -> plot=0 | cast=0 | music=0 | dialogue=0 | ending=0 | humour=0
 FilmKind    -> film=0 | movie=0
+ProductNoun -> camera=0 | phone=0 | laptop=0 | kettle=0 | keyboard=0 | headset=0 | lamp=0 | watch=0
+ProductPart -> battery=0 | screen=0 | handle=0 | cable=0 | motor=0 | switch=0 | design=0
 ProductKind -> thing=0 | product=0
-FilmNoun    -> film=0 | movie=0 | comedy=0 | thriller=0 | drama=0 | western=0 | cartoon=0 | sequel=0
-FilmPart    -> plot=0 | cast=0 | music=0 | dialogue=0 | script=0 | ending=0 | humour=0 | camerawork=0
-ProductNoun -> camera=0 | phone=0 | laptop=0 | kettle=0 | blender=0 | keyboard=0 | headset=0 | lamp=0 |
-               heater=0 | watch=0
-ProductPart -> battery=0 | screen=0 | handle=0 | cable=0 | motor=0 | switch=0 | lid=0 | design=0
 Look        -> was=0 | felt=0 | seemed=0 | looked=0
-Liked       -> loved=0.9 | enjoyed=0.6 | liked=0.5 | admired=0.7 | hated=-0.9 |
-               disliked=-0.6 | regretted=-0.7 | resented=-0.5
-Like        -> love=0.9 | enjoy=0.6 | like=0.5 | admire=0.7 | hate=-0.9 |
-               dislike=-0.6 | regret=-0.7 | resent=-0.5
-GoodMild    -> good=0.5 | nice=0.5 | pleasant=0.5 | clever=0.5 | charming=0.6 | solid=0.4 | funny=0.5 | decent=0.3
-BadMild     -> bad=-0.5 | dull=-0.5 | weak=-0.5 | clumsy=-0.5 | tiresome=-0.6 | cheap=-0.4 | noisy=-0.4 | poor=-0.5
+Liked       -> loved=0.9 | enjoyed=0.6 | liked=0.5 | hated=-0.9 | disliked=-0.6 | regretted=-0.7
+Like        -> love=0.9 | enjoy=0.6 | like=0.5 | hate=-0.9 | dislike=-0.6 | regret=-0.7
+GoodMild    -> good=0.5 | nice=0.5 | pleasant=0.5 | clever=0.5 | charming=0.6 | solid=0.4 | decent=0.3
+BadMild     -> bad=-0.5 | dull=-0.5 | weak=-0.5 | clumsy=-0.5 | tiresome=-0.6 | cheap=-0.4 | noisy=-0.4
 GoodStrong  -> brilliant=0.9 | wonderful=0.9 | superb=0.9 | fantastic=0.9 | perfect=1 | splendid=0.8
 BadStrong   -> terrible=-0.9 | horrible=-0.9 | dreadful=-0.9 | hopeless=-0.9 | pathetic=-1 | miserable=-0.8
-Plain       -> long=0 | short=0 | plain=0 | quiet=0 | modern=0 | simple=0
-Relative    -> mother=0 | father=0 | sister=0 | brother=0 | cousin=0 | neighbour=0 | teacher=0 | boss=0
+Plain       -> long=0 | short=0 | plain=0 | quiet=0 | modern=0
+Relative    -> mother=0 | father=0 | sister=0 | brother=0 | neighbour=0 | boss=0
 Someone     -> me=0 | us=0 | everyone=0
-Day         -> Monday=0 | Tuesday=0 | Wednesday=0 | Thursday=0 | Friday=0 | Saturday=0 | Sunday=0
+Day         -> Monday=0 | Tuesday=0 | Friday=0 | Saturday=0 | Sunday=0
 Number      -> two=0 | three=0 | four=0 | five=0 | six=0
 Period      -> days=0 | weeks=0 | months=0 | years=0
 Row         -> front=0 | middle=0 | back=0
 Place       -> London=0 | Paris=0 | Texas=0 | space=0
-Size        -> small=0 | large=0 | heavy=0 | plain=0
+Size        -> small=0 | large=0 | heavy=0
 Room        -> kitchen=0 | office=0 | bedroom=0 | garage=0
 """
 
 
 def _grammar() -> Grammar:
     lines = re.sub(r"\|\s*\n\s*", "| ", _RULES).splitlines()
-    for mark, choices in (("T", [{"T": topic} for topic in TOPICS]), ("P", _POLARITIES)):
-        lines = [
-            re.sub(r"{(\w)}", lambda m, c=choice: c.get(m[1], m[0]), line)
-            for line in lines
-            for choice in (choices if f"{{{mark}}}" in line else choices[:1])
-        ]
-    return Grammar.from_text("\n".join(lines))
+    topics = {line: TOPICS if "{T}" in line else TOPICS[:1] for line in lines}
+    return Grammar.from_text("\n".join(line.replace("{T}", topic) for line in lines for topic in topics[line]))
 
 
 TOPICS = ("Film", "Product")
-_POLARITIES = [{"P": "Good", "O": "Bad"}, {"P": "Bad", "O": "Good"}]
 GRAMMAR = _grammar()
 REVIEW_LENGTH = (8, 30)
 """Fewest and most words of a review that is drawn (punctuation not counted)."""

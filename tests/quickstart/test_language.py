@@ -63,13 +63,6 @@ def test_the_kind_of_thing_is_kept_to():
     assert not is_grammatical("The film was good. The plot was good. I would buy it again.")
 
 
-def test_but_turns_and_goes_on():
-    assert is_grammatical("The film was good, but the plot was dull. I would watch it again.")
-    assert is_grammatical("The film was good, but the plot was not charming. I would watch it again.")
-    assert not is_grammatical("The film was good, and the plot was dull. I would watch it again.")
-    assert not is_grammatical("The film was good, but the plot was brilliant. I would watch it again.")
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -78,7 +71,7 @@ def test_but_turns_and_goes_on():
         ("The film was not very good.", -0.375),  # -0.75 * 0.5: no worse than "not good"
         ("The film was a little dull.", -0.25),
         ("The film was good and wonderful.", 0.7),  # mean of 0.5 and 0.9
-        ("The film was good, but the plot was dull.", 0.0),
+        ("The film was good, while the plot was dull.", 0.0),
         ("My sister did not hate the film.", 0.675),
         ("The film was superb. It lasted about two hours.", 0.45),  # the mean over sentences
         ("The film was superb. In the end I hated it.", 0.0),
