@@ -15,7 +15,7 @@ from rlhf_lightning.data.items import Collator
 from rlhf_lightning.data.loader import EpochSampler, Plan, ResumableLoader
 from rlhf_lightning.data.options import contradictions, inert_options
 from rlhf_lightning.data.report import DataReport, write_reports
-from rlhf_lightning.data.splits import Holdout, SourceRows, Sources, Split, read_rows, read_split
+from rlhf_lightning.data.splits import Holdout, SourceRows, Sources, Split, read_rows, read_split, warn_of_overlap
 from rlhf_lightning.data.tokenizers import find_tokenizer, padding_id, usable_length
 from rlhf_lightning.data.truncation import LengthRule, Overlong
 
@@ -131,6 +131,8 @@ class RLHFDataModule(L.LightningDataModule):
         for name in wanted:
             if name not in self._splits and (self.options[name] is not None or (name == "val" and self.val_frac)):
                 self._splits[name] = self._read(name, batch_format)
+                if name != "train" and "train" in self._splits:
+                    warn_of_overlap(self._splits["train"], self._splits[name])
         if stage == "fit" and self.options["pretraining"] is not None and "pretraining" not in self._splits:
             self._splits["pretraining"] = self._read("pretraining", "tokens")
         return self

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from rlhf_lightning.data.building import Encoding, Row, build_items
 from rlhf_lightning.data.items import Item
 from rlhf_lightning.data.readers import Source, iterate, read_source
 from rlhf_lightning.data.report import DataReport
+
+log = logging.getLogger(__name__)
 
 Sources = str | Source | list[str | Source]
 
@@ -26,6 +29,8 @@ class Split:
     weights: tuple[float, ...]
     """How often each source's items are seen per epoch."""
     report: DataReport
+    digests: frozenset[bytes] = frozenset()
+    """Of every record read."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,16 @@ def read_split(
         hint = f"val_frac={holdout.fraction} left none; change it or give val" if holdout and not report.read else ""
         raise UserError(f"{name}: none of its {report.read} records can be used: {reasons or hint}")
     report.log()
-    return Split(items, tuple(counts), tuple(weights), report)
+    return Split(items, tuple(counts), tuple(weights), report, frozenset(seen))
+
+
+def warn_of_overlap(train: Split, held_out: Split) -> None:
+    """Say how many records are trained on and tested on."""
+    shared = len(train.digests & held_out.digests)
+    if shared:
+        name = held_out.report.name
+        held_out.report.notes["also in train"] = shared
+        log.warning(f"{name}: {shared} of its records are in train too: its figures will look better than they are")
 
 
 def as_sources(given: Sources | Mapping[str, Any]) -> list[Source]:

@@ -37,6 +37,10 @@ KINDS = {
     "pairs-chat": ("pairs", {"prompt": [USER], "chosen": says("Paris."), "rejected": says("Two."), "margin": 2}),
     "pairs-implicit": ("pairs", {"chosen": "What? Paris.", "rejected": "What? Two."}),
     "pairs-implicit-chat": ("pairs", {"chosen": [USER, *says("Paris.")], "rejected": [USER, *says("Two.")]}),
+    "pairs-whole-chat": (
+        "pairs",
+        {"prompt": "x", "chosen": [USER, *says("Paris.")], "rejected": [USER, *says("Two.")]},
+    ),
     "ranked": ("ranked", {"prompt": "What?", "completions": [" Two.", " Paris."], "ranks": [2, 1]}),
     "ranked-chat": ("ranked", {"prompt": [USER], "completions": [says("Two."), says("Paris.")], "ranks": [2, 1]}),
     "rated": ("rated", {"prompt": "What?", "completion": " Paris.", "rating": 4.5}),
@@ -245,6 +249,13 @@ def test_val_frac_is_by_hash_and_adding_records_moves_none(tokenizer, write):
     assert texts == held_out
     with pytest.raises(UserError, match=r"val: none of its 0 records can be used: val_frac=0.0001 left none"):
         RLHFDataModule(write(records[:3]), val_frac=0.0001).setup_for("tokens", tokenizer)
+
+
+def test_records_in_both_train_and_val_are_warned_of(tokenizer, write, caplog):
+    train, val = write([{"text": "a"}, {"text": "b"}]), write([{"text": "b"}, {"text": "c"}], "val.jsonl")
+    dm = RLHFDataModule(train, val=val).setup_for("tokens", tokenizer)
+    assert "val: 1 of its records are in train too" in caplog.text
+    assert dm.report("val").notes == {"also in train": 1}
 
 
 def test_several_weighted_sources(tokenizer, write):
