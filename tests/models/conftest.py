@@ -86,14 +86,14 @@ def padded(rows: list[torch.Tensor], side: str = "right", *, extra: int = 0, fil
     return TokenBatch(tokens, attention_mask, mask, positions)
 
 
-def packed(rows: list[list[torch.Tensor]], *, extra: int = 0) -> TokenBatch:
-    """Several records per row, and `extra` padding at the end."""
-    width = max(sum(map(len, row)) for row in rows) + extra
+def packed(rows: list[list[torch.Tensor]], *, extra: int = 0, front: int = 0) -> TokenBatch:
+    """Several records per row, `front` padding before them and at least `extra` behind."""
+    width = front + max(sum(map(len, row)) for row in rows) + extra
     shape = (len(rows), width)
     tokens, positions, segments = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     mask = torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):
-        start = 0
+        start = front
         for k, record in enumerate(row):
             here = slice(start, start + len(record))
             tokens[i, here], segments[i, here] = record, k + 1

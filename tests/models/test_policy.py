@@ -41,6 +41,7 @@ def test_padding_side_and_packing_do_not_change_a_record(lab, family):
         "right": lab.padded(rows),
         "left": lab.padded(rows, "left", extra=2),
         "packed": lab.packed([rows[:3], rows[3:]], extra=2),
+        "packed behind padding": lab.packed([rows[:3], rows[3:]], front=2),
         "packed, one row": lab.packed([rows]),
     }
     grads = {}

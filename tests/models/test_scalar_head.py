@@ -22,14 +22,16 @@ def scalar(lab, family="llama", **options):
 def test_pooling_by_hand(lab):
     """Two rows: records of 3 and 2 tokens, then one of 4."""
     rows = [torch.tensor([5, 6, 7]), torch.tensor([8, 9]), torch.tensor([5, 6, 7, 8])]
+    behind = lab.packed([rows[:2], rows[2:]], front=1)
     right, left = lab.padded(rows), lab.padded(rows, "left")
     packed = lab.packed([rows[:2], rows[2:]], extra=1)
     values = {
         "right": torch.tensor([[1.0, 2, 3, 9], [4, 5, 9, 9], [6, 7, 8, 9]]),
         "left": torch.tensor([[9.0, 1, 2, 3], [9, 9, 4, 5], [6, 7, 8, 9]]),
         "packed": torch.tensor([[1.0, 2, 3, 4, 5, 99], [6, 7, 8, 9, 99, 99]]),
+        "behind": torch.tensor([[99, 1.0, 2, 3, 4, 5], [99, 6, 7, 8, 9, 99]]),
     }
-    for name, batch in (("right", right), ("left", left), ("packed", packed)):
+    for name, batch in (("right", right), ("left", left), ("packed", packed), ("behind", behind)):
         assert pool_last(values[name], batch).tolist() == [3, 5, 9]
         # the first token of a record does not count
         assert pool_mean(values[name], batch).tolist() == [2.5, 5, 8]
