@@ -1,0 +1,150 @@
+"""One launch for the policy loss: statistics, loss and gradient of each row, the gradient pass in reverse order.
+
+A persistent program owns a row at a time. Its second pass starts with the columns read last, which are still in the L2
+cache (132 rows of 152k bfloat16 are 38 MiB): memory sees one read and one write per element. The loss arithmetic is
+that of `arithmetic`, inlined.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_kernels import arithmetic
+from rlhf_kernels.backend import scalars
+from rlhf_kernels.rows import Transform
+from rlhf_kernels.spec import PolicyLossSpec
+from rlhf_kernels.triton_rows import (
+    VARIES,
+    block_for,
+    bytes_of,
+    flags,
+    grad_of_block,
+    inverse_temperature_of,
+    layout,
+    row_offset,
+    stats_of_row,
+    transformed,
+)
+
+policy_term = triton.jit(arithmetic.bind(arithmetic.policy_term, tl))
+kl_term = triton.jit(arithmetic.bind(arithmetic.kl_term, tl))
+
+
+@triton.jit(do_not_specialize=VARIES)
+def policy_loss_kernel(
+    logits_ptr, grads_ptr, tokens_ptr, old_ptr, advantages_ptr, ref_ptr, weights_ptr, mask_ptr, temperature_ptr,
+    scalars_ptr, denominator_ptr,
+    loss_ptr, logprobs_ptr, entropy_ptr, ratio_ptr, clipped_ptr, kl_ptr,
+    num_rows, inner, stride_outer, stride_inner, out_stride_outer, out_stride_inner, V,
+    BLOCK: tl.constexpr, FORM: tl.constexpr, ESTIMATOR: tl.constexpr, DUAL: tl.constexpr, ENTROPY: tl.constexpr,
+    ENTROPY_LOSS: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        keep = tl.load(mask_ptr + row) != 0
+        token = tl.load(tokens_ptr + row, mask=keep, other=0)
+        inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
+        row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
+        logprob, entropy, maximum, log_sum, miss, _ = stats_of_row(
+            row_ptr, token, inverse_temperature, scalars_ptr, V, keep, BLOCK, SCALED, CAPPED, ENTROPY
+        )
+        advantage = tl.load(advantages_ptr + row, mask=keep, other=0.0).to(tl.float32)
+        old = tl.load(old_ptr + row, mask=keep, other=0.0).to(tl.float32)
+        loss, slope, ratio, stopped = policy_term(
+            logprob, logprob - old, advantage,
+            tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4), tl.load(scalars_ptr + 5), tl.load(scalars_ptr + 6),
+            tl.load(scalars_ptr + 7), FORM, DUAL,
+        )  # fmt: skip
+        if ESTIMATOR:
+            kl_coef = tl.load(scalars_ptr + 8)
+            kl, kl_slope = kl_term(logprob - tl.load(ref_ptr + row, mask=keep, other=0.0).to(tl.float32), ESTIMATOR)
+            loss += kl_coef * kl
+            slope += kl_coef * kl_slope
+            tl.store(kl_ptr + row, tl.where(keep, kl, 0.0))
+        share = 1.0 / tl.load(denominator_ptr)
+        if WEIGHTS:
+            share = share * tl.load(weights_ptr + row, mask=keep, other=0.0).to(tl.float32)
+        b = 0.0
+        c = 0.0
+        if ENTROPY_LOSS:
+            d_entropy = -tl.load(scalars_ptr + 9)
+            loss += d_entropy * entropy
+            b = d_entropy * (log_sum - entropy) * share
+            c = -d_entropy * share
+        tl.store(loss_ptr + row, tl.where(keep, loss * share, 0.0))
+        tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
+        tl.store(ratio_ptr + row, tl.where(keep, ratio, 0.0))
+        tl.store(clipped_ptr + row, (keep & stopped).to(tl.int8))
+        if ENTROPY:
+            tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0))
+        if GRADS:
+            a = slope * share
+            active = (a != 0.0) | (b != 0.0) | (c != 0.0)
+            limit = tl.where(keep & active, V, 0)
+            grads_row = grads_ptr + row_offset(row, inner, out_stride_outer, out_stride_inner, ALIGNED)
+            blocks = tl.cdiv(V, BLOCK)
+            for i in range(blocks):
+                columns = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+                z = tl.load(row_ptr + columns, mask=columns < limit, other=-float("inf"), eviction_policy="evict_first")
+                x, bend = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
+                grad = grad_of_block(x, bend, columns, token, maximum, log_sum, miss, a, b, c, ENTROPY_LOSS)
+                grad = tl.where(columns < limit, grad, 0.0).to(grads_ptr.dtype.element_ty)
+                tl.store(grads_row + columns, grad, mask=columns < V)
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """One per multiprocessor, so that the rows in flight fit in L2; a few where there is no such thing."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def policy_loss_triton(
+    logits: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor,
+    transform: Transform,
+    denominator: Tensor,
+    spec: PolicyLossSpec,
+    with_entropy: bool,
+    grads: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`policy_loss` with token ratios, in one launch and one sum; writes `grads` unless that is empty."""
+    rows = layout(logits)
+    learns = grads.numel() > 0
+    target = layout(grads, inner=rows.inner) if learns else rows
+    shape, vocab, num_rows = tokens.shape, logits.shape[-1], tokens.numel()
+    form, estimator, dual = spec.choices()
+    block, warps = block_for(vocab, 8192)
+
+    def new(wanted: bool = True) -> Tensor:
+        return torch.empty(shape if wanted else 0, dtype=torch.float32, device=logits.device)
+
+    def flat(x: Tensor | None) -> Tensor:
+        return old_logprobs if x is None else x.contiguous()
+
+    loss, logprobs, entropy, ratio, kl = new(), new(), new(with_entropy), new(), new(estimator != 0)
+    clipped = torch.empty(shape, dtype=torch.bool, device=logits.device)
+    numbers = (1.0 / transform.temperature, transform.softcap, transform.logit_scale, *spec.numbers())
+    if num_rows:
+        policy_loss_kernel[(min(num_rows, num_programs(logits.device)),)](
+            rows.tensor, target.tensor, tokens.contiguous(), flat(old_logprobs), flat(advantages), flat(ref_logprobs),
+            flat(weights), bytes_of(mask, tokens), flat(transform.row_temperature),
+            scalars(logits.device, *numbers), denominator, loss, logprobs, entropy, ratio, clipped.view(torch.uint8),
+            kl, num_rows, rows.inner, rows.outer, rows.stride, target.outer, target.stride, vocab,
+            BLOCK=block, FORM=form, ESTIMATOR=estimator, DUAL=dual, ENTROPY=with_entropy,
+            ENTROPY_LOSS=spec.entropy_coef != 0, WEIGHTS=weights is not None, GRADS=learns,
+            ALIGNED=rows.aligned and target.aligned, num_warps=warps, **flags(transform),
+        )  # fmt: skip
+    total = loss.sum(dtype=torch.float64).float()
+    return total, logprobs, entropy, ratio, clipped, kl, grads
+
+
+KERNELS: dict[str, Any] = {"policy_loss": policy_loss_kernel}
