@@ -181,7 +181,7 @@ class RewardModule(RLHFModule):
         """Shift and scale so that the stated set has mean 0 and standard deviation 1."""
         assert self.model is not None
         loader = self.trainer.train_dataloader if self.normalise_on == "train" else self.trainer.val_dataloaders
-        if loader is None:
+        if not loader:
             raise UserError("normalise_on: val, but there is no validation data: give data.val or data.val_frac")
         if self.normalise_on == "train":
             loader = loader.loader

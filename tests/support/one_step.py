@@ -40,7 +40,9 @@ def records(stage: str) -> list[dict[str, Any]]:
         if stage == "sft":
             made.append({"prompt": prompt, "completion": words(n, i + 1)})
         elif stage == "reward":
-            made.append({"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i})
+            made.append(
+                {"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i}
+            )
         else:
             made.append({"prompt": prompt, "length": n, "row": i})
     return made
@@ -57,9 +59,7 @@ class CannedPPO(PPOModule):
         left = torch.nn.functional.pad(prompts.tokens, (self.extra_left, 0), value=pad)
         mask = torch.nn.functional.pad(prompts.attention_mask, (self.extra_left, 0), value=False)
         longest = max(record["length"] for record in prompts.records) + self.extra_right
-        answers = torch.stack(
-            [torch.arange(longest) * 7 % 11 + 4 + record["row"] % 3 for record in prompts.records]
-        )
+        answers = torch.stack([torch.arange(longest) * 7 % 11 + 4 + record["row"] % 3 for record in prompts.records])
         lengths = torch.tensor([left.shape[1] + record["length"] for record in prompts.records])
         return assemble(torch.cat((left, answers), 1), mask, lengths, pad_id=pad)
 

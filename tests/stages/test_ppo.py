@@ -1,0 +1,381 @@
+"""PPO: every detail by its effect, every metric by hand on a batch with padding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fits import fit
+from one_step import records
+
+from rlhf_lightning.advantages.kl_control import FixedKL
+from rlhf_lightning.core.batches import Generated, Rollouts
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.loading import load_policy, load_scalar_model
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
+from rlhf_lightning.rewards.python_function import PythonFunction
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import PPOModule
+from rlhf_lightning.stages.critic import CriticSpec
+from rlhf_lightning.stages.on_policy import Shaped
+from rlhf_lightning.stages.ppo import KLSpec, RewardShaping
+
+NAN = float("nan")
+# two answers of 3 and 1 tokens behind prompts of 2 and 1; padding holds NaN so that a leak shows
+MASK = torch.tensor([[False, False, True, True, True], [False, False, True, False, False]])
+REAL = torch.tensor([[True, True, True, True, True], [False, True, True, False, False]])
+
+
+def on_mask(*values: float) -> torch.Tensor:
+    filled = torch.zeros(MASK.shape)
+    filled[MASK] = torch.tensor(values, dtype=torch.float32)
+    return filled
+
+
+def ppo(model, **options) -> PPOModule:
+    defaults = {
+        "generation": GenerationSpec(max_new_tokens=5),
+        "updates": UpdateSpec(inner_epochs=1),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2),
+        "seed": 1,
+    }
+    return PPOModule(ModelSpec(path=str(model)), [WeightedReward(LengthReward(target=3))], **(defaults | options))
+
+
+def answers(finished=(True, True)) -> Generated:
+    return Generated(torch.zeros(MASK.shape, dtype=torch.long), REAL, MASK, MASK.long(), torch.tensor(finished))
+
+
+def scored(*totals: float) -> ScoredSamples:
+    total = torch.tensor(totals)
+    return ScoredSamples(total=total, at_end=total, per_token=None, breakdown={"length": total})
+
+
+def prompts(write_jsonl, count: int = 12) -> str:
+    return write_jsonl("prompts.jsonl", [{"prompt": row["prompt"]} for row in records("ppo")[:count]])
+
+
+# ---- the first minibatch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_the_ratio_of_the_first_minibatch_is_1(kind, temperature, tiny_model, write_jsonl, tmp_path):
+    module = ppo(
+        tiny_model,
+        critic=CriticSpec(kind=kind),
+        generation=GenerationSpec(max_new_tokens=6, temperature=temperature, num_samples=2),
+    )
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    metrics = trainer.callback_metrics
+    assert metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-6)
+    assert metrics["policy/approx_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert metrics["policy/clip_frac"].item() == 0
+    # the policy is still its own reference, and whitened advantages have mean 0
+    assert metrics["rollout/kl"].item() == pytest.approx(0, abs=1e-5)
+    assert metrics["policy/loss"].item() == pytest.approx(0, abs=1e-5)
+
+
+# ---- shaping ---------------------------------------------------------------------------------------------------------
+
+
+def test_reward_is_minus_kl_per_token_and_the_score_at_the_last_real_one(tiny_model):
+    module = ppo(tiny_model, kl=KLSpec(control=FixedKL(0.5)))
+    old, ref = on_mask(-1.0, -2.0, -3.0, -1.0), on_mask(-1.5, -1.0, -3.0, -2.0)
+    shaped = module.shape_rewards(answers(), scored(10.0, 20.0), old, ref)
+    assert shaped.rewards[0].tolist() == [0, 0, -0.25, 0.5, 10.0]
+    assert shaped.rewards[1].tolist() == [0, 0, -0.5 + 20.0, 0, 0]
+
+
+def test_an_answer_that_did_not_end_pays_or_gets_a_fixed_score(tiny_model):
+    zero = on_mask(0, 0, 0, 0)
+    cut_off = answers(finished=(False, True))
+    pays = ppo(tiny_model, shaping=RewardShaping(missing_eos_penalty=3.0))
+    assert pays.shape_rewards(cut_off, scored(1.0, 1.0), zero, zero).rewards.sum(-1).tolist() == [-2.0, 1.0]
+    fixed = ppo(tiny_model, shaping=RewardShaping(missing_eos_score=-1.0))
+    assert fixed.shape_rewards(cut_off, scored(9.0, 1.0), zero, zero).rewards.sum(-1).tolist() == [-1.0, 1.0]
+
+
+def test_scores_are_scaled_by_their_running_deviation_then_clipped(tiny_model):
+    zero = on_mask(0, 0, 0, 0)
+    module = ppo(tiny_model, shaping=RewardShaping(scale_by_running_std=True, clip=1.5))
+    # deviation of (0, 4) is 2: 0 and 2, clipped to 1.5
+    assert module.shape_rewards(answers(), scored(0.0, 4.0), zero, zero).rewards.sum(-1).tolist() == [0.0, 1.5]
+    # deviation of (0, 4, 2, 2) is sqrt 2
+    second = module.shape_rewards(answers(), scored(2.0, 2.0), zero, zero).rewards.sum(-1)
+    assert second.tolist() == pytest.approx([2**0.5, 2**0.5])
+
+
+def test_rewards_per_token_land_on_their_tokens(tiny_model):
+    zero = on_mask(0, 0, 0, 0)
+    per_token = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
+    both = ScoredSamples(torch.tensor([106.0, 104.0]), torch.tensor([100.0, 100.0]), per_token, {})
+    rewards = ppo(tiny_model).shape_rewards(answers(), both, zero, zero).rewards
+    assert rewards.tolist() == [[0, 0, 1, 2, 103], [0, 0, 104, 0, 0]]
+
+
+def test_whitened_advantages_have_mean_0_and_deviation_1_over_real_tokens(tiny_model):
+    rewards = on_mask(1.0, -2.0, 5.0, 3.0)
+    advantages, returns = ppo(tiny_model).advantages(rewards, on_mask(0.1, 0.2, 0.3, 0.4), MASK, torch.arange(2))
+    assert advantages[MASK].mean().item() == pytest.approx(0, abs=1e-6)
+    assert advantages[MASK].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert not advantages[~MASK].any()
+    plain, same = ppo(tiny_model, whiten_advantages=False).advantages(
+        rewards, on_mask(0.1, 0.2, 0.3, 0.4), MASK, torch.arange(2)
+    )
+    torch.testing.assert_close(same, returns)
+    assert plain[1, 2].item() == pytest.approx(3.0 - 0.4)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def rollouts() -> Rollouts:
+    noise = torch.where(MASK, 0.0, NAN)  # in everything that is not promised to be 0 outside of the mask
+    return Rollouts(
+        tokens=torch.zeros(MASK.shape, dtype=torch.long),
+        attention_mask=REAL,
+        mask=MASK,
+        positions=torch.zeros(MASK.shape, dtype=torch.long),
+        finished=torch.tensor([True, False]),
+        scores=torch.tensor([3.0, 1.0]),
+        old_logprobs=on_mask(-1.0, -1.0, -1.0, -2.0),
+        ref_logprobs=on_mask(-1.5, -2.0, -1.0, -1.0),
+        rewards=on_mask(0.5, 0.5, 1.0, 4.0),
+        advantages=on_mask(1, 1, 1, 1) + noise,
+        values=on_mask(1.0, 2.0, 3.0, 4.0) + noise,
+        returns=on_mask(1.0, 2.0, 3.0, 8.0) + noise,
+        groups=torch.arange(2),
+    )
+
+
+def test_rollout_metrics_by_hand(tiny_model):
+    entropy = on_mask(1.0, 2.0, 3.0, 6.0) + torch.where(MASK, 0.0, NAN)
+    metrics = ppo(tiny_model).rollout_metrics(rollouts(), scored(3.0, 1.0), Shaped(on_mask(0, 0, 0, 0), {}), entropy)
+    assert metrics["rollout/score"] == 2.0
+    assert metrics["rollout/score_std"] == 1.0
+    assert metrics["rollout/reward"] == (2.0 + 4.0) / 2
+    assert metrics["rollout/kl"] == ((0.5 + 1.0 + 0.0) + -1.0) / 2
+    assert metrics["rollout/kl_per_token"] == 0.5 / 4
+    assert metrics["rollout/entropy"] == 12.0 / 4
+    assert metrics["rollout/length"] == 2.0
+    assert metrics["rollout/finished_frac"] == 0.5
+    assert (metrics["rollout/sequences"], metrics["rollout/tokens"]) == (2, 4)
+    assert metrics["reward/length"] == 2.0
+    # returns 1 2 3 8: variance 7.25; errors 0 0 0 4: variance 3
+    assert metrics["value/explained_variance"] == pytest.approx(1 - 3 / 7.25)
+
+
+def test_training_metrics_by_hand(tiny_model, tmp_path):
+    module = ppo(tiny_model)
+    module.configure_model()
+    batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]))
+    with torch.no_grad():
+        now = module.policy(batch, with_entropy=True)
+        values = torch.where(MASK, module._values(batch), NAN)
+    module.log_step_means = lambda batch_idx, prog_bar=False: None
+    module.training_step(batch, 0)
+    means = {k: v.item() for k, v in module.step_means.take(lambda v: v).items()}
+
+    ratio = [float((now.logprobs - batch.old_logprobs).exp()[i, j]) for i, j in MASK.nonzero()]
+    said = [float(values[i, j]) for i, j in MASK.nonzero()]
+    old, returns = (1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0, 8.0)
+    held = [o + min(max(v - o, -0.2), 0.2) for v, o in zip(said, old, strict=True)]
+    value = [max((v - r) ** 2, (h - r) ** 2) / 2 for v, h, r in zip(said, held, returns, strict=True)]
+    assert means["policy/ratio"] == pytest.approx(sum(ratio) / 4, rel=1e-5)
+    assert means["policy/loss"] == pytest.approx(-sum(min(r, max(min(r, 1.2), 0.8)) for r in ratio) / 4, rel=1e-5)
+    assert means["policy/clip_frac"] == sum(r > 1.2 for r in ratio) / 4
+    assert means["policy/entropy"] == pytest.approx(float(now.entropy[MASK].mean()), rel=1e-5)
+    import math
+
+    logs = [math.log(r) for r in ratio]  # k3 of old against new: exp(d) - 1 - d with d = log ratio
+    assert means["policy/approx_kl"] == pytest.approx(
+        sum(r - 1 - d for r, d in zip(ratio, logs, strict=True)) / 4, rel=1e-4
+    )
+    assert means["value/loss"] == pytest.approx(sum(value) / 4, rel=1e-5)
+    assert means["value/mean"] == pytest.approx(sum(said) / 4, abs=1e-6)
+    assert means["value/return"] == pytest.approx(14 / 4)
+
+
+def test_validation_scores_held_out_prompts(tiny_model, write_jsonl, tmp_path):
+    path = prompts(write_jsonl, 3)
+    module = ppo(tiny_model, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 3, "eval_batch_size": 2})
+    metrics = trainer.callback_metrics
+    assert metrics["val/kl"].item() == pytest.approx(0, abs=1e-5)
+    assert metrics["val/score"].item() == pytest.approx(metrics["val/reward_LengthReward"].item())
+    assert 1 <= metrics["val/length"].item() <= 5
+
+
+# ---- what trains and what does not -----------------------------------------------------------------------------------
+
+
+def weights(module):
+    return {n: p.detach().clone() for n, p in module.named_parameters()}
+
+
+def moved(before, module):
+    return {name.split(".")[0] for name, p in module.named_parameters() if not torch.equal(before[name], p)}
+
+
+def test_critic_warm_up_moves_the_critic_alone(tiny_model, write_jsonl, tmp_path):
+    module = ppo(tiny_model, critic_warmup_steps=2, critic=CriticSpec(learning_rate=0.1))
+    module.configure_model()
+    before = weights(module)
+    data = {"train": prompts(write_jsonl), "batch_size": 4}
+    fit(module, tmp_path, data=data, max_steps=2)
+    assert moved(before, module) == {"critic"}
+    module = ppo(tiny_model, critic_warmup_steps=2)
+    module.configure_model()
+    fit(module, tmp_path, data=data, max_steps=3)
+    assert moved(before, module) == {"critic", "policy"}
+
+
+def test_steps_after_target_kl_are_not_taken(tiny_model, write_jsonl, tmp_path):
+    taken = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            taken.append(1)
+            return super().step(closure)
+
+    def run(target_kl):
+        taken.clear()
+        module = ppo(
+            tiny_model,
+            target_kl=target_kl,
+            updates=UpdateSpec(inner_epochs=4),
+            optimizer=lambda params: Counting(params, lr=1.0),
+        )
+        trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6})
+        assert trainer.global_step == 8, "the schedule goes on"
+        return len(taken)
+
+    assert run(None) == 8
+    # the first step of a rollout finds ratio 1; the second finds the policy moved, and is the last
+    assert run(1e-9) == 4
+
+
+def test_frozen_models_are_in_no_checkpoint_and_no_optimiser(tiny_model):
+    module = ppo(tiny_model)
+    module.configure_model()
+    assert {name.split(".")[0] for name in module.state_dict()} == {"policy", "critic"}
+    ours = {id(p) for group in module.parameter_groups() for p in group["params"]}
+    assert ours == {id(p) for p in module.parameters()}
+
+
+def test_critic_starts_from_the_reward_model_on_the_scale_of_its_scores(tiny_model, tmp_path):
+    reward_model = load_scalar_model(ModelSpec(path=str(tiny_model)), pooling="last", seed=3)
+    reward_model.set_normalisation(0.5, 2.0)
+    from rlhf_lightning.models.export import export_scalar_model
+    from rlhf_lightning.models.loading import load_tokenizer
+
+    folder = export_scalar_model(reward_model, load_tokenizer(ModelSpec(path=str(tiny_model))), tmp_path / "rm")
+    module = ppo(tiny_model, critic=CriticSpec(model=ModelSpec(path=str(folder))))
+    module.configure_model()
+    batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]))
+    raw = reward_model.eval().token_values(batch.tokens, batch.attention_mask, batch.positions)
+    # the value of token t was said one position before it
+    torch.testing.assert_close(module._values(batch)[0, 1:], (raw[0, :-1] - 0.5) / 2.0)
+    from_zeros = ppo(tiny_model, critic=CriticSpec(model=ModelSpec(path=str(folder)), keep_head=False))
+    from_zeros.configure_model()
+    assert not from_zeros.critic.head.weight.any()
+
+
+def test_policy_and_critic_are_exported(tiny_model, write_jsonl, tmp_path):
+    module = ppo(tiny_model)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    folder = module.export(tmp_path / "hf")
+    policy = load_policy(ModelSpec(path=str(folder)))
+    critic = load_scalar_model(ModelSpec(path=str(folder / "critic")))
+    for ours, theirs in ((module.policy, policy), (module.critic, critic)):
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(value, ours.state_dict()[name], rtol=0, atol=0, msg=name)
+
+
+def test_lora_uses_itself_without_adapter_as_reference(tiny_model, write_jsonl, tmp_path):
+    from rlhf_lightning.models.spec import LoraSpec
+
+    module = PPOModule(
+        ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2)),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=5),
+        updates=UpdateSpec(inner_epochs=2),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=5e-2),
+        seed=1,
+    )
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 4}, max_epochs=3)
+    assert abs(trainer.callback_metrics["rollout/kl"].item()) > 1e-4
+    names = {n.rsplit(".", 3)[-3] for n, p in module.policy.named_parameters() if p.requires_grad}
+    assert names == {"lora_A", "lora_B"}
+
+
+def test_it_learns_the_length_that_is_rewarded(tiny_model, write_jsonl, tmp_path):
+    module = PPOModule(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=2))],
+        generation=GenerationSpec(max_new_tokens=8, num_samples=8),
+        updates=UpdateSpec(inner_epochs=2),
+        kl=KLSpec(control=FixedKL(0.0)),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        seed=1,
+    )
+    path = prompts(write_jsonl)
+    scores = []
+    module.log_pending = lambda: scores.append(module._pending_metrics["rollout/score"])
+    fit(module, tmp_path, data={"train": path, "batch_size": 12}, max_epochs=20)
+    assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.2
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def fit_with_reward(tiny_model, write_jsonl, tmp_path, body: str):
+    (tmp_path / "mine.py").write_text(f"def reward(prompts, completions, **columns):\n    {body}\n")
+    module = PPOModule(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(PythonFunction(f"{tmp_path}/mine.py:reward"), name="mine")],
+        generation=GenerationSpec(max_new_tokens=3),
+    )
+    fit(module, tmp_path, data={"train": prompts(write_jsonl, 2), "batch_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [None, 1.0]", r"reward function mine returned None for sample 0 \(prompt '.*', completion '.*'\)"),
+        ("return [1.0, float('nan')]", r"reward function mine returned nan for sample 1"),
+        ("return [1.0]", r"reward function mine returned 1 scores for 2 samples"),
+        ("raise KeyError('answer')", r"reward function mine raised KeyError: 'answer'"),
+    ],
+)
+def test_a_bad_reward_names_the_function_and_the_sample(body, message, tiny_model, write_jsonl, tmp_path):
+    with pytest.raises(UserError, match=message):
+        fit_with_reward(tiny_model, write_jsonl, tmp_path, body)
+
+
+def test_options_that_cannot_work_say_what_to_do(tiny_model, tiny_config, tiny_tokenizer, write_jsonl, tmp_path):
+    with pytest.raises(UserError, match=r"temperature=0 samples nothing to learn from"):
+        ppo(tiny_model, generation=GenerationSpec(temperature=0.0))
+    with pytest.raises(UserError, match=r"rewards is empty: name at least one"):
+        PPOModule(ModelSpec(path=str(tiny_model)), [])
+    with pytest.raises(UserError, match=r"critic.model is given but critic.kind is shared"):
+        CriticSpec(kind="shared", model=ModelSpec(path="x"))
+    other = ModelSpec(config=tiny_config | {"vocab_size": 50}, tokenizer=str(tiny_tokenizer))
+    with pytest.raises(UserError, match=r"the critic .* has 50 tokens, the policy .* has 21"):
+        ppo(tiny_model, critic=CriticSpec(model=other)).configure_model()
+    with pytest.raises(UserError, match=r"50.*21|21.*50"):
+        ppo(tiny_model, reference=other).configure_model()
+    with pytest.raises(UserError, match=r"data.pretraining is not set"):
+        fit(ppo(tiny_model, ptx_coef=0.1), tmp_path, data={"train": prompts(write_jsonl)})
+
+
+def test_options_without_effect_are_named(tiny_model):
+    inert = dict(ppo(tiny_model, kl=KLSpec(loss_estimator="k2"), value_coef=0.0).inert_options())
+    assert inert == {
+        "kl.loss_estimator": "kl.loss_coef is 0",
+        "value_coef": "0 leaves the critic untrained while its values are used",
+    }
+    assert not dict(ppo(tiny_model).inert_options())

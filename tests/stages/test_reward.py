@@ -1,0 +1,110 @@
+"""Reward modelling: numbers by hand, normalisation, and a model that comes back from its export."""
+
+import math
+
+import pytest
+import torch
+from fits import fit
+from one_step import records
+
+from rlhf_lightning.core.batches import TokenBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.losses.reward_model import BradleyTerry, PlackettLuce, Regression
+from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.stages import RewardModule
+from rlhf_lightning.stages.reward import joined
+
+
+def frozen(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def test_validation_metrics_by_hand(tiny_model, write_jsonl, tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "margin"} for row in records("reward")]
+    path = write_jsonl("pairs.jsonl", rows)
+    module = RewardModule(ModelSpec(path=str(tiny_model)), optimizer=frozen, seed=1)
+    trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 5})
+    metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+
+    margins, scores = [], []
+    for batch in trainer.datamodule.val_dataloader():
+        for side in (batch.chosen, batch.rejected):
+            scores.append(module(side).detach())
+        margins.append(scores[-2] - scores[-1])
+    margin, score = torch.cat(margins), torch.cat(scores)
+    assert metrics["val/margin"] == pytest.approx(margin.mean().item(), abs=1e-6)
+    assert metrics["val/accuracy"] == pytest.approx((margin > 0).float().mean().item())
+    assert metrics["val/loss"] == pytest.approx(torch.log1p(torch.exp(-margin)).mean().item(), abs=1e-6)
+    assert metrics["val/score_mean"] == pytest.approx(score.mean().item(), abs=1e-6)
+    assert metrics["val/score_std"] == pytest.approx(score.std(correction=0).item(), abs=1e-5)
+    # ten bins of the probability that the higher score wins; in each, how far belief and frequency are apart
+    belief, right = torch.sigmoid(margin.abs()), (margin > 0).float()
+    bins = (belief * 10).floor()
+    gaps = [
+        (bins == b).float().mean() * (belief[bins == b].mean() - right[bins == b].mean()).abs()
+        for b in set(bins.tolist())
+    ]
+    assert len(gaps) > 1
+    assert metrics["val/ece"] == pytest.approx(float(sum(gaps)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows"),
+    [
+        (PlackettLuce(), [{"prompt": "the", "completions": ["good", "bad film", "dull"], "ranks": [1, 3, 2]}] * 3),
+        (Regression(), [{"prompt": "the", "completion": "good " * n, "rating": 0.1 * n} for n in range(1, 5)]),
+    ],
+)
+def test_the_loss_decides_which_records_are_read(loss, rows, tiny_model, write_jsonl, tmp_path):
+    module = RewardModule(ModelSpec(path=str(tiny_model)), loss=loss, optimizer=frozen)
+    trainer = fit(module, tmp_path, data={"train": write_jsonl("rows.jsonl", rows), "batch_size": 4})
+    assert math.isfinite(trainer.callback_metrics["train/loss"].item())
+    assert "val/ece" not in trainer.callback_metrics
+
+
+def test_normalised_scores_have_mean_0_and_deviation_1_and_survive_the_export(tiny_model, write_jsonl, tmp_path):
+    path = write_jsonl("pairs.jsonl", records("reward"))
+    module = RewardModule(
+        ModelSpec(path=str(tiny_model)), normalise_on="val", optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)
+    )
+    trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 4}, max_epochs=2)
+
+    def scores_of(model):
+        return torch.cat([model(side) for b in trainer.datamodule.val_dataloader() for side in (b.chosen, b.rejected)])
+
+    scores = scores_of(module).detach()
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    again = load_scalar_model(ModelSpec(path=str(module.export(tmp_path / "hf")))).eval()
+    torch.testing.assert_close(scores_of(again).detach(), scores, rtol=1e-5, atol=1e-5)
+
+
+def test_normalising_on_validation_data_that_is_not_there_says_so(tiny_model, write_jsonl, tmp_path):
+    module = RewardModule(ModelSpec(path=str(tiny_model)), normalise_on="val", optimizer=frozen)
+    with pytest.raises(UserError, match=r"normalise_on: val, but there is no validation data"):
+        fit(module, tmp_path, data={"train": write_jsonl("pairs.jsonl", records("reward"))})
+
+
+def test_it_learns_to_tell_good_from_bad(tiny_model, write_jsonl, tmp_path):
+    rows = [
+        {"prompt": "the film was", "chosen": f"{extra} good", "rejected": f"{extra} bad"}
+        for extra in ("very", "not dull but", "long and", "short and", "great and very")
+    ]
+    path = write_jsonl("pairs.jsonl", rows)
+    module = RewardModule(
+        ModelSpec(path=str(tiny_model)), loss=BradleyTerry(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)
+    )
+    trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 5}, max_epochs=15)
+    assert trainer.callback_metrics["val/accuracy"].item() == 1.0
+
+
+def test_two_batches_of_different_widths_are_joined_without_touching_what_is_real():
+    def batch(width):
+        ones = torch.ones(1, width, dtype=torch.bool)
+        return TokenBatch(torch.full((1, width), width), ones, ones, torch.arange(width)[None])
+
+    both = joined(batch(2), batch(3), pad_id=0)
+    assert both.tokens.tolist() == [[2, 2, 0], [3, 3, 3]]
+    assert both.attention_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert both.mask.tolist() == both.attention_mask.tolist()
