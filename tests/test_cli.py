@@ -189,7 +189,7 @@ def test_overlays_of_the_trainer_section_keep_what_they_do_not_name(config, caps
 def test_the_command_line_beats_the_checkpoint(config):
     own = {**config, "model": {"class_path": "mine.MySFT", "init_args": {**config["model"]["init_args"], "gain": 0.2}}}
     assert fit(own, "--trainer.max_epochs", "1") == 0
-    assert fit(own, "--resume", "auto", "--model.gain", "0.9") == 0
+    assert fit(own, "--ckpt_path", "runs/a/checkpoints/last.ckpt", "--model.gain", "0.9") == 0
     gains = [float(row["train/gain"]) for row in metrics("runs/a") if row["train/gain"]]
     assert gains == pytest.approx([0.2, 0.2, 0.9, 0.9])
 

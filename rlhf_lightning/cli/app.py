@@ -2,11 +2,9 @@
 
 import logging
 import pickle
-import pkgutil
 import sys
 import warnings
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from rlhf_lightning.cli.run_folder import RunFolder, misfit
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.cli.trainer import RLHFTrainer
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.pipelines.rooms import import_rooms
 
 METHOD_SKIPS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
 ALL_DEFAULT_CALLBACKS: list[str] = list(DefaultCallback.__args__)  # type: ignore[attr-defined]
@@ -81,10 +80,7 @@ def family() -> tuple[type, type]:
     from rlhf_lightning.data.datamodule import RLHFDataModule
     from rlhf_lightning.stages.base import RLHFModule
 
-    for room in ("stages", "rewards", "losses", "advantages"):
-        package = import_module(f"rlhf_lightning.{room}")
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            import_module(module.name)
+    import_rooms("stages", "rewards", "losses", "advantages")
     return RLHFModule, RLHFDataModule
 
 

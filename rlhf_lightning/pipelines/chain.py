@@ -1,12 +1,11 @@
 """Stage after stage from one YAML: what is finished and valid is skipped, what broke goes on from its checkpoint."""
 
-import csv
 import gc
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -16,29 +15,16 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.table import Table
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.pipelines.chain_report import StageResult, last_metrics, readable_time, show_summary
 from rlhf_lightning.pipelines.chain_spec import FIT_OUTPUTS, ChainSpec, StageSpec, references, substitute
 from rlhf_lightning.pipelines.files import write_json
 from rlhf_lightning.pipelines.fingerprint import existing_paths, fingerprint, fingerprint_path
+from rlhf_lightning.pipelines.rooms import import_rooms
 
 Launch = Callable[[list[str]], int]
 """Runs one command line (`fit --config ...`) and returns its exit code."""
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What became of a stage."""
-
-    name: str
-    what: str
-    state: str
-    """ran, resumed, skipped, failed or not reached."""
-    seconds: float
-    values: Mapping[str, Any]
-    """Figures and paths that the stage gave back."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ def run_chain(
         resolved = _resolve(spec, stage, known)
         finished = None if stage.name in anew else _finished(resolved)
         if finished is not None:
-            print(f"{title}: finished before, in {_time(finished['seconds'])}; skipped", flush=True)
+            print(f"{title}: finished before, in {readable_time(finished['seconds'])}; skipped", flush=True)
             result = StageResult(stage.name, stage.what, "skipped", finished["seconds"], finished["values"])
         else:
             print(f"{title}: {stage.what}", flush=True)
@@ -117,7 +103,7 @@ def run_chain(
                 remedy = "the same command goes on from here"
                 print(f"chain stopped at {stage.name} (exit code {code}); {remedy}", file=sys.stderr)
                 return code
-            print(f"{title}: done in {_time(result.seconds)}", flush=True)
+            print(f"{title}: done in {readable_time(result.seconds)}", flush=True)
         results.append(result)
         known |= {f"{stage.name}.{key}": value for key, value in _given(resolved, result.values).items()}
     show_summary(results)
@@ -135,6 +121,11 @@ def _resolve(spec: ChainSpec, stage: StageSpec, known: Mapping[str, Any]) -> Res
     config = substitute(stage.config, names, f"{where}.config")
     if config is not None and not Path(config).is_file():
         raise UserError(f"{where}.config: there is no file {config}")
+    elsewhere = settings.get("trainer.default_root_dir", str(folder)) if config is not None else str(folder)
+    if Path(elsewhere) != folder:
+        raise UserError(
+            f"{where}: trainer.default_root_dir is {elsewhere}; a chain's stage runs in {folder}: leave it out"
+        )
     filled = StageSpec(stage.name, config, settings, stage.own_process, stage.class_path, settings)
     return ResolvedStage(filled, folder, settings)
 
@@ -204,6 +195,7 @@ def _needs_own_process(stage: ResolvedStage) -> bool:
 
 
 def _run_step(stage: ResolvedStage) -> dict[str, Any]:
+    import_rooms("rewards")
     parser = ArgumentParser(exit_on_error=False)
     cls = _step_class(stage.spec)
     parser.add_class_arguments(cls, "step", fail_untyped=False)
@@ -269,37 +261,6 @@ def _given(stage: ResolvedStage, values: Mapping[str, Any]) -> dict[str, Any]:
     if stage.spec.config is None:
         return {"folder": str(stage.folder), **values}
     return {name: str(stage.folder / below) if below else str(stage.folder) for name, below in FIT_OUTPUTS.items()}
-
-
-# --- what is shown
-
-
-def last_metrics(path: Path, prefixes: Sequence[str] = ("val/", "rollout/score", "rollout/kl")) -> dict[str, float]:
-    """The last value of each metric of a metrics.csv that sums a stage up."""
-    found: dict[str, float] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                found |= {k: float(v) for k, v in row.items() if v and k and k.startswith(tuple(prefixes))}
-    return found
-
-
-def show_summary(results: Sequence[StageResult]) -> None:
-    """A table of the stages: what became of each, its time, its figures."""
-    console = Console(width=None if Console().is_terminal else 110)
-    table = Table("stage", "state", "time", "figures", title="chain")
-    for result in results:
-        figures = [f"{name} {value:.4g}" for name, value in result.values.items() if isinstance(value, int | float)]
-        more = f" (+{len(figures) - 6})" if len(figures) > 6 else ""
-        table.add_row(result.name, result.state, _time(result.seconds), "  ".join(figures[:6]) + more)
-    ran = sum(result.seconds for result in results if result.state != "skipped")
-    table.add_section()
-    table.add_row("all", "", _time(ran), "")
-    console.print(table)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
 # --- small things

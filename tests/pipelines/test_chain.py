@@ -166,6 +166,7 @@ MISTAKES = {
     "class": ({"data": {"class_path": "steps.Nothing"}}, "cannot import steps.Nothing"),
     "argument": ({"data": {"class_path": "steps.Make", "init_args": {"outdir": "x"}}}, "did you mean out_dir?"),
     "missing": ({"data": {"class_path": "steps.Make"}}, "needs out_dir"),
+    "folder": ({"sft": {"config": "sft.yaml", "overrides": {"trainer.default_root_dir": "runs/x"}}}, "leave it out"),
     "override": ({"more": {"config": "sft.yaml", "overrides": {"data.batchsize": 3}}}, "did you mean batch_size?"),
 }
 
@@ -206,3 +207,12 @@ def test_fingerprints_see_content_and_names(tmp_path):
     assert fingerprint_path(tmp_path) != before
     assert fingerprint({"x": 1, "y": 2}) == fingerprint({"y": 2, "x": 1})
     assert existing_paths({"x": [str(tmp_path), "auto", "no/such"]}) == [str(tmp_path)]
+
+
+@pytest.mark.slow
+def test_a_stage_of_two_processes_gets_a_process_of_its_own(chain, capfd):
+    chain["stages"] = {name: chain["stages"][name] for name in ("data", "sft")}
+    chain["stages"]["sft"]["overrides"] |= {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_epochs": 1}
+    assert run(chain) == 0
+    assert "MEMBER: 2/2" in "".join(capfd.readouterr())
+    assert Path("runs/c/sft/hf/model.safetensors").exists()
