@@ -52,6 +52,9 @@ def test_a_policy_comes_back_with_equal_logits(lab, family, lora, given_weights,
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(model(tokens).logits, expected, **EXACT)
     assert not any("lora" in name for name in model.state_dict())
+    tied = policy.config.tie_word_embeddings  # stays so: one matrix in the file and in memory
+    assert model.config.tie_word_embeddings == tied
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     assert policy.has_adapter == (lora is not None)  # the policy itself can go on training
     if not given_weights:
         assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
@@ -136,7 +139,9 @@ def test_a_scalar_export_says_what_transformers_would_not(lab, tokenizer, tmp_pa
     assert "trained on the mean over the completion" in readme("mean")
     assert "one token too early" not in readme("last")
     tokenizer.pad_token = tokenizer.eos_token
-    assert "one token too early" in readme("last").replace("\n", " ")
+    assert "one token too early" in readme("last")
+    # what transformers' class goes by is the tokenizer's, not what the base model's config said (0)
+    assert json.loads((tmp_path / "last" / "config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id == 2
 
 
 def test_a_model_of_others_with_a_scalar_head_is_read(lab, tmp_path):
