@@ -49,7 +49,8 @@ def test_a_policy_comes_back_with_equal_logits(lab, family, lora, given_weights,
             for parameter in policy.parameters():
                 parameter.zero_()
     folder = export_policy(policy, tokenizer, tmp_path / "hf", state_dict=weights)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    # named, since older transformers run Gemma 2 on sdpa, without its cap
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=policy.config._attn_implementation)
     torch.testing.assert_close(model(tokens).logits, expected, **EXACT)
     assert not any("lora" in name for name in model.state_dict())
     tied = policy.config.tie_word_embeddings  # stays so: one matrix in the file and in memory
@@ -120,7 +121,8 @@ def test_a_scalar_model_comes_back_with_equal_scores(lab, family, lora, given_we
 
     if type(model.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         assert family not in ("granite", "cohere")
-        classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+        attention = model.config._attn_implementation
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention)
         logits = classifier(batch.tokens, attention_mask=batch.attention_mask.long()).logits
         torch.testing.assert_close(logits[:, 0], values[[0, 1], [5, 3]], **EXACT)
         assert not (folder / HEAD_FILE).exists()
