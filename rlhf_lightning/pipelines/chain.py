@@ -81,7 +81,7 @@ def run_chain(
     if start_at is not None and start_at not in names:
         raise UserError(f"--from {start_at}: the chain has no such stage; it has {', '.join(names)}")
     anew = set(names if force else [] if start_at is None else names[names.index(start_at) :])
-    _check_all(spec, check)
+    check_chain(spec, check)
     known: dict[str, Any] = dict(spec.variables)
     results: list[StageResult] = []
     for number, stage in enumerate(spec.stages, start=1):
@@ -224,7 +224,7 @@ def _step_class(spec: StageSpec) -> type:
     return cls
 
 
-def _check_all(spec: ChainSpec, check: Launch | None) -> None:
+def check_chain(spec: ChainSpec, check: Launch | None) -> None:
     """Reads every stage before the first one starts; values that steps will give back are stood in for."""
     known = dict(spec.variables)
     for stage in spec.stages:

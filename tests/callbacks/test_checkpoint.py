@@ -1,8 +1,10 @@
 """last.ckpt: written at every end, one file only, resumable."""
 
+import shutil
+
 import torch
 
-from rlhf_lightning.callbacks import LastCheckpoint
+from rlhf_lightning.callbacks import LastCheckpoint, MetricsCSV
 
 
 def load(folder) -> dict:
@@ -39,3 +41,13 @@ def test_every_minutes(sft, trainer_of, monkeypatch):
 def test_a_ppo_checkpoint_loads_without_pickles(ppo, trainer_of, tmp_path):
     trainer_of(LastCheckpoint(every_n_train_steps=1), max_steps=3).fit(*ppo)
     assert load(tmp_path)["global_step"] == 3
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(sft, trainer_of, tmp_path):
+    options = {"log_every_n_steps": 1, "max_epochs": 2}
+    trainer_of(LastCheckpoint(), logger=MetricsCSV(tmp_path), **{**options, "max_epochs": 1}).fit(*sft)
+    early = shutil.copy(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "early.ckpt")
+    for _ in range(2):  # the second time the file already holds steps 2 and 3
+        trainer_of(LastCheckpoint(), logger=MetricsCSV(tmp_path), **options).fit(*sft, ckpt_path=early)
+    steps = [row.split(",")[1] for row in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert steps == ["step", "0", "1", "2", "3"]
