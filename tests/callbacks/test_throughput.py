@@ -41,13 +41,14 @@ def test_rollouts_and_validation_are_not_training_time():
     passes(1.0)  # training
     trainer.global_step = 1
     callback.on_train_batch_end(trainer, None, None, batch(3, 2), 0)
+    passes(0.5)  # still training
     callback.on_validation_start(trainer, None)
     passes(9.0)
     callback.on_validation_end(trainer, None)
     passes(3.0)  # training
     trainer.global_step = 2
     callback.on_train_batch_end(trainer, None, None, batch(5), 1)
-    assert log.logged["throughput/train_tokens_per_s"] == pytest.approx(2 * (5 + 5) / 5.0)
+    assert log.logged["throughput/train_tokens_per_s"] == pytest.approx(2 * (5 + 5) / 5.5)
 
 
 def test_padding_is_no_token():
