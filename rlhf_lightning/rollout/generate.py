@@ -123,7 +123,7 @@ class HFGenerate(RolloutEngine):
         eos = _end_ids(policy, self.tokenizer)
         criteria: list[StoppingCriteria] = [EosTokenCriteria(eos_token_id=eos)]
         if self.spec.stop_strings:
-            criteria.append(StopStringCriteria(self.tokenizer, list(self.spec.stop_strings)))
+            criteria.append(_stop_strings(self.tokenizer, self.spec.stop_strings))
         recorder = _FinishedLengths(criteria)
         config = self._config(eos)
         # transformers fills whatever `config` leaves open from the model's own generation config (top_k 50, a
@@ -187,6 +187,17 @@ def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: in
         positions=(real.long().cumsum(-1) - 1).clamp(min=0),
         finished=finished,
     )
+
+
+def _stop_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StoppingCriteria:
+    try:
+        return StopStringCriteria(tokenizer, list(strings))
+    except ValueError as error:
+        # transformers works out each token's text behind a probe word, which word-level vocabularies do not have
+        raise UserError(
+            f"generation.stop_strings={list(strings)} cannot be used with this tokenizer, whose tokens have no text of "
+            "their own: leave them out and train the end token instead"
+        ) from error
 
 
 def _end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

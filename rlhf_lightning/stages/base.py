@@ -21,6 +21,7 @@ from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_loader import StepLoader
 from rlhf_lightning.stages.step_means import StepMeans
 
+
 class RLHFModule(L.LightningModule, ABC):
     """A stage of training. Subclasses build their networks in `configure_model` and their loss in `training_step`.
 

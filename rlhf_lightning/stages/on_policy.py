@@ -27,6 +27,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
+from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -184,25 +185,7 @@ class OnPolicyModule(RLHFModule):
 
     def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
         """Answers as text, the way reward functions see them."""
-        copies = answers.tokens.shape[0] // prompts.tokens.shape[0]
-        texts = self.tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(answers.tokens.cpu(), answers.mask.cpu(), strict=True)],
-            skip_special_tokens=True,
-        )
-        readable = self.tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(prompts.tokens.cpu(), prompts.attention_mask.cpu(), strict=True)],
-            skip_special_tokens=True,
-        )
-        return [
-            Sample(
-                prompt=readable[i // copies],
-                completion=text,
-                record=prompts.records[i // copies],
-                tokens=tuple(answers.tokens[i][answers.mask[i]].tolist()),
-                finished=bool(answers.finished[i]),
-            )
-            for i, text in enumerate(texts)
-        ]
+        return decode_samples(self.tokenizer, prompts, answers)
 
     def score(self, prompts: PromptBatch, answers: Generated) -> ScoredSamples:
         """Scores of answers by the reward functions, weighted and added, with their breakdown."""

@@ -1,8 +1,18 @@
 """Masks of generated answers, and sampling that is named by its seed."""
 
+import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
-from rlhf_lightning.rollout.generate import assemble
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.collate import collate_prompts
+from rlhf_lightning.data.encode import encode_prompt
+from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate, assemble
 
 
 def test_an_answer_counts_up_to_and_with_its_end_token_even_if_pad_is_eos():
@@ -20,3 +30,108 @@ def test_what_follows_a_finished_answer_is_padding():
     answers = assemble(tokens, torch.ones(1, 1, dtype=torch.bool), torch.tensor([3]), pad_id=0)
     assert answers.tokens.tolist() == [[1, 5, 2, 0, 0]]
     assert answers.attention_mask.tolist() == [[True, True, True, False, False]]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    return load_policy(ModelSpec(path=str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(ModelSpec(path=str(tiny_model)))
+
+
+def asked(tokenizer, *texts: str):
+    ids = [encode_prompt(tokenizer, text) for text in texts]
+    return collate_prompts(ids, texts, [{} for _ in texts], range(len(texts)), tokenizer.pad_token_id)
+
+
+def answer(policy, tokenizer, prompts, seed=1, **spec):
+    return HFGenerate(GenerationSpec(**({"max_new_tokens": 8} | spec)), tokenizer).generate(policy, prompts, seed=seed)
+
+
+def test_a_seed_names_the_answers_and_leaves_the_global_generator_alone(policy, tokenizer):
+    prompts = asked(tokenizer, "the film", "a plot was very")
+    torch.manual_seed(0)
+    untouched = torch.rand(3)
+    torch.manual_seed(0)
+    first = answer(policy, tokenizer, prompts, seed=5, num_samples=4)
+    assert torch.equal(torch.rand(3), untouched)
+    again = answer(policy, tokenizer, prompts, seed=5, num_samples=4)
+    other = answer(policy, tokenizer, prompts, seed=6, num_samples=4)
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
+
+
+def test_an_answer_does_not_depend_on_the_padding_that_its_neighbours_need(policy, tokenizer):
+    alone = answer(policy, tokenizer, asked(tokenizer, "the film"), temperature=0.0)
+    crowd = asked(tokenizer, "the film", "a plot was very long and the actors not good")
+    together = answer(policy, tokenizer, crowd, temperature=0.0)
+    by_rows = answer(policy, tokenizer, crowd, temperature=0.0, rows_at_once=1)
+    for answers in (together, by_rows):
+        assert answers.tokens[0][answers.mask[0]].tolist() == alone.tokens[0][alone.mask[0]].tolist()
+
+
+def test_sampled_tokens_follow_the_policy_at_the_sampling_temperature(policy, tokenizer):
+    prompts = asked(tokenizer, "the film was")
+    answers = answer(policy, tokenizer, prompts, temperature=0.6, max_new_tokens=1, num_samples=4000)
+    drawn = torch.bincount(answers.tokens[:, -1], minlength=21) / 4000
+    logits = policy.causal_lm(input_ids=prompts.tokens).logits[0, -1]
+    expected = (logits / 0.6).softmax(-1)
+    # the deviation of a share p of n draws is sqrt(p (1 - p) / n) <= 0.008; four of them
+    assert (drawn - expected).abs().max() < 0.032
+    scored = policy(answers, temperature=0.6).logprobs[:, -1]
+    torch.testing.assert_close(scored, expected.log()[answers.tokens[:, -1]], rtol=1e-4, atol=1e-4)
+
+
+def test_no_sampling_default_of_the_model_leaks_in(policy, tokenizer):
+    own = policy.model.generation_config
+    theirs = type(own)(top_k=1, repetition_penalty=9.0, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    policy.model.generation_config = theirs
+    try:
+        answers = answer(policy, tokenizer, asked(tokenizer, "the"), max_new_tokens=1, num_samples=200)
+        assert policy.model.generation_config is theirs
+    finally:
+        policy.model.generation_config = own
+    assert len(answers.tokens[:, -1].unique()) > 5
+
+
+def test_a_stop_string_ends_an_answer_and_stays_in_it_though_pad_is_eos(tiny_config, tmp_path):
+    letters = {letter: i for i, letter in enumerate(["<eos>", *"abcdefgh"])}
+    characters = Tokenizer(BPE(letters, merges=[]))
+    characters.decoder = Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>", pad_token="<eos>").save_pretrained(tmp_path)
+    spec = ModelSpec(config=tiny_config, tokenizer=str(tmp_path))
+    tokenizer = load_tokenizer(spec)
+    prompts = asked(tokenizer, "ab")
+    answers = answer(load_policy(spec), tokenizer, prompts, num_samples=300, stop_strings=["gh"])
+    stopped = 0
+    for row, mask, finished in zip(answers.tokens, answers.mask, answers.finished, strict=True):
+        ids = row[mask].tolist()
+        text = "".join(tokenizer.convert_ids_to_tokens(ids))
+        assert "gh" not in text[:-1]
+        assert bool(finished) == (text.endswith("gh") or ids[-1] == tokenizer.eos_token_id)
+        assert ids.count(tokenizer.eos_token_id) <= 1
+        stopped += text.endswith("gh")
+    assert stopped > 5
+
+
+def test_stop_strings_on_a_word_level_tokenizer_are_refused(policy, tokenizer):
+    with pytest.raises(UserError, match=r"stop_strings=\['good'\] cannot be used with this tokenizer"):
+        answer(policy, tokenizer, asked(tokenizer, "the"), stop_strings=["good"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: an answer needs at least 1"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9 exceeds max_new_tokens=8"),
+        ({"temperature": -1.0}, "temperature=-1.0: use 0 for greedy"),
+        ({"top_p": 0.0}, "top_p=0.0: use a share"),
+        ({"num_samples": 0}, "num_samples=0: sample at least 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        GenerationSpec(**options)
