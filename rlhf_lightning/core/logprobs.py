@@ -60,6 +60,9 @@ def token_scores(
         mask: True = wanted. Index 0 has no predictor: it is never scored, whatever the mask says.
         temperature: the one the tokens were sampled at, so that ratios of the two are exact.
     """
+    if tokens.shape[1] < 2:  # one token a row: nothing has a predictor, but the graph stays whole
+        zero = 0.0 * hidden.sum(-1).float()
+        return TokenScores(zero, zero if with_entropy else None, torch.zeros_like(mask))
     scored = mask.clone()
     scored[:, 0] = False
     result = linear_token_logprobs(

@@ -73,3 +73,13 @@ def test_only_hidden_states_before_a_scored_token_get_a_gradient():
 
 def test_about_tokens_moves_by_one():
     assert about_tokens(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0, 1, 2]]
+
+
+def test_a_batch_one_token_wide_has_nothing_to_score_and_a_gradient_of_zero():
+    hidden = torch.randn(2, 1, 4, requires_grad=True)
+    ones = torch.ones(2, 1, dtype=torch.bool)
+    scores = token_scores(hidden, ones.long(), ones, LMHead(torch.randn(7, 4)), with_entropy=True)
+    assert not scores.logprobs.any()
+    assert not scores.is_argmax.any()
+    (gradient,) = torch.autograd.grad(scores.logprobs.sum(), hidden)
+    assert not gradient.any()
