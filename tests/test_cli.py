@@ -260,6 +260,11 @@ WRONG_VALUES = {
     "no YAML": ("batch_size: 4", "batch_size: [4", "not YAML"),
     "tag": ("batch_size: 4", "batch_size: !!python/object/apply:os.system [ls]", "is not allowed"),
     "import": ("torch.optim.AdamW", "os.system", "os.system is Python's own"),
+    "function": (
+        "batch_size: 4",
+        "batch_size: 4\n  x: {class_path: PythonFunction, init_args: {path: 'os:system'}}",
+        "os:system is Python's own",
+    ),
     "strategy": ("max_epochs: 2", "max_epochs: 2\n  strategy: ddpp", "did you mean ddp?"),
 }
 

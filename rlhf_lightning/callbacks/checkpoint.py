@@ -16,8 +16,8 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         dirpath: where to write; default: `checkpoints` in the run folder.
         every_n_train_steps: write every so many optimiser steps.
-        every_minutes: write after so many minutes, if `every_n_train_steps` is not given. The end of each epoch and of
-            the run is written in any case.
+        every_minutes: write after so many minutes, if `every_n_train_steps` is not given. The end of each epoch, and
+            with it of the run, is written in any case.
     """
 
     def __init__(
@@ -50,14 +50,7 @@ class LastCheckpoint(ModelCheckpoint):
                     logger.forget_from(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        self._save_now(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._save_now(trainer)
-
-    def _save_now(self, trainer: Trainer) -> None:
+        super().on_train_epoch_end(trainer, pl_module)  # Lightning ends an epoch wherever a run stops
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 

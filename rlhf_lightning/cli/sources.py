@@ -12,7 +12,7 @@ from rlhf_lightning.core.errors import UserError
 CONFIG_FLAGS = {"-c": "", "--config": "", "--model": "model", "--data": "data", "--trainer": "trainer"}
 """Options that take a YAML file, and the key that the file's contents stand under."""
 
-CALLABLE_KEYS = {"class_path", "function"}
+CALLABLE_KEYS = {"class_path"}
 """Keys whose value is imported."""
 
 STANDARD_LIBRARY_ALLOWED = {"datetime", "pathlib", "typing", "fractions", "decimal"}
@@ -78,13 +78,19 @@ class ConfigSources:
             raise UserError("\n  ".join(self.problems))
         for place in self.places:
             leaf = place.key.rpartition(".")[2]
-            root = place.value.split(".", 1)[0]
-            imports = leaf in CALLABLE_KEYS and "." in place.value
+            root = place.value.replace(":", ".").split(".", 1)[0]
+            imports = (leaf in CALLABLE_KEYS and "." in place.value) or self._is_function(place)
             if imports and root in sys.stdlib_module_names and root not in STANDARD_LIBRARY_ALLOWED:
                 raise UserError(
                     f"{place}: {place.key}: {place.value} is Python's own, not a class or function made for training; "
                     "name one of yours"
                 )
+
+    def _is_function(self, place: Place) -> bool:
+        """Whether the place names the function of a `PythonFunction`."""
+        owner = place.key.removesuffix(".path").removesuffix(".init_args") + ".class_path"
+        beside = (other for other in self.places if other.file == place.file and other.key == owner)
+        return place.key.endswith(".path") and any(other.value.endswith("PythonFunction") for other in beside)
 
     # --- reading
 

@@ -49,6 +49,8 @@ class Breaks(SFTModule):
     """Stops in its second epoch, as long as the file `broken` lies about."""
 
     def on_train_epoch_start(self):
+        with open("epochs.txt", "a") as file:
+            file.write(f"{self.current_epoch} ")
         if self.current_epoch == 1 and Path("broken").exists():
             raise KeyboardInterrupt
 '''
@@ -148,6 +150,7 @@ def test_a_broken_stage_is_resumed_from_its_checkpoint(chain, capsys):
     Path("broken").unlink()
     assert run(chain) == 0
     assert states(capsys.readouterr().out) == ["skipped", "resumed", "ran"]
+    assert Path("epochs.txt").read_text() == "0 1 1 "  # not 0 again
 
 
 def test_a_folder_with_a_run_of_somebody_else_is_left_alone(chain, capsys):
