@@ -215,6 +215,8 @@ class RLHFCLI(LightningCLI):
         given = list(given) if isinstance(given, list) else [given]
         wanted = self._get(self.config_init, "default_callbacks")
         config["callbacks"] = given + default_callbacks(wanted, given, config, self.subcommand, self.run_folder.path)
+        if config.get("barebones") and self.sources.where("trainer.log_every_n_steps") is None:
+            config["log_every_n_steps"] = None  # our default, which barebones does not allow
         kept = any(isinstance(callback, Checkpoint) for callback in config["callbacks"])
         if not kept and config.get("enable_checkpointing") is None:
             config["enable_checkpointing"] = False  # else Lightning adds one of its own
