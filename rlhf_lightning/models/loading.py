@@ -240,6 +240,12 @@ def _read_config(spec: ModelSpec) -> PretrainedConfig:
         raise UserError(f"cannot read the config of {path!r}: {first_line(error)}") from error
 
 
+def context_length(spec: ModelSpec) -> int | None:
+    """How many tokens the model reads at once, by its config; None if that says nothing."""
+    config = _build_config(spec) if spec.path is None else _read_config(spec)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_vocabulary(spec: ModelSpec, model_size: int, tokenizer_size: int) -> None:
     if tokenizer_size > model_size:
         raise UserError(

@@ -99,6 +99,7 @@ class HFGenerate(RolloutEngine):
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
         tokens = prompts.tokens.repeat_interleave(self.spec.num_samples, 0)
         attention_mask = prompts.attention_mask.repeat_interleave(self.spec.num_samples, 0)
+        self._check_context(policy, prompts)
         rows = self.spec.rows_at_once or tokens.shape[0]
         was_training = policy.training
         policy.eval()
@@ -117,6 +118,18 @@ class HFGenerate(RolloutEngine):
         answers = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts])
         lengths = torch.cat([length for _, length in parts])
         return assemble(answers, attention_mask, lengths, pad_id=pad)
+
+    def _check_context(self, policy: Any, prompts: PromptBatch) -> None:
+        context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        lengths = prompts.attention_mask.sum(-1)
+        row = int(lengths.argmax())
+        length, room = int(lengths[row]), self.spec.max_new_tokens
+        if context is not None and length + room > context:
+            raise UserError(
+                f"prompt {int(prompts.indices[row])} ({prompts.texts[row][:60]!r}...) has {length} tokens; with "
+                f"generation.max_new_tokens={room} that exceeds the model's context of {context} tokens: lower "
+                f"max_new_tokens, or cut prompts with data.max_prompt_length={max(context - room, 1)}"
+            )
 
     def _generate_rows(self, policy: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt and answer ids [rows, time], and the width at which each row finished, -1 where it was cut off."""

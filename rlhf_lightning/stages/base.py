@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
-from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.loading import context_length, load_tokenizer
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_loader import StepLoader
@@ -62,9 +62,11 @@ class RLHFModule(L.LightningModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the stage's model; loaded when first asked for."""
+        """Of the stage's model; loaded when first asked for. Knows the length of the model's context."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.model_spec)
+            context = context_length(self.model_spec) or self._tokenizer.model_max_length
+            self._tokenizer.model_max_length = min(context, self._tokenizer.model_max_length)
         return self._tokenizer
 
     @abstractmethod

@@ -44,7 +44,8 @@ def tokenizer(tiny_model):
 
 def asked(tokenizer, *texts: str):
     ids = [encode_prompt(tokenizer, text) for text in texts]
-    return collate_prompts(ids, texts, [{} for _ in texts], range(len(texts)), tokenizer.pad_token_id)
+    decoded = [tokenizer.decode(row) for row in ids]
+    return collate_prompts(ids, decoded, [{} for _ in texts], range(len(texts)), tokenizer.pad_token_id)
 
 
 def answer(policy, tokenizer, prompts, seed=1, **spec):
@@ -120,6 +121,14 @@ def test_a_stop_string_ends_an_answer_and_stays_in_it_though_pad_is_eos(tiny_con
 def test_stop_strings_on_a_word_level_tokenizer_are_refused(policy, tokenizer):
     with pytest.raises(UserError, match=r"stop_strings=\['good'\] cannot be used with this tokenizer"):
         answer(policy, tokenizer, asked(tokenizer, "the"), stop_strings=["good"])
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(policy, tokenizer):
+    prompts = asked(tokenizer, "the", "the film was good " * 15)  # a context of 64: 1 + 60 tokens leave 3
+    answer(policy, tokenizer, prompts, max_new_tokens=3)
+    message = r"prompt 1 .*has 61 tokens; with generation.max_new_tokens=4 .*data.max_prompt_length=60"
+    with pytest.raises(UserError, match=message):
+        answer(policy, tokenizer, prompts, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

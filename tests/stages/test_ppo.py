@@ -8,7 +8,7 @@ from fits import fit
 from one_step import records
 
 from rlhf_lightning.advantages.kl_control import FixedKL
-from rlhf_lightning.core.batches import Generated, Rollouts
+from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy, load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
@@ -256,6 +256,27 @@ def test_steps_after_target_kl_are_not_taken(tiny_model, write_jsonl, tmp_path):
     assert run(None) == 8
     # the first step of a rollout finds ratio 1; the second finds the policy moved, and is the last
     assert run(1e-9) == 4
+
+
+def test_ptx_adds_gamma_times_the_gradient_of_sft_on_the_second_source(tiny_model):
+    ids = torch.tensor([[1, 4, 5, 6], [1, 7, 8, 0]])
+    real = ids > 0
+    texts = TokenBatch(ids, real, real & (ids > 1), torch.arange(4).expand(2, 4))
+
+    def gradient(ptx_coef, totals):
+        module = ppo(tiny_model, ptx_coef=ptx_coef)
+        module.configure_model()
+        module.log_step_means = lambda batch_idx, prog_bar=False: None
+        batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]), extra=texts)
+        module.training_step(batch.with_totals(totals), 0).backward()
+        return module.policy.head().weight.grad, module
+
+    totals = {"tokens": 4.0, "sequences": 2.0, "extra_tokens": 10.0}
+    without, module = gradient(0.0, totals)
+    with_ptx, _ = gradient(0.5, totals)
+    module.zero_grad()
+    (-module.policy(texts).logprobs.sum() / 10.0).backward()
+    torch.testing.assert_close(with_ptx - without, 0.5 * module.policy.head().weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_models_are_in_no_checkpoint_and_no_optimiser(tiny_model):

@@ -63,3 +63,11 @@ def test_it_learns(tiny_model, write_jsonl, tmp_path):
     module = SFTModule(ModelSpec(path=str(tiny_model)), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 4}, max_epochs=15)
     assert trainer.callback_metrics["val/loss"].item() < 0.5 * math.log(21)
+
+
+def test_records_are_cut_to_the_context_of_the_model(tiny_model, write_jsonl, tmp_path):
+    path = write_jsonl("text.jsonl", [{"text": "the film was good " * 40}])
+    module = SFTModule(ModelSpec(path=str(tiny_model)), optimizer=frozen)
+    trainer = fit(module, tmp_path, data={"train": path, "val": path})
+    (batch,) = trainer.datamodule.val_dataloader()
+    assert batch.tokens.shape[1] == 64
