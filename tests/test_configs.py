@@ -1,6 +1,10 @@
-"""Every YAML that we ship: read by the command line, printed and read again, headed by the command that runs it."""
+"""Every YAML that we ship: its command is real, it prints and reads back the same, and it runs a step."""
 
+import csv
 import json
+import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +17,84 @@ from rlhf_lightning.cli.app import check_command_line
 from rlhf_lightning.pipelines.chain import check_chain
 from rlhf_lightning.pipelines.chain_spec import read_chain
 
-WORDS = ("good", "bad", "long", "short", "great", "dull", "film", "plot")
 REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.y*ml"))
+WORDS = ("good", "bad", "long", "short", "great", "dull", "film", "plot", "actors", "end", "was", "very")
+SETTINGS = {"trainer.max_steps": 1, "trainer.limit_val_batches": 1, "trainer.log_every_n_steps": 1}
+RECORDS = {
+    "SFTModule": {"prompt": "the film", "completion": "was"},
+    "BradleyTerry": {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
+    "PlackettLuce": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
+    "Regression": {"prompt": "the film", "completion": "was", "rating": 0.5},
+    "PPOModule": {"prompt": "the film"},
+}
 
 
-def content(config: str) -> dict:
+def content(config: str) -> dict[str, Any]:
     return yaml.safe_load((REPOSITORY / config).read_text())
 
 
 STAGES = [config for config in CONFIGS if "model" in content(config)]
 CHAINS = [config for config in CONFIGS if "stages" in content(config)]
+OVERLAYS = [config for config in CONFIGS if config.startswith("configs/trainer/")]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.argv", ["rlhf-lightning"])
+
+
+def printed(args: list[str], capsys) -> str:
+    capsys.readouterr()
+    assert main([*args, "--print_config"]) == 0
+    return capsys.readouterr().out
+
+
+def test_no_config_is_left_out():
+    assert CONFIGS
+    assert sorted(STAGES + CHAINS + OVERLAYS) == CONFIGS, (
+        "a YAML that is neither a stage, a chain nor a trainer overlay"
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_begins_with_the_command_that_runs_it(config):
-    first = (REPOSITORY / config).read_text().splitlines()[0]
-    assert first.startswith("# rlhf-lightning ")
-    assert config in first
+def test_the_commands_in_its_head_are_real(config):
+    head = [line for line in (REPOSITORY / config).read_text().splitlines() if line.startswith("#")]
+    commands = [shlex.split(match[1]) for line in head if (match := re.match(r"#\s+rlhf-lightning (.*)", line))]
+    assert head[0].startswith("# rlhf-lightning ")
+    assert config in commands[0]
+    for command in commands:
+        if command[0] == "chain":
+            settings = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
+            read_chain(command[command.index("--config") + 1], settings)
+        else:
+            check_command_line(command)
 
 
 @pytest.mark.parametrize("config", STAGES)
-def test_print_config_round_trips(config, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("sys.argv", ["rlhf-lightning"])
-    assert main(["fit", "--config", config, "--print_config"]) == 0
-    printed = capsys.readouterr().out
-    (tmp_path / "printed.yaml").write_text(printed)
-    assert main(["fit", "--config", str(tmp_path / "printed.yaml"), "--print_config"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
+def test_what_print_config_prints_is_read_back_the_same(config, capsys, tmp_path):
+    first = printed(["fit", "--config", config], capsys)
+    (tmp_path / "printed.yaml").write_text(first)
+    assert printed(["fit", "--config", str(tmp_path / "printed.yaml")], capsys) == first
+
+
+@pytest.mark.parametrize("config", OVERLAYS)
+def test_an_overlay_sets_its_keys_and_leaves_the_others(config, capsys):
+    plain = yaml.safe_load(printed(["fit", "--config", "configs/sft.yaml"], capsys))
+    overlaid = yaml.safe_load(printed(["fit", "--config", "configs/sft.yaml", "--trainer", config], capsys))
+    assert overlaid["trainer"] == plain["trainer"] | content(config)
+    assert {**overlaid, "trainer": None} == {**plain, "trainer": None}
+
+
+@pytest.mark.parametrize("config", CHAINS)
+def test_every_stage_of_a_chain_can_be_read(config):
+    spec = read_chain(config)
+    assert {stage.config for stage in spec.stages if stage.config} <= set(STAGES)
+    check_chain(spec, check_command_line)
+
+
+# --- one step of each
 
 
 @pytest.fixture(scope="module")
@@ -55,50 +108,78 @@ def tiny_reward(tmp_path_factory, tiny_model) -> str:
     return str(export_scalar_model(load_scalar_model(spec), load_tokenizer(spec), folder))
 
 
-RECORDS = {
-    "SFTModule": {"prompt": "the film", "completion": " was good"},
-    "RewardModule": {"prompt": "the film", "chosen": " was good", "rejected": " was bad"},
-    "PPOModule": {"prompt": "the film"},
-}
+def record_kind(run: dict[str, Any]) -> str:
+    name = run["model"]["class_path"]
+    return (
+        run["model"]["init_args"].get("loss", {}).get("class_path", "BradleyTerry") if name == "RewardModule" else name
+    )
+
+
+def write_records(path: Path, record: dict[str, Any]) -> str:
+    """A dozen records that differ in their prompt."""
+    path.write_text("".join(json.dumps(record | {"prompt": f"{record['prompt']} {word}"}) + "\n" for word in WORDS))
+    return str(path)
+
+
+def leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values; a list is a value."""
+    if not isinstance(node, dict):
+        return [(key, node)]
+    return [leaf for name, below in node.items() for leaf in leaves(below, f"{key}.{name}" if key else name)]
+
+
+def stand_ins(run: dict[str, Any], folder: Path, model: str, tokenizer: str, reward: str) -> list[str]:
+    """Options for what lies on disk and for sizes; all other keys stay as the YAML has them."""
+    options = SETTINGS | {"trainer.default_root_dir": str(folder / "run"), "trainer.accelerator": "cpu"}
+    options |= {"trainer.enable_model_summary": False, "trainer.enable_progress_bar": False}
+    for key, value in leaves(run["model"], "model"):
+        if key.endswith(".path") and isinstance(value, str):
+            options[key] = reward if "reward" in value else model
+        elif key.endswith(".tokenizer") and isinstance(value, str):
+            options[key] = tokenizer
+        elif key.endswith(".rewards"):
+            options[key] = [
+                weighted | {"reward": {**weighted["reward"], "init_args": {**arguments, "path": reward}}}
+                if "path" in (arguments := weighted["reward"].get("init_args", {}))
+                else weighted
+                for weighted in value
+            ]
+    if run["model"]["class_path"] == "PPOModule":
+        options["model.init_args.generation.max_new_tokens"] = 4
+    records = write_records(folder / "records.jsonl", RECORDS[record_kind(run)])
+    options |= {f"data.{name}": records for name in ("train", "val") if name in run["data"]}
+    if "pretraining" in run["data"]:
+        options["data.pretraining"] = write_records(folder / "texts.jsonl", RECORDS["SFTModule"])
+    for name, small in (("batch_size", 4), ("tokens_per_batch", 64), ("max_length", 32), ("val_frac", 0.4)):
+        if run["data"].get(name):
+            options[f"data.{name}"] = small
+    if "max_prompt_length" in run["data"]:
+        options["data.max_prompt_length"] = 16
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+
+
+def run_one_step(args: list[str], folder: Path) -> dict[str, float]:
+    """The metrics that a run has logged, the last of each."""
+    assert main(["fit", *args]) == 0
+    with (folder / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: float(value) for row in rows for name, value in row.items() if value}
 
 
 @pytest.mark.parametrize("config", STAGES)
-def test_every_stage_runs_a_step_on_a_tiny_model(
-    config, tmp_path, monkeypatch, tiny_model, tiny_tokenizer, tiny_reward
-):
-    """All keys as they are, but for what lies on disk and for sizes."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["rlhf-lightning"])
+def test_a_stage_takes_a_step_and_exports(config, tmp_path, tiny_model, tiny_tokenizer, tiny_reward):
     run = content(config)
-    record = RECORDS[run["model"]["class_path"]]
-    (tmp_path / "records.jsonl").write_text(
-        "".join(json.dumps({key: f"{value} {word}" for key, value in record.items()}) + "\n" for word in WORDS)
-    )
-
-    def tiny(node: Any) -> Any:
-        if isinstance(node, list):
-            return [tiny(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        changed = {key: tiny(value) for key, value in node.items()}
-        if isinstance(node.get("path"), str):
-            changed["path"] = tiny_reward if "reward" in node["path"] else str(tiny_model)
-        if isinstance(node.get("tokenizer"), str):
-            changed["tokenizer"] = str(tiny_tokenizer)
-        return changed
-
-    run["model"] = tiny(run["model"])
-    if "generation" in run["model"]["init_args"]:
-        run["model"]["init_args"]["generation"]["max_new_tokens"] = 4
-    run["data"] |= {key: "records.jsonl" for key in ("train", "val") if key in run["data"]}
-    run["data"] |= {key: size for key, size in (("batch_size", 4), ("tokens_per_batch", 64)) if key in run["data"]}
-    run["trainer"] |= {"fast_dev_run": 1, "accelerator": "cpu", "devices": 1, "enable_model_summary": False}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    options = stand_ins(run, tmp_path, str(tiny_model), str(tiny_tokenizer), tiny_reward)
+    metrics = run_one_step(["--config", config, *options], tmp_path)
+    loss = "policy/loss" if run["model"]["class_path"] == "PPOModule" else "train/loss"
+    assert math.isfinite(metrics[loss])
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("config", CHAINS)
-def test_every_stage_of_a_chain_can_be_read(config, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("sys.argv", ["rlhf-lightning"])
-    check_chain(read_chain(config), check_command_line)
+@pytest.mark.parametrize("config", OVERLAYS)
+def test_an_overlay_takes_a_step_on_one_cpu(config, tmp_path, tiny_model, tiny_tokenizer, tiny_reward):
+    options = stand_ins(content("configs/sft.yaml"), tmp_path, str(tiny_model), str(tiny_tokenizer), tiny_reward)
+    here = ["--trainer.devices=1", "--trainer.strategy=auto"]
+    metrics = run_one_step(["--config", "configs/sft.yaml", "--trainer", config, *options, *here], tmp_path)
+    assert math.isfinite(metrics["train/loss"])
