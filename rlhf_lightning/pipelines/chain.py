@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.pipelines.chain_report import StageResult, last_metrics, readable_time, show_summary
-from rlhf_lightning.pipelines.chain_spec import FIT_OUTPUTS, ChainSpec, StageSpec, references, substitute
+from rlhf_lightning.pipelines.chain_spec import FIT_OUTPUTS, ChainSpec, StageSpec, references, strays, substitute
 from rlhf_lightning.pipelines.files import write_json
 from rlhf_lightning.pipelines.fingerprint import existing_paths, fingerprint, fingerprint_path
 from rlhf_lightning.pipelines.rooms import import_rooms
@@ -235,11 +235,23 @@ def check_chain(spec: ChainSpec, check: Launch | None) -> None:
         resolved = _resolve(spec, stage, known)
         if stage.class_path is not None:
             _check_arguments(stage, _step_class(stage))
-        elif check is not None:
-            code = check(resolved.command("never", False))
-            if code != 0:
+        else:
+            _check_strays(spec, resolved)
+            if check is not None and check(resolved.command("never", False)) != 0:
                 raise UserError(f"{spec.file}: stages.{stage.name} cannot be read")
         known |= {f"{stage.name}.{key}": value for key, value in _given(resolved, {}).items()}
+
+
+def _check_strays(spec: ChainSpec, stage: ResolvedStage) -> None:
+    """In another folder than usual, no config may go on reading what lies in the usual one."""
+    if spec.run_dir == spec.usual_run_dir:
+        return
+    config = yaml.safe_load(Path(str(stage.spec.config)).read_text("utf-8"))
+    for key, value in strays(config, stage.settings, spec.usual_run_dir):
+        raise UserError(
+            f"{spec.file}: stages.{stage.spec.name}: {stage.spec.config} has {key}: {value}, which is not in "
+            f"{spec.run_dir}, this run's folder: override {key} by what an earlier stage writes here"
+        )
 
 
 def _check_arguments(stage: StageSpec, cls: type) -> None:

@@ -46,6 +46,8 @@ class ChainSpec:
     run_dir: str
     variables: Mapping[str, Any]
     stages: Sequence[StageSpec]
+    usual_run_dir: str = ""
+    """The run_dir of the file, before settings."""
 
     def folder(self, stage: str) -> Path:
         return Path(self.run_dir) / stage
@@ -74,7 +76,7 @@ def read_chain(
         raise UserError(f"{file}: stages is missing: name at least one, such as sft: {{config: configs/sft.yaml}}")
     stages = {name: _stage(file, name, entry) for name, entry in content["stages"].items()}
     variables = dict(content.get("variables") or {})
-    run_dir = str(content.get("run_dir") or f"runs/{path.stem}")
+    run_dir = usual_run_dir = str(content.get("run_dir") or f"runs/{path.stem}")
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -92,7 +94,7 @@ def read_chain(
             raise UserError(f"--set {name}: the chain has no such variable or stage; {_nearest(name, known)}")
     variables["run_dir"] = run_dir = str(substitute(run_dir, variables, f"{file}: run_dir"))
     variables = {name: substitute(value, variables, f"{file}: variables.{name}") for name, value in variables.items()}
-    spec = ChainSpec(str(file), run_dir, variables, list(stages.values()))
+    spec = ChainSpec(str(file), run_dir, variables, list(stages.values()), usual_run_dir)
     _check_references(spec)
     return spec
 
@@ -160,6 +162,33 @@ def _check_references(spec: ChainSpec) -> None:
             if earlier[owner].config is not None and output not in FIT_OUTPUTS:
                 raise UserError(f"{where}: fit does not write ${{{name}}}; {_nearest(output, FIT_OUTPUTS)}")
         earlier[stage.name] = stage
+
+
+def strays(config: Any, overrides: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
+    """Keys of a config, none of them overridden, whose value lies in `folder`; the run folder itself aside.
+
+    Args:
+        config: a stage's config as it stands in its file.
+        overrides: dotted keys, whose init_args levels may be left out.
+        folder: where nothing should lie.
+    """
+    replaced = [_short(key) for key in overrides] + ["trainer.default_root_dir"]
+
+    def walk(value: Any, key: str) -> list[tuple[str, str]]:
+        if any(_short(key) == other for other in replaced):
+            return []
+        if isinstance(value, str):
+            return [(key, value)] if value.startswith(folder.rstrip("/") + "/") else []
+        pairs = value.items() if isinstance(value, Mapping) else []
+        found = [stray for name, inner in pairs for stray in walk(inner, f"{key}.{name}" if key else str(name))]
+        items = value if isinstance(value, list) else []
+        return found + [stray for inner in items for stray in walk(inner, key)]
+
+    return walk(config, "")
+
+
+def _short(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "init_args")
 
 
 def references(value: Any) -> list[str]:

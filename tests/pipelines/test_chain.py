@@ -10,7 +10,7 @@ import yaml
 
 from rlhf_lightning.__main__ import main
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.pipelines.chain_spec import read_chain, substitute
+from rlhf_lightning.pipelines.chain_spec import read_chain, strays, substitute
 from rlhf_lightning.pipelines.fingerprint import existing_paths, fingerprint, fingerprint_path
 
 STEPS = '''
@@ -181,6 +181,19 @@ def test_mistakes_are_found_before_anything_runs(chain, capsys, name):
     assert run(chain) == 2
     assert said in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_in_another_folder_no_stage_reads_what_the_usual_one_holds(chain, capsys):
+    more = yaml.safe_load(Path("more.yaml").read_text())
+    more["model"]["init_args"]["policy"]["path"] = "runs/c/sft/hf"
+    Path("more.yaml").write_text(yaml.safe_dump(more))
+    del chain["stages"]["more"]["overrides"]["model.policy.path"]
+    assert run(chain, "--set", "run_dir=runs/d") == 2
+    assert "override model.init_args.policy.path" in capsys.readouterr().err
+    assert strays(more, {"model.policy": None}, "runs/c") == []
+    assert strays({"rewards": [{"init_args": {"path": "runs/c/x"}}]}, {}, "runs/c") == [
+        ("rewards.init_args.path", "runs/c/x")
+    ]
 
 
 @pytest.mark.parametrize("option", ["--set=sed=2", "--set=seed", "--from=nowhere"])
