@@ -77,7 +77,11 @@ class EvaluatePolicies:
         for name, folder in self.models.items():
             sampler = Sampler.from_folder(folder, self.generation, self.seed, self.prompts_at_once)
             figures, samples, ratings = self._measure(sampler, reference, records, name)
-            models[name] = {"path": folder, "figures": {key: asdict(figure) for key, figure in figures.items()}}
+            models[name] = {
+                "path": folder,
+                "figures": {key: asdict(figure) for key, figure in figures.items()},
+                "ratings": {key: [round(value, 4) for value in values] for key, values in ratings.items()},
+            }
             for i, entry in enumerate(shown):
                 at = i * self.generation.num_samples
                 scores = {key: values[at] for key, values in ratings.items()}
