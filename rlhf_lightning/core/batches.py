@@ -1,6 +1,6 @@
 """What flows between rooms: frozen batches. `mask` True means *counts*; index t is about tokens[t]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -48,6 +48,19 @@ class Batch:
 
     def with_totals(self: Same, totals: Mapping[str, float]) -> Same:
         return replace(self, totals=dict(totals))
+
+
+def step_totals(batches: Sequence[Batch], add_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """What an optimiser step holds, over its micro-batches and all ranks: the denominators of its losses.
+
+    Args:
+        batches: this rank's micro-batches of the step.
+        add_over_ranks: adds a vector over all ranks.
+    """
+    counts = [batch.counts() for batch in batches]
+    names = sorted(counts[0])
+    summed = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float64)
+    return dict(zip(names, add_over_ranks(summed).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,14 @@ from rlhf_lightning.core.interfaces import RolloutEngine
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """How answers are sampled."""
+    """How answers are sampled.
+
+    Args:
+        max_new_tokens: masks and positions of answers, from how wide each row was when it finished. Args: tokens:
+            prompt + answer ids [batch, time]; whatever follows a finished answer is replaced by `pad_id`. prompt_mask:
+            real tokens of the left-padded prompts [batch, prompt time]. lengths: columns up to and including the last
+            token of each finished row [batch]; -1 = cut off at the limit.
+    """
 
     max_new_tokens: int = 64
     """Length at which an answer is cut off, end token included."""
@@ -180,37 +187,6 @@ class HFGenerate(RolloutEngine):
 
 
 def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: int) -> Generated:
-    """Masks and positions of answers, from how wide each row was when it finished.
-
-    Args:
-        tokens: prompt + answer ids [batch, time]; whatever follows a finished answer is replaced by `pad_id`.
-        prompt_mask: real tokens of the left-padded prompts [batch, prompt time].
-        lengths: columns up to and including the last token of each finished row [batch]; -1 = cut off at the limit.
-    """
-    finished = lengths >= 0
-    width = torch.where(finished, lengths, tokens.shape[1])
-    columns = torch.arange(tokens.shape[1], device=tokens.device)
-    response = (columns >= prompt_mask.shape[1]) & (columns < width[:, None])  # [batch, time]
-    real = response.clone()
-    real[:, : prompt_mask.shape[1]] = prompt_mask
-    return Generated(
-        tokens=torch.where(real, tokens, pad_id),
-        attention_mask=real,
-        mask=response,
-        positions=(real.long().cumsum(-1) - 1).clamp(min=0),
-        finished=finished,
-    )
-
-
-def _stop_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StoppingCriteria:
-    try:
-        return StopStringCriteria(tokenizer, list(strings))
-    except ValueError as error:
-        # transformers works out each token's text behind a probe word, which word-level vocabularies do not have
-        raise UserError(
-            f"generation.stop_strings={list(strings)} cannot be used with this tokenizer, whose tokens have no text of "
-            "their own: leave them out and train the end token instead"
-        ) from error
 
 
 def _end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

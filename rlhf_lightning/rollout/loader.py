@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch, step_totals
 from rlhf_lightning.core.seeding import counter_seed
 
 
@@ -19,7 +19,11 @@ class Collector(Protocol):
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """How often and in what pieces each batch of rollouts is trained on."""
+    """How often and in what pieces each batch of rollouts is trained on.
+
+    Args:
+        inner_epochs: the n-th batch of a source that starts over when it ends; asked for in rising order.
+    """
 
     inner_epochs: int = 4
     """Passes over each batch of rollouts."""
@@ -126,7 +130,7 @@ class RolloutLoader:
                 group = [
                     replace(part, extra=self._extra.at(self._extra_index(first + i))) for i, part in enumerate(group)
                 ]
-            totals = self._totals(group)
+            totals = step_totals(group, self._add_over_ranks)
             for offset, part in enumerate(group):
                 if first + offset < self._given:
                     continue
@@ -147,12 +151,6 @@ class RolloutLoader:
             for minibatch in order.tensor_split(self.updates.num_minibatches):
                 pieces.extend(minibatch.tensor_split(self.accumulate))
         return pieces
-
-    def _totals(self, group: list[Rollouts]) -> Mapping[str, float]:
-        counts = [part.counts() for part in group]
-        names = sorted(counts[0])
-        summed = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float64)
-        return dict(zip(names, self._add_over_ranks(summed).tolist(), strict=True))
 
     # the protocol that Lightning recognises a resumable loader by; the module saves `progress()`, of all ranks
     def state_dict(self) -> dict[str, Any]:
@@ -201,13 +199,6 @@ def _pick(buffer: Rollouts, rows: Tensor) -> Rollouts:
 
 
 class _Endless:
-    """The n-th batch of a source that starts over when it ends; asked for in rising order."""
-
-    def __init__(self, loader: Iterable[TokenBatch]) -> None:
-        self.loader = loader
-        self._iterator: Iterator[TokenBatch] | None = None
-        self._next = 0
-
     def at(self, index: int) -> TokenBatch:
         size = len(self.loader)  # type: ignore[arg-type]
         if self._iterator is None:

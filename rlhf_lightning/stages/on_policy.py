@@ -3,11 +3,9 @@
 Knows no algorithm. A stage gives it `shape_rewards`, `advantages` and a `training_step`.
 """
 
-import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,17 +27,9 @@ from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
 from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.base import RLHFModule
+from rlhf_lightning.stages.phases import Phases, tell
+from rlhf_lightning.stages.reward_shaping import Shaped
 from rlhf_lightning.stages.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """Rewards of a rollout after everything that is done to scores."""
-
-    rewards: Tensor
-    """[batch, time]; 0 where nothing counts."""
-    metrics: Mapping[str, float]
-    """What the shaping did, to be logged with the rollout."""
 
 
 class OnPolicyModule(RLHFModule):
@@ -143,15 +133,15 @@ class OnPolicyModule(RLHFModule):
     @torch.no_grad()
     def collect(self, prompts: PromptBatch) -> Rollouts:
         """Answers to `prompts`, scored, measured and credited."""
-        self.tell("on_rollout_start")
-        clock = _Clock(self)
+        tell(self, "on_rollout_start")
+        phase = Phases(self)
         with self.trainer.precision_plugin.forward_context(), self._evaluating():
             prompts = prompts.to(self.device)
-            with clock("generate"):
+            with phase("generate"):
                 answers = self.generate(prompts, self._rollout_seed("rollout", self._loader.rollouts))
-            with clock("score"):
+            with phase("score"):
                 scored = self.score(prompts, answers)
-            with clock("measure"):
+            with phase("measure"):
                 old, entropy = self._measure_policy(answers)
                 ref = self._measure_reference(answers)
                 values = self.values_of(answers)
@@ -175,8 +165,8 @@ class OnPolicyModule(RLHFModule):
             returns=returns,
             groups=groups,
         )
-        self._pending_metrics = self.rollout_metrics(rollouts, scored, shaped, entropy) | clock.times()
-        self.tell("on_rollout_end", rollouts)
+        self._pending_metrics = self.rollout_metrics(rollouts, scored, shaped, entropy) | phase.times()
+        tell(self, "on_rollout_end", rollouts)
         return rollouts
 
     def generate(self, prompts: PromptBatch, seed: int) -> Generated:
@@ -273,13 +263,6 @@ class OnPolicyModule(RLHFModule):
             self.log_dict({k: v for k, v in self._pending_metrics.items() if k not in shown}, batch_size=1)
             self._pending_metrics = {}
 
-    def tell(self, hook: str, *arguments: Any) -> None:
-        """Call a rollout hook on every callback that has it."""
-        for callback in self.trainer.callbacks:
-            method = getattr(callback, hook, None)
-            if callable(method):
-                method(self.trainer, self, *arguments)
-
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -326,23 +309,3 @@ class OnPolicyModule(RLHFModule):
         self._move_frozen()
         answers = self.generate(batch, self._rollout_seed("predict", batch_idx))
         return [sample.completion for sample in self.samples(batch, answers)]
-
-
-class _Clock:
-    """Seconds spent in each phase of a rollout; tells the callbacks when one begins."""
-
-    def __init__(self, module: OnPolicyModule) -> None:
-        self.module = module
-        self.began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self.module.tell("on_rollout_phase", phase)
-        began = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - began
-
-    def times(self) -> dict[str, float]:
-        whole = time.perf_counter() - self.began
-        return {f"time/{phase}_s": s for phase, s in self.seconds.items()} | {"time/rollout_s": whole}

@@ -1,7 +1,6 @@
 """Proximal policy optimisation with a critic: every implementation detail an option, with the paper that named it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +9,25 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlhf_lightning.advantages.gae import Gae
-from rlhf_lightning.advantages.kl_control import FixedKL, KLControl
-from rlhf_lightning.advantages.shaping import (
-    RunningMoments,
-    clip_scores,
-    kl_shaped_rewards,
-    missing_eos_penalty,
-    scale_scores,
-)
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, ValueLoss
-from rlhf_lightning.core.kl import KLEstimator, kl_estimate
-from rlhf_lightning.core.logprobs import TokenScores, about_tokens
+from rlhf_lightning.core.kl import kl_estimate
+from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, explained_variance, masked_moments, masked_whiten, reduce_tokens
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.losses.value import ClippedValue
 from rlhf_lightning.models.export import export_policy, export_scalar_model
-from rlhf_lightning.models.loading import load_scalar_model
-from rlhf_lightning.models.scalar_head import ScalarModel, ValueHead, init_head
+from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages.critic import CriticSpec
-from rlhf_lightning.stages.on_policy import OnPolicyModule, Shaped
+from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
+from rlhf_lightning.stages.on_policy import OnPolicyModule
+from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class RewardShaping:
-    """What happens to scores before they become rewards, in this order."""
-
-    missing_eos_penalty: float = 0.0
-    """Subtracted from answers that hit the length limit (Huang et al., 2024)."""
-    missing_eos_score: float | None = None
-    """The score of such answers, whatever the reward functions said (Ziegler et al., 2019: -1)."""
-    scale_by_running_std: bool = False
-    """Divide by the standard deviation of all scores so far (Engstrom et al., 2020)."""
-    clip: float | None = None
-    """Clip scores to [-clip, clip] (Engstrom et al., 2020: 10)."""
-    whiten_rewards: bool = False
-    """Scale rewards per token, KL included, to standard deviation 1, keeping their mean (Ziegler et al., 2019)."""
-
-
-@dataclass(frozen=True)
-class KLSpec:
-    """How the policy is held near its reference."""
-
-    control: KLControl = FixedKL(0.05)
-    """Coefficient of the KL inside the reward: FixedKL, or AdaptiveKL with a target (Ziegler et al., 2019)."""
-    estimator: KLEstimator = "k1"
-    """Of the KL inside the reward; k1 is what the objective asks for."""
-    loss_coef: float = 0.0
-    """Weight of a KL term inside the loss, in addition."""
-    loss_estimator: KLEstimator = "k3"
-    """Of that term: k2 has the gradient of the KL, k3 is GRPO's."""
 
 
 class PPOModule(OnPolicyModule):
@@ -145,8 +106,8 @@ class PPOModule(OnPolicyModule):
         self.loss = loss
         self.value_loss = value_loss
         self.credit = credit
-        self.shaping = shaping
         self.kl = kl
+        self.shaper = RewardShaper(shaping, kl, self.add_over_ranks)
         self.value_coef = value_coef
         self.entropy_coef = entropy_coef
         self.whiten_advantages = whiten_advantages
@@ -154,9 +115,7 @@ class PPOModule(OnPolicyModule):
         self.target_kl = target_kl
         self.critic_warmup_steps = critic_warmup_steps
         self.ptx_coef = ptx_coef
-        self.critic: ScalarModel | ValueHead | None = None
-        self.kl_coef = kl.control.initial_coef
-        self.score_moments = RunningMoments()
+        self.critic: Critic | None = None
         self._stopped_rollout = -1
         """The rollout on which target_kl ended training early."""
         self._step_kl = [0.0, 0.0]
@@ -172,31 +131,16 @@ class PPOModule(OnPolicyModule):
             yield "value_coef", "0 leaves the critic untrained while its values are used"
         if self.critic_spec.model is None and not self.critic_spec.keep_head:
             yield "critic.keep_head", "the critic starts from no reward model: its head is zeros in any case"
-        if self.shaping.missing_eos_score is not None and self.shaping.missing_eos_penalty:
+        if self.shaper.shaping.missing_eos_score is not None and self.shaper.shaping.missing_eos_penalty:
             yield "shaping.missing_eos_penalty", "missing_eos_score replaces the score it would be subtracted from"
-        if self.generation.num_samples == 0:
-            yield "generation.num_samples", "no answers"
 
     # ---- building --------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.critic is not None:
-            return
-        assert self.policy is not None
-        if self.critic_spec.kind == "shared":
-            self.critic = ValueHead(self.policy.config.get_text_config().hidden_size)
-            return
-        self.critic = load_scalar_model(self.critic_spec.spec(self.model_spec), pooling="last", seed=self.seed)
-        if self.critic_spec.model is None or not self.critic_spec.keep_head:
-            init_head(self.critic.head, "zero", self.seed)
-        theirs, ours = (m.config.get_text_config().vocab_size for m in (self.critic, self.policy))
-        if theirs != ours:
-            raise UserError(
-                f"the critic {self.critic_spec.model.path if self.critic_spec.model else ''} has {theirs} tokens, the "
-                f"policy {self.model_spec.path} has {ours}: a critic reads the policy's tokens, so both need the same "
-                "vocabulary. Leave critic.model out to start from the policy"
-            )
+        if self.critic is None:
+            assert self.policy is not None
+            self.critic = build_critic(self.critic_spec, self.policy, self.model_spec, seed=self.seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         assert self.policy is not None
@@ -217,82 +161,21 @@ class PPOModule(OnPolicyModule):
     # ---- collecting ------------------------------------------------------------------------------------------------
 
     def values_of(self, answers: Generated) -> Tensor:
-        values = torch.cat([self._values(part) for part in self._parts(answers)]).float()
-        return torch.where(answers.mask, values, 0.0)
-
-    def _values(self, batch: Any, hidden: Tensor | None = None) -> Tensor:
-        """The critic's estimate before each token [batch, time]."""
         assert self.policy is not None
-        if isinstance(self.critic, ValueHead):
-            if hidden is None:
-                hidden = self.policy.hidden_states(batch.tokens, batch.attention_mask, batch.positions)
-            return about_tokens(self.critic(hidden))
         assert self.critic is not None
-        said = self.critic.token_values(batch.tokens, batch.attention_mask, batch.positions)
-        # a critic that was a reward model begins on the scale of its normalised scores
-        return about_tokens((said - self.critic.score_mean) / self.critic.score_std)
+        values = [critic_values(self.critic, self.policy, part) for part in self._parts(answers)]
+        return torch.where(answers.mask, torch.cat(values).float(), 0.0)
 
     def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
         """Score at the last answer token, KL at every one, after the options of `shaping`."""
-        shaping = self.shaping
-        scores = missing_eos_penalty(
-            scored.at_end.to(old),
-            answers.finished,
-            subtract=shaping.missing_eos_penalty,
-            replace_by=shaping.missing_eos_score,
-        )
-        token_rewards = self._token_rewards(answers, scored)
-        if shaping.scale_by_running_std:
-            self.score_moments = self.score_moments.merge(self._moments_over_ranks(scores))
-            scores = scale_scores(scores, self.score_moments)
-        if shaping.clip is not None:
-            scores = clip_scores(scores, shaping.clip)
-        rewards, _ = kl_shaped_rewards(
-            scores,
-            old,
-            ref,
-            answers.mask,
-            kl_coef=self.kl_coef,
-            estimator=self.kl.estimator,
-            token_rewards=token_rewards,
-        )
-        if shaping.whiten_rewards:
-            rewards = self._whiten(rewards, answers.mask, shift_mean=False)
-        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(scores.mean())}
-        self._steer_kl((old - ref).sum(-1))
-        return Shaped(rewards=rewards, metrics=metrics)
-
-    def _token_rewards(self, answers: Generated, scored: ScoredSamples) -> Tensor | None:
-        """Rewards given per token, spread over the answers' own positions [batch, time]."""
-        if scored.per_token is None:
-            return None
-        rewards = torch.zeros(answers.tokens.shape, device=answers.tokens.device)
-        rewards[answers.mask] = torch.cat([torch.as_tensor(row, dtype=torch.float32) for row in scored.per_token]).to(
-            rewards
-        )
-        return rewards
-
-    def _moments_over_ranks(self, scores: Tensor) -> RunningMoments:
-        count, total, squares = self.add_over_ranks(
-            masked_moments(scores.cpu(), torch.ones_like(scores.cpu(), dtype=torch.bool))
-        ).tolist()
-        mean = total / count
-        return RunningMoments(count=count, mean=mean, squares=max(squares - count * mean**2, 0.0))
-
-    def _steer_kl(self, kl_of_sequences: Tensor) -> None:
-        """Choose the coefficient of the next rollout."""
-        sums = torch.tensor([float(kl_of_sequences.sum()), float(kl_of_sequences.numel())], dtype=torch.float64)
-        total, count = self.add_over_ranks(sums).tolist()
-        self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
+        return self.shaper(answers, scored, old, ref)
 
     def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         advantages, returns = self.credit(rewards, values, mask, groups)
         if self.whiten_advantages:
-            advantages = self._whiten(advantages, mask)
+            moments = self.add_over_ranks(masked_moments(advantages, mask))
+            advantages = masked_whiten(advantages, mask, moments=moments)
         return advantages, returns
-
-    def _whiten(self, x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-        return masked_whiten(x, mask, shift_mean=shift_mean, moments=self.add_over_ranks(masked_moments(x, mask)))
 
     def rollout_metrics(
         self, rollouts: Rollouts, scored: ScoredSamples, shaped: Shaped, entropy: Tensor
@@ -316,16 +199,22 @@ class PPOModule(OnPolicyModule):
             # the remaining pieces of this rollout take no step; every parameter takes part, for DDP's sake
             return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0  # type: ignore[return-value]
         assert self.policy is not None
+        assert self.critic is not None
         hidden = self.policy.hidden_states(batch.tokens, batch.attention_mask, batch.positions)
         scores = self.policy.scores(
-            hidden, batch.tokens, batch.mask, temperature=self.generation.temperature, with_entropy=True
+            hidden,
+            batch.tokens,
+            batch.mask,
+            temperature=self.generation.temperature,
+            with_entropy=self.entropy_coef != 0,
         )
-        values = self._values(batch, hidden)
+        values = critic_values(self.critic, self.policy, batch, hidden)
         policy = self.policy_loss(batch, scores)
         per_value, value_clipped = self.value_loss(values, batch.values, batch.returns)
         terms = {"policy": self._mean(policy.per_token, batch), "value": self.value_coef * self._mean(per_value, batch)}
-        if self.entropy_coef:
+        if scores.entropy is not None:
             terms["entropy"] = -self.entropy_coef * self._mean(scores.entropy, batch)
+            self.step_means.add({"policy/entropy": scores.entropy}, batch.mask)
         if self.kl.loss_coef:
             kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.kl.loss_estimator)
             terms["kl"] = self.kl.loss_coef * self._mean(kl, batch)
@@ -338,7 +227,6 @@ class PPOModule(OnPolicyModule):
             "policy/ratio": policy.ratio,
             "policy/clip_frac": policy.clipped.float(),
             "policy/approx_kl": kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"),
-            "policy/entropy": scores.entropy,
             "value/loss": per_value,
             "value/clip_frac": value_clipped.float(),
             "value/mean": values,
@@ -399,8 +287,7 @@ class PPOModule(OnPolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["ppo"] = {
-            "kl_coef": self.kl_coef,
-            "score_moments": self.score_moments.to_dict(),
+            "shaper": self.shaper.state_dict(),
             "stopped_rollout": self._stopped_rollout,
             "pending_metrics": dict(self._pending_metrics),
         }
@@ -409,8 +296,7 @@ class PPOModule(OnPolicyModule):
         super().on_load_checkpoint(checkpoint)
         state: Mapping[str, Any] = checkpoint.get("ppo", {})
         if state:
-            self.kl_coef = state["kl_coef"]
-            self.score_moments = RunningMoments.from_dict(state["score_moments"])
+            self.shaper.load_state_dict(state["shaper"])
             self._stopped_rollout = state["stopped_rollout"]
             self._pending_metrics = dict(state["pending_metrics"])
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Batch
+from rlhf_lightning.core.batches import Batch, step_totals
 from rlhf_lightning.rollout.loader import start_epoch
 
 
@@ -67,7 +66,7 @@ class StepLoader:
             self._before = self._own_state() if first else None
             window = [next(batches) for _ in range(min(self.accumulate, size - first))]
             self._after = self._own_state()
-            totals = self._totals(window)
+            totals = step_totals(window, self._add_over_ranks)
             for index, batch in enumerate(window, start=first):
                 if index >= skip:
                     self._given = index + 1
@@ -87,12 +86,6 @@ class StepLoader:
     def _own_state(self) -> Any:
         state_dict = getattr(self.loader, "state_dict", None)
         return state_dict() if callable(state_dict) else None
-
-    def _totals(self, window: list[Batch]) -> Mapping[str, float]:
-        counts = [batch.counts() for batch in window]
-        names = sorted(counts[0])
-        summed = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float64)
-        return dict(zip(names, self._add_over_ranks(summed).tolist(), strict=True))
 
     # the protocol that Lightning recognises a resumable loader by; the module saves `progress()`, of all ranks
     def state_dict(self) -> dict[str, Any]:

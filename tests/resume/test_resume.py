@@ -16,7 +16,7 @@ from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.stages.ppo import KLSpec, RewardShaping
+from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
 
@@ -78,8 +78,8 @@ def everything(module, trainer):
     for index, moments in enumerate(trainer.optimizers[0].state.values()):
         state |= {f"optimiser {index} {name}": value.clone() for name, value in moments.items()}
     if isinstance(module, PPOModule):
-        state["kl_coef"] = torch.tensor(module.kl_coef, dtype=torch.float64)
-        state["score_std"] = torch.tensor(module.score_moments.std, dtype=torch.float64)
+        state["kl_coef"] = torch.tensor(module.shaper.kl_coef, dtype=torch.float64)
+        state["score_std"] = torch.tensor(module.shaper.score_moments.std, dtype=torch.float64)
     return state
 
 

@@ -18,9 +18,8 @@ from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages import PPOModule
-from rlhf_lightning.stages.critic import CriticSpec
-from rlhf_lightning.stages.on_policy import Shaped
-from rlhf_lightning.stages.ppo import KLSpec, RewardShaping
+from rlhf_lightning.stages.critic import CriticSpec, critic_values
+from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
 
 NAN = float("nan")
 # two answers of 3 and 1 tokens behind prompts of 2 and 1; padding holds NaN so that a leak shows
@@ -169,12 +168,12 @@ def test_rollout_metrics_by_hand(tiny_model):
 
 
 def test_training_metrics_by_hand(tiny_model, tmp_path):
-    module = ppo(tiny_model)
+    module = ppo(tiny_model, entropy_coef=0.1)
     module.configure_model()
     batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]))
     with torch.no_grad():
         now = module.policy(batch, with_entropy=True)
-        values = torch.where(MASK, module._values(batch), NAN)
+        values = torch.where(MASK, critic_values(module.critic, module.policy, batch), NAN)
     module.log_step_means = lambda batch_idx, prog_bar=False: None
     module.training_step(batch, 0)
     means = {k: v.item() for k, v in module.step_means.take(lambda v: v).items()}
@@ -299,7 +298,7 @@ def test_critic_starts_from_the_reward_model_on_the_scale_of_its_scores(tiny_mod
     batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]))
     raw = reward_model.eval().token_values(batch.tokens, batch.attention_mask, batch.positions)
     # the value of token t was said one position before it
-    torch.testing.assert_close(module._values(batch)[0, 1:], (raw[0, :-1] - 0.5) / 2.0)
+    torch.testing.assert_close(critic_values(module.critic, module.policy, batch)[0, 1:], (raw[0, :-1] - 0.5) / 2.0)
     from_zeros = ppo(tiny_model, critic=CriticSpec(model=ModelSpec(path=str(folder)), keep_head=False))
     from_zeros.configure_model()
     assert not from_zeros.critic.head.weight.any()

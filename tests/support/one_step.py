@@ -22,7 +22,7 @@ from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec, assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
-from rlhf_lightning.stages.ppo import KLSpec, RewardShaping
+from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
 

@@ -1,0 +1,149 @@
+"""Scores to rewards per token: end-token penalties, scaling, clipping, KL and its controller."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.advantages.kl_control import FixedKL, KLControl
+from rlhf_lightning.advantages.shaping import (
+    RunningMoments,
+    clip_scores,
+    kl_shaped_rewards,
+    missing_eos_penalty,
+    scale_scores,
+)
+from rlhf_lightning.core.batches import Generated
+from rlhf_lightning.core.kl import KLEstimator
+from rlhf_lightning.core.masked import masked_moments, masked_whiten
+from rlhf_lightning.rewards.combine import ScoredSamples
+
+
+@dataclass(frozen=True)
+class RewardShaping:
+    """What happens to scores before they become rewards, in this order.
+
+    Args:
+        missing_eos_penalty: subtracted from answers that hit the length limit (Huang et al., 2024).
+        missing_eos_score: the score of such answers, whatever the reward functions said (Ziegler et al., 2019: -1).
+        scale_by_running_std: divide by the standard deviation of all scores so far (Engstrom et al., 2020).
+        clip: clip scores to [-clip, clip] (Engstrom et al., 2020: 10).
+        whiten_rewards: scale rewards per token, KL included, to standard deviation 1, keeping their mean (Ziegler et
+            al., 2019).
+    """
+
+    missing_eos_penalty: float = 0.0
+    missing_eos_score: float | None = None
+    scale_by_running_std: bool = False
+    clip: float | None = None
+    whiten_rewards: bool = False
+
+
+@dataclass(frozen=True)
+class KLSpec:
+    """How the policy is held near its reference.
+
+    Args:
+        control: coefficient of the KL inside the reward: FixedKL, or AdaptiveKL with a target (Ziegler et al., 2019).
+        estimator: of the KL inside the reward; k1 is what the objective asks for.
+        loss_coef: weight of a KL term inside the loss, in addition.
+        loss_estimator: of that term: k2 has the gradient of the KL, k3 is GRPO's.
+    """
+
+    control: KLControl = FixedKL(0.05)
+    estimator: KLEstimator = "k1"
+    loss_coef: float = 0.0
+    loss_estimator: KLEstimator = "k3"
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Rewards of a rollout after everything that is done to scores."""
+
+    rewards: Tensor
+    """[batch, time]; 0 where nothing counts."""
+    metrics: Mapping[str, float]
+    """What the shaping did, to be logged with the rollout."""
+
+
+class RewardShaper:
+    """Turns scores into rewards, rollout after rollout; remembers the scale of scores and the price of KL.
+
+    Args:
+        shaping: what happens to scores.
+        kl: the KL penalty.
+        add_over_ranks: adds a vector over all ranks.
+    """
+
+    def __init__(self, shaping: RewardShaping, kl: KLSpec, add_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.shaping = shaping
+        self.kl = kl
+        self.kl_coef = kl.control.initial_coef
+        """The price of a nat in the next rollout."""
+        self.score_moments = RunningMoments()
+        self._add_over_ranks = add_over_ranks
+
+    def __call__(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
+        """Score at the last answer token, KL at every one.
+
+        Args:
+            old: log-probabilities under the policy [batch, time], 0 where nothing counts.
+            ref: the same under the reference.
+        """
+        shaping = self.shaping
+        scores = missing_eos_penalty(
+            scored.at_end.to(old),
+            answers.finished,
+            subtract=shaping.missing_eos_penalty,
+            replace_by=shaping.missing_eos_score,
+        )
+        if shaping.scale_by_running_std:
+            self.score_moments = self.score_moments.merge(self._moments(scores))
+            scores = scale_scores(scores, self.score_moments)
+        if shaping.clip is not None:
+            scores = clip_scores(scores, shaping.clip)
+        rewards, _ = kl_shaped_rewards(
+            scores,
+            old,
+            ref,
+            answers.mask,
+            kl_coef=self.kl_coef,
+            estimator=self.kl.estimator,
+            token_rewards=_token_rewards(answers, scored),
+        )
+        if shaping.whiten_rewards:
+            moments = self._add_over_ranks(masked_moments(rewards, answers.mask))
+            rewards = masked_whiten(rewards, answers.mask, shift_mean=False, moments=moments)
+        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(scores.mean())}
+        self._steer((old - ref).sum(-1))
+        return Shaped(rewards=rewards, metrics=metrics)
+
+    def _moments(self, scores: Tensor) -> RunningMoments:
+        everything = torch.ones_like(scores, dtype=torch.bool)
+        count, total, squares = self._add_over_ranks(masked_moments(scores, everything)).tolist()
+        mean = total / count
+        return RunningMoments(count=count, mean=mean, squares=max(squares - count * mean**2, 0.0))
+
+    def _steer(self, kl_of_sequences: Tensor) -> None:
+        """Choose the coefficient of the next rollout."""
+        everything = torch.ones_like(kl_of_sequences, dtype=torch.bool)
+        count, total, _ = self._add_over_ranks(masked_moments(kl_of_sequences, everything)).tolist()
+        self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef, "score_moments": self.score_moments.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]
+        self.score_moments = RunningMoments.from_dict(state["score_moments"])
+
+
+def _token_rewards(answers: Generated, scored: ScoredSamples) -> Tensor | None:
+    """Rewards given per token, spread over the answers' own positions [batch, time]."""
+    if scored.per_token is None:
+        return None
+    rewards = torch.zeros(answers.tokens.shape, device=answers.tokens.device)
+    rewards[answers.mask] = torch.cat(list(scored.per_token)).to(rewards)
+    return rewards
