@@ -146,7 +146,7 @@ def _group_slopes(
     terms = policy_terms(logprobs, take(inputs.old), take(inputs.adv), mask, spec, ref_logprobs=ref, entropy=entropy)
     weights = None if inputs.weights is None else take(inputs.weights)
     _, d_logprob, d_entropy = weighted(terms.loss, terms.logprob_slope, mask, weights, denominator, spec)
-    share = terms.loss if weights is None else torch.where(mask, terms.loss * weights, 0.0)
+    share = terms.loss if weights is None else torch.where(mask, terms.loss * weights.to(terms.loss.dtype), 0.0)
     results.loss[index] = share.reshape(-1)
     results.ratio[index] = terms.ratio.reshape(-1)
     results.clipped[index] = terms.clipped.reshape(-1)

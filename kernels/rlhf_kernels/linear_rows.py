@@ -16,6 +16,7 @@ CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
 KEEP_BYTES = {"cpu": 384 << 20, "cuda": 1 << 30}
 """Logits kept from forward to backward; the rest are computed twice."""
 _VOCAB_SLICE = 8192
+"""Rows of the weight per product where slices save memory."""
 
 
 def chunk_rows_for(vocab: int, device: torch.device, chunk_rows: int | None, element_size: int = 4) -> int:
@@ -51,7 +52,7 @@ class Head:
         self.vocab = weight.shape[0]
         # Tensor cores multiply 16-bit operands exactly and add in float32: only the output type must not be 16-bit.
         self.mixed = weight.is_cuda and hidden.dtype == weight.dtype and promoted in (torch.bfloat16, torch.float16)
-        self.operand = weight.dtype if self.mixed else self.dtype
+        self.slice = _VOCAB_SLICE if weight.device.type == "cpu" or weight.dtype != self.dtype else self.vocab
         self.weight = weight
         self.bias = None if bias is None else bias.to(self.dtype)
 
@@ -59,40 +60,42 @@ class Head:
         """[rows, H] -> out [rows, V]."""
         if self.mixed:
             torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
-        elif self.weight.dtype == self.dtype:
-            torch.mm(hidden.to(self.dtype), self.weight.t(), out=out)
         else:
             x = hidden.to(self.dtype)
-            for start, part in self._slices():
-                out[:, start : start + len(part)] = x @ part.t()
+            for columns, part in self._slices():
+                torch.mm(x, part.t(), out=out[:, columns])
         return out if self.bias is None else out.add_(self.bias)
 
     def hidden_grad(self, grads: Tensor) -> Tensor:
         """[rows, V] -> [rows, H]: grads @ W."""
         if self.mixed:
-            return torch.mm(grads.to(self.operand), self.weight, out_dtype=self.dtype)
-        if self.weight.dtype == self.dtype:
-            return grads @ self.weight
+            return torch.mm(grads.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
         total = grads.new_zeros((len(grads), self.weight.shape[1]))
-        for start, part in self._slices():
-            total.addmm_(grads[:, start : start + len(part)], part)
+        for columns, part in self._slices():
+            total.addmm_(grads[:, columns], part)
         return total
 
     def add_weight_grad(self, total: Tensor | None, grads: Tensor, hidden: Tensor) -> Tensor:
         """total [V, H] + grads^T @ hidden, accumulated in float32 whatever the operands are."""
         if self.mixed:
-            product = (grads.to(self.operand).t(), hidden)
+            product = (grads.to(self.weight.dtype).t(), hidden)
             if total is None:
                 return torch.mm(*product, out_dtype=self.dtype)
             return torch.addmm(total, *product, out_dtype=self.dtype, out=total)
+        first = total is None
         if total is None:
-            return torch.mm(grads.t(), hidden.to(self.dtype))
-        return total.addmm_(grads.t(), hidden.to(self.dtype))
+            total = grads.new_empty((self.vocab, hidden.shape[1]))
+        x = hidden.to(self.dtype)
+        for start in range(0, self.vocab, self.slice):
+            columns = slice(start, start + self.slice)
+            total[columns].addmm_(grads[:, columns].t(), x, beta=0 if first else 1)
+        return total
 
-    def _slices(self) -> Iterator[tuple[int, Tensor]]:
-        """The weight in float32, a slice at a time: never a float32 copy of all of it."""
-        for start in range(0, self.vocab, _VOCAB_SLICE):
-            yield start, self.weight[start : start + _VOCAB_SLICE].to(self.dtype)
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in float32, a slice at a time: neither a copy nor the packed operand of a product is whole."""
+        for start in range(0, self.vocab, self.slice):
+            columns = slice(start, start + self.slice)
+            yield columns, self.weight[columns].to(self.dtype)
 
 
 class HeadGrads:

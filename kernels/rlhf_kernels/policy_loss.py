@@ -189,7 +189,7 @@ def weighted(
     """The scalar loss, and its gradient in each token's log-probability and entropy (None = zero)."""
     share = mask.to(token_loss.dtype) / denominator.to(token_loss.dtype)
     if weights is not None:
-        share = torch.where(mask, share * weights, 0.0)
+        share = torch.where(mask, share * weights.to(share.dtype), 0.0)
     loss = (token_loss * share).sum(dtype=torch.float64).to(token_loss.dtype)
     return loss, slope * share, -spec.entropy_coef * share if spec.entropy_coef else None
 

@@ -116,6 +116,8 @@ def policy_terms(
         mask: True = counts; elsewhere everything returned is 0.
         entropy: needed if spec.entropy_coef is not 0.
     """
+    dtype = logprobs.dtype
+    old_logprobs, advantages = old_logprobs.to(dtype), advantages.to(dtype)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     if spec.ratio == "sequence":
         log_ratio = (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
@@ -126,7 +128,7 @@ def policy_terms(
     if estimator:
         if ref_logprobs is None:
             raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs")
-        kl, kl_slope = torch_kl_term(torch.where(mask, logprobs - ref_logprobs, 0.0), estimator)
+        kl, kl_slope = torch_kl_term(torch.where(mask, logprobs - ref_logprobs.to(dtype), 0.0), estimator)
         loss = loss + spec.kl_coef * kl
         slope = slope + spec.kl_coef * kl_slope
         kl = torch.where(mask, kl, 0.0)

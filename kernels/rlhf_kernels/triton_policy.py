@@ -24,6 +24,7 @@ from rlhf_kernels.triton_rows import (
     flags,
     grad_of_block,
     inverse_temperature_of,
+    launch_options,
     layout,
     row_offset,
     stats_of_row,
@@ -96,6 +97,15 @@ def policy_loss_kernel(
                 tl.store(grads_row + columns, grad, mask=columns < V)
 
 
+POLICY_REGISTERS = 64
+
+
+def policy_block_for(vocab: int) -> tuple[int, int]:
+    """Columns per step, and warps: the one program of a multiprocessor has to keep the memory busy alone."""
+    block, _ = block_for(vocab, 8192)
+    return block, max(1, block // 256)
+
+
 @functools.cache
 def num_programs(device: torch.device) -> int:
     """One per multiprocessor, so that the rows in flight fit in L2; a few where there is no such thing."""
@@ -122,7 +132,7 @@ def policy_loss_triton(
     target = layout(grads, inner=rows.inner) if learns else rows
     shape, vocab, num_rows = tokens.shape, logits.shape[-1], tokens.numel()
     form, estimator, dual = spec.choices()
-    block, warps = block_for(vocab, 8192)
+    block, warps = policy_block_for(vocab)
 
     def new(wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=torch.float32, device=logits.device)
@@ -141,7 +151,7 @@ def policy_loss_triton(
             kl, num_rows, rows.inner, rows.outer, rows.stride, target.outer, target.stride, vocab,
             BLOCK=block, FORM=form, ESTIMATOR=estimator, DUAL=dual, ENTROPY=with_entropy,
             ENTROPY_LOSS=spec.entropy_coef != 0, WEIGHTS=weights is not None, GRADS=learns,
-            ALIGNED=rows.aligned and target.aligned, num_warps=warps, **flags(transform),
+            ALIGNED=rows.aligned and target.aligned, **flags(transform), **launch_options(warps, POLICY_REGISTERS),
         )  # fmt: skip
     total = loss.sum(dtype=torch.float64).float()
     return total, logprobs, entropy, ratio, clipped, kl, grads

@@ -30,11 +30,11 @@ def row_offset(row, inner, stride_outer, stride_inner, ALIGNED: tl.constexpr):
 def transformed(z, scalars_ptr, inverse_temperature, SCALED: tl.constexpr, CAPPED: tl.constexpr):
     """The logits after scale, cap and temperature, and their slope."""
     x = z.to(tl.float32)
-    slope = x * 0.0 + 1.0
+    slope = tl.where(x == x, 1.0, 1.0)  # not x * 0 + 1: x may be infinite
     if SCALED:
         scale = tl.load(scalars_ptr + 2)
         x = x * scale
-        slope = slope * 0.0 + scale
+        slope = slope * scale
     if CAPPED:
         cap = tl.load(scalars_ptr + 1)
         shrunk = tl.exp(-2.0 * tl.abs(x) / cap)
@@ -107,11 +107,13 @@ def grad_of_block(
 ):  # fmt: skip
     d = x - maximum
     p = tl.exp(d - log_sum)
-    bend = x * 0.0
+    inner = b - a
+    at_token = b
     if ENTROPY:
         bend = tl.where(p > 0, c * d, 0.0)
-    grad = tl.where(columns == token, a * miss + p * (b + bend), p * (b - a + bend))
-    return grad * slope
+        inner = inner + bend
+        at_token = at_token + bend
+    return tl.where(columns == token, a * miss + p * at_token, p * inner) * slope
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -218,9 +220,18 @@ def layout(x: Tensor, *, inner: int | None = None) -> Layout:
 
 
 def block_for(vocab: int, largest: int) -> tuple[int, int]:
-    """Columns per step, and warps: at most 16 elements per thread."""
+    """Columns per step, and warps: at most 16 elements per thread, so that nothing spills."""
     block = min(largest, max(16, triton.next_power_of_2(vocab)))
     return block, min(16, max(1, block // 512))
+
+
+STATS_REGISTERS = 96
+"""Without a ceiling the assembler aims at full occupancy and spills a register or two to get there."""
+
+
+def launch_options(warps: int, registers: int) -> dict[str, int]:
+    """Warps, and the ceiling on registers per thread where the compiler knows one (NVIDIA)."""
+    return {"num_warps": warps} if torch.version.hip else {"num_warps": warps, "maxnreg": registers}
 
 
 def flags(transform: Transform) -> dict[str, bool]:
@@ -249,14 +260,14 @@ def row_stats_triton(
     out = torch.empty((4 + with_entropy, num_rows), dtype=work_dtype(logits), device=logits.device)
     logprobs, maximum, log_sum, miss, *entropy = out.unbind()
     argmax = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
-    block, warps = block_for(vocab, 8192)
+    block, warps = block_for(vocab, 4096)
     if num_rows:
         row_stats_kernel[(num_rows,)](
             rows.tensor, tokens.contiguous(), bytes_of(mask, tokens), _temperatures(transform, tokens),
             numbers(transform, logits.device), logprobs, entropy[0] if entropy else logprobs, maximum, log_sum, miss,
             argmax.view(torch.uint8), rows.inner, rows.outer, rows.stride, vocab,
-            BLOCK=block, HAS_MASK=mask is not None, ENTROPY=with_entropy, ALIGNED=rows.aligned, num_warps=warps,
-            **flags(transform),
+            BLOCK=block, HAS_MASK=mask is not None, ENTROPY=with_entropy, ALIGNED=rows.aligned,
+            **flags(transform), **launch_options(warps, STATS_REGISTERS),
         )  # fmt: skip
     # each output its own storage: an op may not return views of one tensor
     entropies = entropy[0].clone() if entropy else out.new_empty(0)

@@ -1,0 +1,251 @@
+"""Every kernel, forward and every gradient, against the reference in float64."""
+
+import math
+
+import pytest
+import torch
+from rlhf_kernels import (
+    PolicyLossSpec,
+    backend_report,
+    exact_kl,
+    gae,
+    kl_shaped_gae,
+    linear_exact_kl,
+    linear_policy_loss,
+    linear_token_logprobs,
+    masked_whiten,
+    policy_loss,
+    token_logprobs,
+)
+
+# float32 has 24 bits: a few roundings of numbers below 30 are a few 1e-6
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def same(ours, exact, **tolerance):
+    for x, y in zip(ours, exact, strict=True):
+        if x is not None:
+            torch.testing.assert_close(x.double(), y.double(), **(tolerance or CLOSE), equal_nan=True)
+
+
+def rows(num_rows, vocab, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, vocab, generator=generator) * 3
+    tokens = torch.randint(vocab, (num_rows,), generator=generator)
+    mask = torch.rand(num_rows, generator=generator) > 0.3
+    return logits, tokens, mask, torch.randn(num_rows, generator=generator), torch.rand(num_rows, generator=generator)
+
+
+@pytest.mark.parametrize(("num_rows", "vocab"), [(3, 1), (63, 7), (4, 257), (2, 32000)])
+@pytest.mark.parametrize(
+    "options", [{}, {"with_entropy": True, "softcap": 5.0, "logit_scale": 1.3}], ids=["plain", "all"]
+)
+def test_token_logprobs(both, num_rows, vocab, options):
+    logits, tokens, mask, factor, temperature = rows(num_rows, vocab)
+    if options:
+        options = {**options, "temperature": temperature + 0.5}
+
+    def use(dtype):
+        x = logits.to(dtype).requires_grad_()
+        result = token_logprobs(x, tokens, mask=mask, **options)
+        total = (result.logprobs * factor + result.logsumexp).sum()
+        if result.entropy is not None:
+            total = total + (result.entropy * factor).sum()
+        return *result, torch.autograd.grad(total, x)[0]
+
+    same(*both(use))
+    assert backend_report()["token_logprobs"].backend == "reference"  # the latest call; the first was the kernels'
+
+
+def test_views_in_place_and_certain_tokens(both):
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 3] = 40.0
+    tokens = torch.full((2, 3), 3)
+
+    def use(dtype):
+        x = logits.to(dtype).requires_grad_()
+        result = token_logprobs(x[:, :-1], tokens, with_entropy=True)
+        grad = torch.autograd.grad(result.logprobs.sum(), x)[0]
+        y = logits.clone().to(dtype)[:, :-1].transpose(0, 1).requires_grad_()  # overwritten below
+        again = token_logprobs(y, tokens.T, inplace_backward=True).logprobs.sum()
+        return *result, grad, torch.autograd.grad(again, y)[0]
+
+    same(*both(use), atol=1e-5, rtol=1e-5)
+    ours, exact = both(use)
+    # 1 - p = 3e-17: its digits survive
+    torch.testing.assert_close(ours[4][0, 0, 3].double(), exact[4][0, 0, 3], rtol=1e-5, atol=0)
+
+
+def test_hostile_logits(both):
+    logits = torch.tensor(
+        [[0.0, -math.inf, 1.0], [1e4, -1e4, 1e4 - 1], [math.nan, 0.0, 0.0], [0.0, 1.0, 2.0], [-1e4, -1e4, -1e4]]
+    )
+    tokens = torch.tensor([0, 2, 1, 2, 0])
+
+    def use(dtype):
+        x = logits.to(dtype).requires_grad_()
+        result = token_logprobs(x, tokens, with_entropy=True)
+        grad = torch.autograd.grad((result.logprobs + result.entropy)[[0, 1, 3, 4]].sum(), x)[0][[0, 1, 3, 4]]
+        return *result[:3], grad
+
+    same(*both(use), atol=1e-5, rtol=1e-6)
+
+
+def test_rows_more_than_two_thousand_million_elements_apart():
+    # the offset of the last row does not fit in 32 bits; the memory in between is never touched
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_rows import row_stats_triton
+
+    storage = torch.UntypedStorage(4 * (2**31 + 64))
+    whole = torch.tensor([], dtype=torch.float32).set_(storage)
+    logits = whole.as_strided((2, 16), (2**31 + 32, 1))
+    logits[0], logits[1] = torch.arange(16.0), torch.arange(16.0).flip(0)
+    stats = row_stats_triton(logits, torch.tensor([15, 0]), Transform(), with_entropy=False)
+    assert stats.logprobs.tolist() == pytest.approx([logits[0].log_softmax(-1)[15].item()] * 2)
+
+
+def test_an_id_out_of_range_reads_nothing_and_makes_its_row_nan():
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_rows import row_stats_triton
+
+    tokens = torch.tensor([1, 5, -1])
+    stats = row_stats_triton(torch.zeros(3, 5), tokens, Transform(), with_entropy=True)
+    assert stats.logprobs.isnan().tolist() == [False, True, True]
+
+
+def test_no_rows_and_no_row_that_counts():
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_rows import row_grads_triton, row_stats_triton
+
+    none = row_stats_triton(torch.empty(0, 5), torch.empty(0, dtype=torch.long), Transform(), with_entropy=True)
+    assert none.logprobs.shape == (0,)
+    logits, tokens = torch.full((2, 5), math.nan), torch.zeros(2, dtype=torch.long)
+    mask = torch.zeros(2, dtype=torch.bool)
+    stats = row_stats_triton(logits, tokens, Transform(), with_entropy=True, mask=mask)
+    assert all(field.eq(0).all() for field in stats)
+    one = torch.ones(2)
+    out = torch.empty(2, 5)
+    assert row_grads_triton(logits, tokens, stats, one, one, one, Transform(), out=out, mask=mask).eq(0).all()
+
+
+SPECS = [
+    PolicyLossSpec("clipped", 0.2, 0.3, 2.0, kl_coef=0.1),
+    PolicyLossSpec("reinforce", kl_coef=0.1, kl_estimator="k1", entropy_coef=0.1),
+    PolicyLossSpec("cispo", entropy_coef=0.01),
+    PolicyLossSpec("sapo", kl_coef=0.1, kl_estimator="k2"),
+    PolicyLossSpec("clipped", ratio="sequence"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.form}-{s.ratio}")
+@pytest.mark.parametrize("linear", [False, True])
+def test_policy_loss(both, spec, linear):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8), torch.randn(67, 8)
+    tokens, mask = torch.randint(67, (2, 5)), torch.rand(2, 5) > 0.3
+    old = (hidden @ weight.T).log_softmax(-1).gather(-1, tokens[..., None])[..., 0] + 0.3 * torch.randn(2, 5)
+    advantages, weights = torch.randn(2, 1).expand(2, 5), torch.rand(2, 5)
+
+    def use(dtype):
+        options = {
+            "mask": mask, "denominator": 7.0, "ref_logprobs": old + 0.2, "weights": weights, "loss": spec,
+            "with_entropy": True, "temperature": 0.9, "softcap": 20.0,
+        }  # fmt: skip
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        if linear:
+            result = linear_policy_loss(h, w, tokens, old, advantages, chunk_rows=5, **options)
+        else:
+            result = policy_loss(h @ w.T, tokens, old, advantages, **options)
+        return *result, *torch.autograd.grad(result.loss * 2, (h, w))
+
+    # a ratio and its KL are exponentials of log-probabilities that are right to 1e-6
+    same(*both(use), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("vocab", [1, 257, 5000])
+def test_exact_kl(both, direction, vocab):
+    logits, _, mask, factor, weights = rows(3, vocab)
+    ref = rows(3, vocab, seed=1)[0]
+
+    def use(dtype):
+        x = logits.to(dtype).requires_grad_()
+        kl = exact_kl(x, ref.to(dtype), mask=mask, temperature=0.8, direction=direction, weights=weights.to(dtype))
+        return kl, torch.autograd.grad((kl * factor).sum(), x)[0]
+
+    same(*both(use))
+
+
+def test_linear_ops(both):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(2, 4, 16), torch.randn(63, 16) / 2, torch.randn(63)
+    tokens, mask = torch.randint(63, (2, 4)), torch.rand(2, 4) > 0.3
+
+    def use(dtype):
+        h, w, b = (x.to(dtype).requires_grad_() for x in (hidden, weight, bias))
+        result = linear_token_logprobs(h, w, tokens, bias=b, mask=mask, with_entropy=True, chunk_rows=3)
+        kl = linear_exact_kl(h, w, h.roll(1, 1), w.roll(1, 0), bias=b, mask=mask, chunk_rows=3)
+        total = (2 * result.logprobs + result.entropy + result.logsumexp + kl).sum()
+        return *result, kl, *torch.autograd.grad(total, (h, w, b))
+
+    same(*both(use))
+
+
+@pytest.mark.parametrize("length", [1, 2, 40, 1000])
+def test_gae(both, length):
+    torch.manual_seed(0)
+    rewards, values, mask = torch.randn(2, length), torch.randn(2, length), torch.rand(2, length) > 0.3
+    mask[1, length // 3 : length // 2 + 1] = False
+    lam = 0.95 if length < 100 else 1.0
+    ours, exact = both(lambda dtype: gae(rewards.to(dtype), values.to(dtype), mask, gamma=0.99, lam=lam))
+    for x, y in zip(ours, exact, strict=True):
+        assert (x.double() - y).abs().max() <= 2e-6 * y.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(("length", "split"), [(50, False), (300, True)])
+@pytest.mark.parametrize("critic_lam", [None, 1.0])
+def test_kl_shaped_gae(both, length, split, critic_lam, monkeypatch):
+    from rlhf_kernels import triton_gae
+
+    if split:
+        whole = triton_gae.gae_triton
+        monkeypatch.setattr(triton_gae, "SEGMENT_BLOCKS", 2)
+        monkeypatch.setattr(triton_gae, "block_for_time", lambda length: (64, 1))
+        monkeypatch.setattr(triton_gae, "gae_triton", lambda *inputs: whole(*inputs, split=True))
+    torch.manual_seed(0)
+    logprobs, values, mask = torch.randn(3, length), torch.randn(3, length), torch.rand(3, length) > 0.3
+    mask[0, -length // 3 :] = False  # the last token that counts is in an earlier segment
+    mask[2] = False
+    scores, ref = torch.randn(3), logprobs + 0.3 * torch.randn(3, length)
+
+    def use(dtype):
+        inputs = (scores.to(dtype), logprobs.to(dtype), ref.to(dtype), values.to(dtype), mask)
+        return kl_shaped_gae(
+            *inputs, kl_coef=0.1, kl_estimator="k3", gamma=0.99, lam=0.95, critic_lam=critic_lam
+        )  # fmt: skip
+
+    same(*both(use))
+
+
+@pytest.mark.parametrize("size", [1, 1700])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_masked_whiten(both, size, shift_mean):
+    x, mask = torch.randn(3, size) + 1e3, torch.rand(3, size) > 0.3
+    moments = torch.tensor([10.0, 30.0, 200.0])
+
+    def use(dtype):
+        y = x.to(dtype)
+        return masked_whiten(y, mask, shift_mean=shift_mean), masked_whiten(y, mask, moments=moments)
+
+    # the float32 inputs near 1e3 are exact in float64, and so are the sums; outputs of about 1e3 keep 24 bits
+    same(*both(use), atol=1e-5, rtol=1e-6)
+
+
+def test_a_factor_of_one_leaves_the_stored_gradient_alone():
+    from rlhf_kernels.triton_rows import scale_rows_triton
+
+    grads = torch.ones(3, 5)
+    scale_rows_triton(grads, torch.tensor([1.0, 2.0, 0.0]))
+    assert grads[:, 0].tolist() == [1.0, 2.0, 0.0]
+    scale_rows_triton(grads, torch.tensor(3.0))
+    assert grads[:, 4].tolist() == [3.0, 6.0, 0.0]

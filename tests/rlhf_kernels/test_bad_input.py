@@ -1,0 +1,82 @@
+"""What a user can get wrong, and that the message names it and says what to do."""
+
+import pytest
+import torch
+from rlhf_kernels import (
+    PolicyLossSpec,
+    exact_kl,
+    gae,
+    kl_shaped_gae,
+    linear_exact_kl,
+    linear_policy_loss,
+    linear_token_logprobs,
+    masked_whiten,
+    policy_loss,
+    token_logprobs,
+)
+
+LOGITS, TOKENS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
+HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
+ONES = torch.ones(2, 3, dtype=torch.bool)
+PER_TOKEN, FLAGS = torch.zeros(2), torch.ones(2, dtype=torch.bool)
+
+
+def loss(**changes):
+    arguments = {"mask": FLAGS, "denominator": 1.0, **changes}
+    return policy_loss(LOGITS, TOKENS, PER_TOKEN, PER_TOKEN, **arguments)
+
+
+CASES = [
+    (lambda: token_logprobs(LOGITS, torch.zeros(3).long()), r"tokens has shape \(3,\) but logits has shape \(2, 5\)"),
+    (lambda: token_logprobs(LOGITS, torch.zeros(2)), r"tokens has dtype torch.float32: give integer"),
+    (lambda: token_logprobs(LOGITS.int(), TOKENS), r"logits has dtype torch.int32: give float32"),
+    (lambda: token_logprobs(LOGITS, TOKENS + 5), r"token id 5 at \[0\] is outside \[0, 5\)"),
+    (lambda: token_logprobs(LOGITS, TOKENS - 1), r"token id -1 at \[0\] is outside"),
+    (lambda: token_logprobs(LOGITS[:0], TOKENS[:0]), r"no row to score; skip the empty batch"),
+    (lambda: token_logprobs(LOGITS, TOKENS, mask=torch.ones(2)), r"mask has dtype torch.float32: give booleans"),
+    (lambda: token_logprobs(LOGITS, TOKENS, mask=FLAGS[:1]), r"mask has shape \(1,\) but tokens asks for \(2,\)"),
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=0.0), r"temperature=0.0 must be positive"),
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=torch.ones(3)), r"temperature has shape \(3,\)"),
+    (lambda: token_logprobs(LOGITS, TOKENS, softcap=-1.0), r"softcap=-1.0 must be positive"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT.T, TOKENS),
+     r"weight has shape \(3, 5\) but hidden has shape \(2, 3\)"),
+    (lambda: linear_token_logprobs(HIDDEN, torch.nn.Linear(3, 5), TOKENS),
+     r"weight is a Linear: give its weight tensor"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, bias=torch.zeros(4)), r"bias has shape \(4,\)"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, chunk_rows=0), r"chunk_rows=0 must be at least 1"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS + 9), r"token id 9 at \[0\] is outside \[0, 5\)"),
+    (lambda: exact_kl(LOGITS, LOGITS[:1]), r"ref_logits has shape \(1, 5\) but logits asks for \(2, 5\)"),
+    (lambda: exact_kl(LOGITS, LOGITS, direction="both"), r"direction='both': use forward"),
+    (lambda: linear_exact_kl(HIDDEN, WEIGHT, HIDDEN, WEIGHT[:4]), r"ref_weight\[:, 0\] has shape \(4,\)"),
+    (lambda: loss(denominator=0.0), r"denominator=0.0 must be positive"),
+    (lambda: loss(loss=PolicyLossSpec(kl_coef=0.1)), r"kl_coef=0.1 needs ref_logprobs"),
+    (lambda: loss(loss=PolicyLossSpec(ratio="sequence")), r"ratio 'sequence' needs tokens \[sequences, time\]"),
+    (lambda: loss(weights=torch.ones(3)), r"weights has shape \(3,\) but tokens asks for \(2,\)"),
+    (lambda: linear_policy_loss(HIDDEN, WEIGHT, TOKENS, PER_TOKEN[:1], PER_TOKEN, mask=FLAGS, denominator=1),
+     r"old_logprobs has shape \(1,\)"),
+    (lambda: PolicyLossSpec("ppo"), r"form='ppo': use clipped, reinforce, cispo, sapo"),
+    (lambda: PolicyLossSpec(dual_clip=0.5), r"dual_clip=0.5 must be above 1"),
+    (lambda: PolicyLossSpec(clip_low=-0.2), r"give distances from 1, not signed"),
+    (lambda: gae(ONES.float(), ONES.float()[:, :2], ONES[:, :2], gamma=1.0, lam=1.0), r"rewards has shape \(2, 3\)"),
+    (lambda: gae(ONES.float(), ONES.float(), ONES, gamma=1.5, lam=1.0), r"gamma=1.5 must be in \[0, 1\]"),
+    (lambda: gae(PER_TOKEN, PER_TOKEN, FLAGS, gamma=1.0, lam=1.0), r"give \[batch, time\]"),
+    (lambda: kl_shaped_gae(torch.ones(3), *[ONES.float()] * 3, ONES, kl_coef=0.1, gamma=1.0, lam=1.0),
+     r"scores has shape \(3,\): give one per row \(2,\)"),
+    (lambda: masked_whiten(PER_TOKEN, FLAGS, moments=torch.ones(2)), r"moments has shape \(2,\): give \[3\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), CASES, ids=range(len(CASES)))
+def test_says_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_id_that_does_not_count_may_be_anything():
+    result = token_logprobs(LOGITS, torch.tensor([0, -100]), mask=torch.tensor([True, False]))
+    assert result.logprobs[1] == 0
+
+
+def test_a_temperature_that_wants_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="temperature requires a gradient"):
+        token_logprobs(LOGITS, TOKENS, temperature=torch.ones(2, requires_grad=True))

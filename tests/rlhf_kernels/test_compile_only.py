@@ -1,0 +1,101 @@
+"""The kernels compiled without a GPU: nothing spills, and a new length is not a new kernel."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from rlhf_kernels import triton_gae, triton_policy, triton_rows
+
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("bench_compile", ROOT / "benchmarks" / "bench_compile.py")
+bench_compile = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bench_compile)
+
+
+def recorded(target):
+    return json.loads((bench_compile.RESULTS / f"{target}.json").read_text())
+
+
+@pytest.mark.parametrize("target", bench_compile.TARGETS)
+def test_every_shipped_configuration_is_on_record_without_a_spill(target):
+    report = recorded(target)["kernels"]
+    shipped = {(config.kernel, config.name, config.warps) for config in bench_compile.configs()}
+    assert {(row["kernel"], row["name"], row["warps"]) for row in report} == shipped
+    assert [row for row in report if row["spill_stores"] or row["spill_loads"]] == []
+
+
+SAMPLES = ("row_stats", "row_grads", "policy_loss", "kl", "gae", "gae_segment", "gae_carry", "moments", "whiten")
+
+
+@pytest.mark.parametrize("kernel", SAMPLES)
+def test_compiles_now_without_a_spill(kernel):
+    # one configuration of each kernel, the one with most on; bench_compile.py compiles them all
+    config = [config for config in bench_compile.configs() if config.kernel == kernel][-1]
+    target = ("sm_80", "sm_90", "sm_100")[SAMPLES.index(kernel) % 3]
+    result = bench_compile.compile_config(config, bench_compile.TARGETS[target])
+    assert result.spill_stores == result.spill_loads == 0
+    report = recorded(target)
+    if report["triton"] == triton.__version__:
+        row = next(row for row in report["kernels"] if (row["kernel"], row["name"]) == (kernel, config.name))
+        assert (row["registers"], row["shared_bytes"]) == (result.registers, result.shared_bytes)
+
+
+def key(kernel, arguments, constants):
+    """What triton looks its compiled kernels up by: types and specialised values of the arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    binder = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
+    return str(binder(*arguments, **constants, debug=False)[1])
+
+
+def rows_key(batch, length, vocab=4096, temperature=1.0):
+    logits = torch.empty(batch, length + 1, vocab, dtype=torch.bfloat16)[:, :-1]
+    rows = triton_rows.layout(logits)
+    n, per_row = batch * length, torch.empty(batch * length)
+    tokens, flags = torch.empty(n, dtype=torch.long), torch.empty(n, dtype=torch.uint8)
+    numbers = triton_rows.scalars(logits.device, temperature, 0.0, 1.0)
+    constants = {
+        "BLOCK": 4096, "HAS_MASK": True, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False, "ENTROPY": True,
+        "ALIGNED": rows.aligned,
+    }  # fmt: skip
+    arguments = (
+        rows.tensor, tokens, flags, tokens, numbers, *[per_row] * 5, flags, rows.inner, rows.outer, rows.stride, vocab,
+    )  # fmt: skip
+    return key(triton_rows.row_stats_kernel, arguments, constants)
+
+
+def test_a_new_length_batch_or_temperature_is_the_same_kernel():
+    first = rows_key(2, 3)
+    assert rows_key(2, 16) == first
+    assert rows_key(1, 1) == first
+    assert rows_key(5, 37, temperature=0.7) == first
+    assert rows_key(2, 3, vocab=4097) != first  # the vocabulary may be compiled in
+
+
+def test_a_new_horizon_is_the_same_scan():
+    def scan(batch, length, segments):
+        x, flags = torch.empty(batch, length), torch.empty(batch, length, dtype=torch.uint8)
+        moments = torch.empty(batch, 3, dtype=torch.float64)
+        constants = {
+            "BLOCK": 1024, "BLOCKS": 4, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False,
+            "CARRY": False,
+        }  # fmt: skip
+        last = torch.empty(batch, dtype=torch.long)
+        arguments = (x, x, x, x, x, flags, last, x, x, x, x, x, x, moments, length, segments)
+        return key(triton_gae.gae_kernel, arguments, constants)
+
+    assert scan(2, 1000, 1) == scan(3, 1024, 1) == scan(1, 4096, 16)
+
+
+def test_the_policy_kernel_specialises_nothing_that_varies():
+    names = triton_policy.policy_loss_kernel.arg_names
+    varies = {names[p.num] for p in triton_policy.policy_loss_kernel.params if p.do_not_specialize}
+    assert {"num_rows", "inner", "stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner"} <= varies
+    assert not any(p.annotation_type.startswith("fp") for p in triton_policy.policy_loss_kernel.params)
