@@ -24,32 +24,28 @@ class GenerationSpec:
     """How answers are sampled.
 
     Args:
-        max_new_tokens: masks and positions of answers, from how wide each row was when it finished. Args: tokens:
-            prompt + answer ids [batch, time]; whatever follows a finished answer is replaced by `pad_id`. prompt_mask:
-            real tokens of the left-padded prompts [batch, prompt time]. lengths: columns up to and including the last
-            token of each finished row [batch]; -1 = cut off at the limit.
+        max_new_tokens: length at which an answer is cut off, end token included.
+        min_new_tokens: no end token before this many tokens.
+        temperature: logits are divided by it, here and wherever log-probabilities are recomputed. 0 = greedy.
+        top_p: sample from the smallest set of tokens with this much mass; 1 = all.
+        top_k: sample from the k most probable tokens; 0 = all.
+        min_p: drop tokens less probable than this times the most probable one; 0 = none.
+        num_samples: answers per prompt.
+        stop_strings: an answer also ends, finished, when its text holds one of these; the string stays in the answer.
+        rows_at_once: sequences generated in one batch; None: all of them.
+        cache: KV cache: grows with the answer, or allocated once (faster where lengths are alike).
     """
 
     max_new_tokens: int = 64
-    """Length at which an answer is cut off, end token included."""
     min_new_tokens: int = 0
-    """No end token before this many tokens."""
     temperature: float = 1.0
-    """Logits are divided by it, here and wherever log-probabilities are recomputed. 0 = greedy."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with this much mass; 1 = all."""
     top_k: int = 0
-    """Sample from the k most probable tokens; 0 = all."""
     min_p: float = 0.0
-    """Drop tokens less probable than this times the most probable one; 0 = none."""
     num_samples: int = 1
-    """Answers per prompt."""
     stop_strings: list[str] = field(default_factory=list)
-    """An answer also ends, finished, when its text holds one of these; the string stays in the answer."""
     rows_at_once: int | None = None
-    """Sequences generated in one batch; None: all of them."""
     cache: Literal["dynamic", "static"] = "dynamic"
-    """KV cache: grows with the answer, or allocated once (faster where lengths are alike)."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -187,6 +183,37 @@ class HFGenerate(RolloutEngine):
 
 
 def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: int) -> Generated:
+    """Masks and positions of answers, from how wide each row was when it finished.
+
+    Args:
+        tokens: prompt + answer ids [batch, time]; whatever follows a finished answer is replaced by `pad_id`.
+        prompt_mask: real tokens of the left-padded prompts [batch, prompt time].
+        lengths: columns up to and including the last token of each finished row [batch]; -1 = cut off at the limit.
+    """
+    finished = lengths >= 0
+    width = torch.where(finished, lengths, tokens.shape[1])
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    response = (columns >= prompt_mask.shape[1]) & (columns < width[:, None])  # [batch, time]
+    real = response.clone()
+    real[:, : prompt_mask.shape[1]] = prompt_mask
+    return Generated(
+        tokens=torch.where(real, tokens, pad_id),
+        attention_mask=real,
+        mask=response,
+        positions=(real.long().cumsum(-1) - 1).clamp(min=0),
+        finished=finished,
+    )
+
+
+def _stop_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StoppingCriteria:
+    try:
+        return StopStringCriteria(tokenizer, list(strings))
+    except ValueError as error:
+        # transformers works out each token's text behind a probe word, which word-level vocabularies do not have
+        raise UserError(
+            f"generation.stop_strings={list(strings)} cannot be used with this tokenizer, whose tokens have no text of "
+            "their own: leave them out and train the end token instead"
+        ) from error
 
 
 def _end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -22,13 +22,12 @@ class UpdateSpec:
     """How often and in what pieces each batch of rollouts is trained on.
 
     Args:
-        inner_epochs: the n-th batch of a source that starts over when it ends; asked for in rising order.
+        inner_epochs: passes over each batch of rollouts.
+        num_minibatches: optimiser steps per pass.
     """
 
     inner_epochs: int = 4
-    """Passes over each batch of rollouts."""
     num_minibatches: int = 1
-    """Optimiser steps per pass."""
 
     def __post_init__(self) -> None:
         if self.inner_epochs < 1 or self.num_minibatches < 1:
@@ -199,6 +198,13 @@ def _pick(buffer: Rollouts, rows: Tensor) -> Rollouts:
 
 
 class _Endless:
+    """The n-th batch of a source that starts over when it ends; asked for in rising order."""
+
+    def __init__(self, loader: Iterable[TokenBatch]) -> None:
+        self.loader = loader
+        self._iterator: Iterator[TokenBatch] | None = None
+        self._next = 0
+
     def at(self, index: int) -> TokenBatch:
         size = len(self.loader)  # type: ignore[arg-type]
         if self._iterator is None:

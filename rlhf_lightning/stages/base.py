@@ -71,7 +71,7 @@ class RLHFModule(L.LightningModule, ABC):
 
     @abstractmethod
     def export(self, folder: str | Path) -> Path:
-        """Write what was trained as a plain Hugging Face folder. Every rank calls it."""
+        """Write what was trained as a plain Hugging Face folder. One process calls it, all if weights are sharded."""
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         """Options set away from their default that the rest of the configuration leaves without effect, and why."""

@@ -302,7 +302,8 @@ class OnPolicyModule(RLHFModule):
         self._validation_sums = {}
         count = sums.pop("count", 0.0)
         if count:
-            self.log_dict({f"{split}/{name}": total / count for name, total in sums.items()}, prog_bar=False)
+            # equal on all ranks already; sync_dist only tells Lightning so
+            self.log_dict({f"{split}/{name}": total / count for name, total in sums.items()}, sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[str]:
         """Answers as text."""
