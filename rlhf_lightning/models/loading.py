@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -153,9 +154,10 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
     assert spec.path is not None
     path = resolve_path(spec.path)
     check_model_folder(path)
-    model, info = auto.from_pretrained(
-        path, revision=spec.revision, use_safetensors=True, output_loading_info=True, **options
-    )
+    with no_load_report():
+        model, info = auto.from_pretrained(
+            path, revision=spec.revision, use_safetensors=True, output_loading_info=True, **options
+        )
     saved_as = (model.config.architectures or ["another kind of model"])[0]
     if auto is AutoModelForCausalLM and saved_as.endswith("ForSequenceClassification"):
         raise UserError(f"{spec.path!r} is a {saved_as}, a model that scores: it has no language model's head")
@@ -178,6 +180,18 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def no_load_report() -> Iterator[None]:
+    """transformers prints a table when a decoder is loaded without its head; what is missing is an error of ours."""
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(level)
 
 
 def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
