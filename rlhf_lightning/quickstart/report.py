@@ -13,7 +13,7 @@ import jinja2
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.pipelines.evaluate import shown_figure
@@ -185,9 +185,9 @@ def _curves(columns: Mapping[str, tuple[list[float], list[float]]], config: Mapp
     panels = [panel for panel in PANELS if any(key in columns for key in panel.curves)]
     if not panels:
         return ""
-    across = 4 if len(panels) > 2 else 2
+    across = max(2, min(4, len(panels)))
     down = -(-len(panels) // across)
-    picture = Picture(figsize=(12 if across == 4 else 9, 2.5 * down), layout="constrained")
+    picture = Picture(figsize=(9 if across == 2 else 12, 2.6 * down), layout="constrained")
     spots = picture.subplots(down, across, squeeze=False).flatten()
     for axes, panel in zip(spots, panels, strict=False):
         _draw(axes, panel, columns, config)
@@ -214,7 +214,7 @@ def _draw(axes: Axes, panel: Panel, columns: Mapping[str, Any], config: Mapping[
         axes.set_xlabel(curves[0][0] + ", by step", fontsize=8, color="#667788")
     axes.set_title(panel.title, fontsize=10.5, loc="left", color=COLOURS["ink"])
     if panel.is_share:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _tidy(axes)
 
 
@@ -226,8 +226,8 @@ def _tidy(axes: Axes) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A running mean over about a fifteenth of the curve, centred."""
-    half = max(1, len(values) // 30)
+    """A running mean over about a tenth of the curve, centred."""
+    half = max(1, len(values) // 20)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
