@@ -8,14 +8,11 @@ and the PNGs beside them.
 """
 
 import argparse
-import csv
 import json
 import math
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from bench_common import about, chain, metrics, targets
 
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.pipelines.files import read_jsonl, write_json
@@ -37,52 +35,11 @@ ORACLE_COEFS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.015, 0.01)
 BLUE, RED, GREY = "#2563eb", "#dc2626", "#6b7280"
 
 
-def about() -> dict[str, Any]:
-    """What the figures were measured with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
-    return {
-        "commit": commit.stdout.strip(),
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")}
-        | {"python": platform.python_version()},
-    }
-
-
-def chain(config: str, model: Path, run_dir: Path, seed: int) -> float:
-    """Run a chain and give its seconds; a finished one is not run again and gives the seconds it took."""
-    command = [sys.executable, "-m", "rlhf_lightning", "chain", "--config", config]
-    command += ["--set", f"model={model}", "--set", f"run_dir={run_dir}", "--set", f"seed={seed}"]
-    print(" ".join(command), flush=True)
-    took = run_dir / "seconds.json"
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    if not took.is_file():
-        write_json(took, {"seconds": time.perf_counter() - began})
-    return json.loads(took.read_text())["seconds"]
-
-
-def metrics(folder: Path, *columns: str) -> dict[str, list[float]]:
-    """Columns of a run's metrics.csv, the rows in which all of them stand; repeats of a rollout once."""
-    rows = csv.DictReader((folder / "metrics.csv").open())
-    kept = [tuple(float(row[c]) for c in columns) for row in rows if all(row.get(c) not in (None, "") for c in columns)]
-    once = list(dict.fromkeys(kept))
-    return {name: [row[i] for row in once] for i, name in enumerate(columns)}
-
-
-def targets(checks: dict[str, tuple[float, str, float]]) -> dict[str, Any]:
-    """Each figure beside its target, met or not."""
-    met = {"at least": lambda value, target: value >= target, "at most": lambda value, target: value <= target}
-    return {
-        name: {"value": round(value, 4), "target": f"{how} {target}", "met": bool(met[how](value, target))}
-        for name, (value, how, target) in checks.items()
-    }
-
-
 def run_chain(model: Path, runs: Path, seeds: list[int]) -> dict[str, Any]:
     results = []
     for seed in seeds:
         folder = runs / f"chain_{seed}"
-        seconds = chain("configs/sentiment/chain.yaml", model, folder, seed)
+        seconds = chain("configs/sentiment/chain.yaml", folder, model=model, seed=seed)
         evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())["models"]
         figures = {name: {k: v["mean"] for k, v in m["figures"].items()} for name, m in evaluation.items()}
         accuracy = metrics(folder / "reward", "val/accuracy", "val/ece")
@@ -173,7 +130,7 @@ def run_frontier(model: Path, runs: Path, seeds: list[int]) -> dict[str, Any]:
     curve: list[dict[str, float]] = []
     for seed in seeds:
         folder = runs / f"frontier_{seed}"
-        seconds = chain("configs/sentiment/frontier.yaml", model, folder, seed)
+        seconds = chain("configs/sentiment/frontier.yaml", folder, model=model, seed=seed)
         curve = curve or oracle(model, folder / "prompts" / "val.jsonl")
         evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())["models"]
         for name, measured in evaluation.items():
@@ -200,7 +157,7 @@ def run_overoptimisation(model: Path, runs: Path, seeds: list[int]) -> dict[str,
     results, drawn = [], []
     for seed in seeds:
         folder = runs / f"overoptimisation_{seed}"
-        seconds = chain("configs/sentiment/overoptimisation.yaml", model, folder, seed)
+        seconds = chain("configs/sentiment/overoptimisation.yaml", folder, model=model, seed=seed)
         series = metrics(folder / "ppo", "reward/gold", "rollout/score", "rollout/kl")
         gold, proxy, kl = series["reward/gold"], series["rollout/score"], series["rollout/kl"]
         drawn.append((gold, proxy, kl))

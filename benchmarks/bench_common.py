@@ -1,0 +1,59 @@
+"""What the end-to-end benchmarks share: running chains, reading their metrics, figures beside their targets."""
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_lightning.pipelines.files import write_json
+
+HERE = Path(__file__).parent
+
+
+def about() -> dict[str, Any]:
+    """What the figures were measured with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+    return {
+        "commit": commit.stdout.strip(),
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def chain(config: str, run_dir: Path, **settings: Any) -> float:
+    """Run a chain and give its seconds; a finished one is not run again and gives the seconds it took."""
+    command = [sys.executable, "-m", "rlhf_lightning", "chain", "--config", config, "--set", f"run_dir={run_dir}"]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    print(" ".join(command), flush=True)
+    took = run_dir / "seconds.json"
+    began = time.perf_counter()
+    subprocess.run(command, check=True)
+    if not took.is_file():
+        write_json(took, {"seconds": time.perf_counter() - began})
+    return json.loads(took.read_text())["seconds"]
+
+
+def metrics(folder: Path, *columns: str) -> dict[str, list[float]]:
+    """Columns of a run's metrics.csv, the rows in which all of them stand; repeats of a rollout once."""
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    kept = [tuple(float(row[c]) for c in columns) for row in rows if all(row.get(c) not in (None, "") for c in columns)]
+    once = list(dict.fromkeys(kept))
+    return {name: [row[i] for row in once] for i, name in enumerate(columns)}
+
+
+def targets(checks: dict[str, tuple[float, str, float]]) -> dict[str, Any]:
+    """Each figure beside its target, met or not."""
+    met = {"at least": lambda value, target: value >= target, "at most": lambda value, target: value <= target}
+    return {
+        name: {"value": round(value, 4), "target": f"{how} {target}", "met": bool(met[how](value, target))}
+        for name, (value, how, target) in checks.items()
+    }
