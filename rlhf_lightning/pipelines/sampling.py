@@ -1,10 +1,12 @@
 """Jobs that sample from a model folder and write what came out as records for the next stage."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
@@ -68,8 +70,7 @@ class Sampler:
             title: of the progress bar; None: the purpose.
         """
         engine = HFGenerate(self.generation, self.tokenizer)
-        starts = range(0, len(records), self.prompts_at_once)
-        for first in track(starts, description=title or purpose, transient=True):
+        for first in _progress(range(0, len(records), self.prompts_at_once), title or purpose):
             prompts = self.batch(records[first : first + self.prompts_at_once], first)
             answers = engine.generate(self.policy, prompts, seed=counter_seed(self.seed, purpose, first))
             yield Answered(prompts, answers, decode_samples(self.tokenizer, prompts, answers))
@@ -226,6 +227,19 @@ class SamplePrompts:
             return read if encode_prompt(tokenizer, read) == ids else None
 
         return text
+
+
+def _progress(starts: range, title: str) -> Iterator[int]:
+    """The numbers of `starts`, under a bar; where there is no terminal, with a line every ten seconds."""
+    if Console().is_terminal:
+        yield from track(starts, description=title, transient=True)
+        return
+    said = time.monotonic()
+    for start in starts:
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(f"{title}: {start} of {starts.stop} prompts", flush=True)
+        yield start
 
 
 def _mean(values: Sequence[float]) -> float:

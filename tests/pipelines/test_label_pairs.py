@@ -97,7 +97,7 @@ def test_the_seed_names_the_draws(job):
 
 def test_mistakes_are_explained(job):
     with pytest.raises(UserError, match="hardly tells its answers apart"):
-        replace(job, reward=Bored()).run()
+        replace(job, num_pairs=2, reward=Bored()).run()
     with pytest.raises(UserError, match="pairs need an even number"):
         replace(job, generation=GenerationSpec(num_samples=3)).run()
     with pytest.raises(UserError, match="give both or neither"):
