@@ -170,9 +170,17 @@ def test_clipped_loss_with_dual_clip_and_token_mean(tiny_model, tmp_path):
     policy = load_policy(ModelSpec(path=str(tiny_model)))
     scores = policy(batch)
     generator = torch.Generator().manual_seed(0)
-    moved = torch.randn(tokens.shape, generator=generator)  # ratios far on both sides of all bounds
+    moved = 2 * torch.randn(tokens.shape, generator=generator)  # ratios far on both sides of all bounds
     old = torch.where(completion, scores.logprobs.detach() + moved, 0.0)
     advantages = torch.where(completion, torch.randn(tokens.shape, generator=generator), 0.0)
+
+    ratio = torch.exp(scores.logprobs.detach() - old)
+    for bound_matters in (
+        (ratio < 0.9) & (advantages < 0),
+        (ratio > 1.3) & (advantages > 0),
+        (ratio > 2) & (advantages < 0),
+    ):
+        assert (bound_matters & completion).any()
 
     loss = ClippedSurrogate(clip_low=0.1, clip_high=0.3, dual_clip=2.0)
     per_token = loss(scores.logprobs, old, advantages, completion).per_token
