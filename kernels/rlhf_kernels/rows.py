@@ -135,7 +135,7 @@ def _stats_block(logits: Tensor, tokens: Tensor, transform: Transform, with_entr
     weighted = None
     if with_entropy:
         # exp(-inf) * -inf is NaN: a column that cannot occur adds nothing to the entropy
-        weighted = torch.linalg.vecdot(e, d.clamp_(min=torch.finfo(d.dtype).min))
+        weighted = d.clamp_(min=torch.finfo(d.dtype).min).mul_(e).sum(-1)
     chosen_e = e.gather(-1, index)[:, 0]
     others = e.scatter_(-1, index, 0.0).sum(-1)
     total = others + chosen_e
@@ -232,6 +232,7 @@ def row_stats(
         from rlhf_kernels.triton_rows import row_stats_triton
 
         return row_stats_triton(logits, tokens, transform, with_entropy=with_entropy, mask=mask)
+    mask = None if mask is not None and bool(mask.all()) else mask
     parts, start = [], 0
     for block in row_blocks(logits):
         rows = slice(start, start + len(block))
@@ -268,6 +269,7 @@ def row_grads(
         from rlhf_kernels.triton_rows import row_grads_triton
 
         return row_grads_triton(logits, tokens, stats, a, b, c, transform, out=out, mask=mask)
+    mask = None if mask is not None and bool(mask.all()) else mask
     start = 0
     for block in row_blocks(logits):
         rows = slice(start, start + len(block))

@@ -1,3 +1,5 @@
+# The body of a kernel is not Python: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, operator"
 """Generalised advantage estimation as an associative scan, fused with the KL-shaped rewards, returns and moments.
 
 Token t maps what is known after it, the next value n and the next advantage g, to (n, g) before it:

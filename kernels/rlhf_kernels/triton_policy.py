@@ -1,3 +1,5 @@
+# The body of a kernel is not Python: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, operator"
 """One launch for the policy loss: statistics, loss and gradient of each row, the gradient pass in reverse order.
 
 A persistent program owns a row at a time. Its second pass starts with the columns read last, which are still in the L2

@@ -1,3 +1,5 @@
+# The body of a kernel is not Python: its arguments have no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, operator"
 """Kernels of one row of logits: statistics in one read, gradient in one read and one write; formulas in `rows`.
 
 Legend: N = rows, V = vocabulary. Rows are addressed by two strides, so that logits[:, :-1] needs no copy; offsets are

@@ -1,0 +1,213 @@
+"""Compile every Triton kernel in its shipped configurations, without a GPU, and record what it needs.
+
+    python benchmarks/bench_compile.py                    # sm_80, sm_90, sm_100 -> benchmarks/results/compile/sm_*.json
+    python benchmarks/bench_compile.py --target sm_90 --check     # compare, write nothing, exit 1 on a spill
+
+Registers, shared memory and spilled instructions (STL, LDL in the machine code) come from the cubin. A spill is an
+error: every number in here was chosen so that there is none.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from rlhf_kernels import triton_gae, triton_kl, triton_policy, triton_rows, triton_whiten
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RESULTS = Path(__file__).parent / "results" / "compile"
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+VOCABULARIES = (151936, 50257)
+"""Aligned (divisible by 16) and not: nothing else about the vocabulary changes the machine code."""
+_BYTES = ("mask_ptr", "argmax_ptr", "clipped_ptr")
+_LONG = ("stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner", "ref_stride_outer", "ref_stride_inner")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel as one op launches it."""
+
+    kernel: str
+    name: str
+    """What distinguishes it, in words."""
+    constants: dict[str, Any]
+    warps: int
+    vocab: int = 0
+    """The size that is specialised, if the kernel has one."""
+    types: tuple[tuple[str, str], ...] = ()
+    """Argument types that differ from the usual."""
+    registers: int = 0
+    """Ceiling given to the assembler; 0 = none."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the assembler made of it."""
+
+    kernel: str
+    name: str
+    warps: int
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_stores: int
+    spill_loads: int
+
+
+def kernels() -> dict[str, Any]:
+    modules = (triton_rows, triton_policy, triton_kl, triton_gae, triton_whiten)
+    return {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
+
+
+def _row_configs(vocab: int) -> Iterator[Config]:
+    plain = {"HAS_MASK": True, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False, "ALIGNED": vocab % 16 == 0}
+    full = {**plain, "ROW_TEMPERATURE": True, "SCALED": True, "CAPPED": True, "ALIGNED": False}
+    for kind, common in (("plain", plain), ("scale, cap, row temperature", full)):
+        for entropy in (False, True):
+            label = f"{kind}{', entropy' if entropy else ''}, V={vocab}"
+            for logits in ("*bf16", "*fp32"):
+                types = (("logits_ptr", logits), ("out_ptr", logits), ("grads_ptr", logits))
+                block, warps = triton_rows.block_for(vocab, 4096)
+                yield Config("row_stats", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy},
+                             warps, vocab, types, triton_rows.STATS_REGISTERS)  # fmt: skip
+                yield Config("row_grads", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy},
+                             warps, vocab, types)  # fmt: skip
+
+
+def _policy_configs(vocab: int) -> Iterator[Config]:
+    block, warps = triton_policy.policy_block_for(vocab)
+    base = {"BLOCK": block, "WEIGHTS": True, "GRADS": True, "ALIGNED": vocab % 16 == 0}
+    base |= {"ROW_TEMPERATURE": False, "SCALED": False}
+    types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"))
+    for form, name in enumerate(("clipped", "reinforce", "cispo", "sapo")):
+        constants = {**base, "FORM": form, "ESTIMATOR": 0, "DUAL": False, "ENTROPY": False, "ENTROPY_LOSS": False}
+        constants["CAPPED"] = False
+        yield Config(
+            "policy_loss", f"{name}, V={vocab}", constants, warps, vocab, types, triton_policy.POLICY_REGISTERS
+        )
+    everything = {**base, "FORM": 0, "ESTIMATOR": 3, "DUAL": True, "ENTROPY": True, "ENTROPY_LOSS": True}
+    everything |= {"ROW_TEMPERATURE": True, "SCALED": True, "CAPPED": True, "ALIGNED": False}
+    name = f"clipped, everything on, V={vocab}"
+    yield Config("policy_loss", name, everything, warps, vocab, types, triton_policy.POLICY_REGISTERS)
+
+
+def _other_configs() -> Iterator[Config]:
+    for vocab in VOCABULARIES:
+        block, warps = triton_rows.block_for(vocab, 4096)
+        types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"), ("ref_ptr", "*bf16"))
+        yield Config("scale_rows", f"V={vocab}", {"BLOCK": block}, warps, vocab, types)
+        for forward in (False, True):
+            constants = {"BLOCK": block, "FORWARD": forward, "HAS_MASK": True, "WEIGHTS": True, "GRADS": True}
+            name = f"{'forward' if forward else 'reverse'}, gradient, V={vocab}"
+            yield Config("kl", name, {**constants, "ALIGNED": vocab % 16 == 0}, warps, vocab, types)
+    for length in (128, 32768):
+        block, warps = triton_gae.block_for_time(length)
+        common = {"BLOCK": block, "BLOCKS": triton_gae.SEGMENT_BLOCKS, "REWARDS": False, "SCORES": True}
+        for critic in (False, True):
+            constants = {**common, "ESTIMATOR": 3, "CRITIC": critic}
+            name = f"KL-shaped{', critic lambda' if critic else ''}, block {block}"
+            yield Config("gae", name, {**constants, "CARRY": False}, warps)
+            if length > 128:  # short rows are never split
+                yield Config("gae", f"{name}, of a segment", {**constants, "CARRY": True}, warps)
+                yield Config("gae_segment", name, constants, warps)
+    yield Config("gae_carry", "critic lambda", {"CRITIC": True}, 1)
+    yield Config("moments", "float32", {"BLOCK": triton_whiten.BLOCK}, 4, types=(("pieces_ptr", "*fp64"),))
+    constants = {"BLOCK": triton_whiten.BLOCK, "PIECES": triton_whiten.MAX_PIECES, "SHIFT": True}
+    yield Config("whiten", "float32", constants, 4, types=(("pieces_ptr", "*fp64"),))
+
+
+def configs() -> list[Config]:
+    """Every shipped configuration."""
+    rows = [config for vocab in VOCABULARIES for make in (_row_configs, _policy_configs) for config in make(vocab)]
+    return [*rows, *_other_configs()]
+
+
+def _type_of(name: str, config: Config) -> str:
+    special = dict(config.types)
+    if name in special:
+        return special[name]
+    if name in _LONG:
+        return "i64"
+    if not name.endswith("_ptr"):
+        return "i32"
+    if name in _BYTES:
+        return "*u8"
+    if name == "tokens_ptr":
+        return "*i64"
+    if name == "last_ptr":
+        return "*i64"
+    return "*fp64" if name == "moments_ptr" else "*fp32"
+
+
+def compile_config(config: Config, capability: int) -> Compiled:
+    """Compile for a compute capability with the installed triton; needs no driver."""
+    kernel = kernels()[config.kernel]
+    signature = {}
+    for name in kernel.arg_names:
+        signature[name] = "constexpr" if name in config.constants else _type_of(name, config)
+    divisible = {}
+    for index, name in enumerate(kernel.arg_names):
+        if signature[name].startswith("*") or (name == "V" and config.vocab % 16 == 0):
+            divisible[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=config.constants, attrs=divisible)
+    options = {"num_warps": config.warps}
+    if config.registers:
+        options = triton_rows.launch_options(config.warps, config.registers)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage, code = _inspect(compiled.asm["cubin"])
+    return Compiled(
+        kernel=config.kernel,
+        name=config.name,
+        warps=config.warps,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        shared_bytes=int(compiled.metadata.shared),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        spill_stores=len(re.findall(r"\bSTL\b", code)),
+        spill_loads=len(re.findall(r"\bLDL\b", code)),
+    )
+
+
+def _inspect(cubin: bytes) -> tuple[str, str]:
+    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = [
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        ]
+    return outputs[0], outputs[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a spill")
+    arguments = parser.parse_args()
+    spilled = 0
+    for target in arguments.target or TARGETS:
+        results = [compile_config(config, TARGETS[target]) for config in configs()]
+        for result in results:
+            bad = result.spill_stores + result.spill_loads
+            spilled += bad
+            flag = "  SPILLS" if bad else ""
+            print(
+                f"{target} {result.kernel:12} {result.registers:4} regs {result.shared_bytes:6} B  {result.name}{flag}"
+            )
+        if not arguments.check:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            report = {"target": target, "triton": triton.__version__, "kernels": [asdict(result) for result in results]}
+            (RESULTS / f"{target}.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
