@@ -1,0 +1,126 @@
+"""Writes docs/benchmarks.md from the JSON files under benchmarks/results: python benchmarks/write_docs.py"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+INTRO = """# Benchmarks
+
+Written by `benchmarks/write_docs.py` from the JSON files under `benchmarks/results/`; nothing here was typed by hand.
+Kernels have [a page of their own](kernels.md).
+"""
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def measured_with(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return f"*{about['device']}; {versions}; commit {about['commit'][:10]}.*"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def target_table(seeds: list[dict[str, Any]]) -> str:
+    """A row per figure: its target, and what each seed gave."""
+    header = ["figure", "target", *(f"seed {s['seed']}" for s in seeds), "met"]
+    rows = []
+    for name, first in seeds[0]["targets"].items():
+        found = [s["targets"][name] for s in seeds]
+        met = sum(f["met"] for f in found)
+        rows.append([name, first["target"], *(f"{f['value']:.4g}" for f in found), f"{met} of {len(found)}"])
+    return table(header, rows)
+
+
+def quickstart() -> str:
+    result = load("quickstart.json")
+    if result is None:
+        return ""
+    return "\n\n".join(
+        [
+            "## Quickstart",
+            "`python benchmarks/bench_quickstart.py` runs `configs/quickstart/chain.yaml`, once per seed.",
+            target_table(result["seeds"]),
+            measured_with(result["about"]),
+        ]
+    )
+
+
+def sentiment() -> str:
+    parts = ["## A pretrained storyteller made happier"]
+    parts.append(
+        "`python benchmarks/bench_sentiment_chain.py --data PATH`: a pretrained model of 260 thousand parameters, VADER "
+        "sentiment of the answer as the gold score, everything through the command line and `configs/sentiment/`."
+    )
+    if chain := load("sentiment/chain.json"):
+        parts += ["### SFT, reward model, PPO", target_table(chain["seeds"])]
+        rows = []
+        for s in chain["seeds"]:
+            for name, f in s["figures"].items():
+                cells = [f"{f[k]:.3f}" for k in ("gold", "reward_model", "kl", "entropy", "distinct_2")]
+                rows.append([s["seed"], name, *cells])
+        parts.append(table(["seed", "model", "gold", "reward model", "KL to SFT", "entropy", "distinct-2"], rows))
+        parts += ["![PPO on a learnt reward](../benchmarks/results/sentiment/chain.png)", measured_with(chain["about"])]
+    if frontier := load("sentiment/frontier.json"):
+        parts.append("### Gold against KL")
+        parts.append(
+            "PPO straight on the gold score. No policy can lie above the oracle: the optimum of gold − β·KL, prompt by "
+            "prompt, from samples of the pretrained model. A point above it would mean a wrong KL. "
+            f"All points below: **{'yes' if frontier['all_below'] else 'no'}**."
+        )
+        rows = [
+            [p["seed"], p["run"].removeprefix("coef_").replace("_", "."), f"{p['gold']:.3f}", f"{p['kl']:.2f}"]
+            + [f"{p['oracle_gold']:.3f}", "yes" if p["below"] else "no"]
+            for p in frontier["points"]
+        ]
+        parts.append(table(["seed", "β", "gold", "KL", "oracle at this KL", "below"], rows))
+        parts.append("![Gold against KL](../benchmarks/results/sentiment/frontier.png)")
+        parts.append(measured_with(frontier["about"]))
+    if over := load("sentiment/overoptimisation.json"):
+        parts.append("### Without KL: over-optimisation")
+        parts.append(
+            "The annotators dislike repetition, the reward model hardly learnt that, and PPO with β = 0 finds out: the "
+            "proxy climbs, the gold score rises, then falls below where it began."
+        )
+        rows = [
+            [s["seed"], *(f"{s['gold'][k]:.3f}" for k in ("first", "peak", "last"))]
+            + [f"{s['proxy'][k]:.2f}" for k in ("first", "at_peak_of_gold", "last")]
+            + [f"{s['kl'][k]:.1f}" for k in ("at_peak_of_gold", "last")]
+            for s in over["seeds"]
+        ]
+        header = ["seed", "gold first", "gold peak", "gold last", "proxy first", "proxy at peak", "proxy last"]
+        parts.append(table([*header, "KL at peak", "KL last"], rows))
+        parts.append("![Over-optimisation](../benchmarks/results/sentiment/overoptimisation.png)")
+        parts.append(measured_with(over["about"]))
+    if hh := load("sentiment/hh.json"):
+        parts.append("### Human preferences")
+        if "held_out" in hh:
+            held, report = hh["held_out"], hh["data_report"]
+            count = report["val"]["kept"]
+            error = (held["val/accuracy"] * (1 - held["val/accuracy"]) / count) ** 0.5
+            parts.append(
+                f"A reward model of the same size on {report['train']['kept']} pairs of hh-rlhf, "
+                f"{report['train']['truncated']} of them cut to 256 tokens: held-out accuracy "
+                f"**{held['val/accuracy']:.3f} ± {error:.3f}** over {count} pairs, calibration error "
+                f"{held['val/ece']:.3f}, in {hh['seconds']:.0f} s. A model this small that has read only children's "
+                "stories is expected at 0.50 to 0.58: this shows that real data goes through, no more."
+            )
+        parts.append(measured_with(hh["about"]))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    page = "\n".join(part for part in (INTRO, quickstart(), "", sentiment()) if part is not None).rstrip() + "\n"
+    (HERE.parent / "docs" / "benchmarks.md").write_text(page)
+    print("wrote docs/benchmarks.md")
+
+
+if __name__ == "__main__":
+    main()
