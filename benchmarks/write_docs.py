@@ -56,8 +56,8 @@ def quickstart() -> str:
 def sentiment() -> str:
     parts = ["## A pretrained storyteller made happier"]
     parts.append(
-        "`python benchmarks/bench_sentiment_chain.py --data PATH`: a pretrained model of 260 thousand parameters, VADER "
-        "sentiment of the answer as the gold score, everything through the command line and `configs/sentiment/`."
+        "`python benchmarks/bench_sentiment_chain.py --data PATH`: a pretrained model of 260 thousand parameters, "
+        "VADER sentiment of the answer as the gold score, everything through the command line and `configs/sentiment/`."
     )
     if chain := load("sentiment/chain.json"):
         parts += ["### SFT, reward model, PPO", target_table(chain["seeds"])]
@@ -76,8 +76,12 @@ def sentiment() -> str:
             f"All points below: **{'yes' if frontier['all_below'] else 'no'}**."
         )
         rows = [
-            [p["seed"], p["run"].removeprefix("coef_").replace("_", "."), f"{p['gold']:.3f}", f"{p['kl']:.2f}"]
-            + [f"{p['oracle_gold']:.3f}", "yes" if p["below"] else "no"]
+            [
+                p["seed"],
+                p["run"].removeprefix("coef_").replace("_", "."),
+                *(f"{p[k]:.3f}" for k in ("gold", "kl", "oracle_gold")),
+                "yes" if p["below"] else "no",
+            ]
             for p in frontier["points"]
         ]
         parts.append(table(["seed", "β", "gold", "KL", "oracle at this KL", "below"], rows))
