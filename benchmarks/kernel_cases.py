@@ -71,10 +71,8 @@ def _exact_logprobs(i: Inputs) -> Tensor:
     weight = i["weight"].detach().double().T if "weight" in i else None
     for start in range(0, len(i["tokens"]), 64):
         rows = slice(start, start + 64)
-        if weight is None:
-            logits = i["logits"][rows].detach().double()
-        else:
-            logits = i["hidden"][rows].detach().double() @ weight
+        inputs = i["logits" if weight is None else "hidden"][rows].detach().double()
+        logits = inputs if weight is None else inputs @ weight
         parts.append(logits.log_softmax(-1).gather(-1, i["tokens"][rows, None])[:, 0])
     return torch.cat(parts)
 

@@ -74,8 +74,7 @@ def _kl_block(
     x, y = logits.to(work_dtype(logits)), ref_logits.to(work_dtype(logits))
     if temperature != 1.0:
         x, y = x / temperature, y / temperature
-    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
+    (log_p, p), (log_q, q) = _softmax(x), _softmax(y)
     first, log_ratio = (q, log_q - log_p) if forward else (p, log_p - log_q)
     # a token that cannot occur adds nothing, whatever the ratio: 0 * inf is NaN. A NaN row stays NaN.
     log_ratio = torch.where(first == 0, 0.0, log_ratio)
@@ -85,6 +84,14 @@ def _kl_block(
         factor = torch.full_like(kl, 1 / temperature) if weights is None else weights.to(kl.dtype) / temperature
         out.copy_(grads.mul_(factor[:, None]))
     return kl if weights is None else kl * weights.to(kl.dtype)
+
+
+def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm and softmax of rows. The sum is taken in pairs; torch's log_softmax adds in order and is 1e-5 off."""
+    d = x - x.amax(-1, keepdim=True)
+    e = d.exp()
+    total = e.sum(-1, keepdim=True)
+    return d.sub_(total.log()), e.div_(total)
 
 
 def kl_rows(
