@@ -102,3 +102,14 @@ def test_mistakes_are_explained(job):
         replace(job, generation=GenerationSpec(num_samples=3)).run()
     with pytest.raises(UserError, match="give both or neither"):
         replace(job, out_val=None).run()
+
+
+def test_answers_to_different_prompts_are_never_compared(job):
+    class PromptAndLength(RewardFn):
+        def __call__(self, samples):
+            return [1000 * len(sample.prompt) + len(sample.completion) for sample in samples]
+
+    replace(job, reward=PromptAndLength(), out_val=None, num_val=0).run()
+    for pair in read_jsonl(job.out):
+        assert pair["chosen_score"] == 1000 * len(pair["prompt"]) + len(pair["chosen"])
+        assert pair["rejected_score"] == 1000 * len(pair["prompt"]) + len(pair["rejected"])
