@@ -183,3 +183,23 @@ def test_an_overlay_takes_a_step_on_one_cpu(config, tmp_path, tiny_model, tiny_t
     here = ["--trainer.devices=1", "--trainer.strategy=auto"]
     metrics = run_one_step(["--config", "configs/sft.yaml", "--trainer", config, *options, *here], tmp_path)
     assert math.isfinite(metrics["train/loss"])
+
+
+def test_three_stages_from_one_yaml(tmp_path, tiny_model):
+    """configs/chain.yaml as it stands, but for where things are and how much is done."""
+    for name, kind in (("train", "SFTModule"), ("pairs", "BradleyTerry"), ("prompts", "PPOModule")):
+        write_records(tmp_path / f"{name}.jsonl", RECORDS[kind])
+    settings = {"model": tiny_model, "data": tmp_path, "run_dir": tmp_path / "runs"}
+    for stage in ("sft", "reward", "ppo"):
+        settings |= {f"{stage}.{key}": value for key, value in SETTINGS.items()}
+        settings |= {
+            f"{stage}.data.batch_size": 4,
+            f"{stage}.data.val_frac": 0.4,
+            f"{stage}.trainer.accelerator": "cpu",
+        }
+    settings |= {"sft.data.max_length": 32, "reward.data.max_length": 32, "ppo.data.max_prompt_length": 16}
+    settings["ppo.model.init_args.generation.max_new_tokens"] = 4
+    given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    assert main(["chain", "--config", "configs/chain.yaml", *given]) == 0
+    for folder in ("sft/hf", "reward/hf", "ppo/hf", "ppo/hf/critic"):
+        assert (tmp_path / "runs" / folder / "model.safetensors").is_file()

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import tomllib
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,7 @@ from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
 STAGE_PAGES = {"docs/sft.md": SFTModule, "docs/reward.md": RewardModule, "docs/ppo.md": PPOModule}
@@ -169,6 +171,11 @@ def test_every_link_and_path_exists(name):
     assert not missing
 
 
+def test_the_readme_leads_to_every_page():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", page("README.md")))
+    assert {name for name in PAGES if name != "README.md"} <= linked
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_command_is_real(name):
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -236,10 +243,13 @@ def test_the_algorithm_table_names_only_what_exists():
         assert ("not yet" in row) != bool(names), row
 
 
-def test_the_floor_map_is_the_one_that_is_enforced():
-    import tomllib
+def test_the_readme_names_every_extra():
+    table = page("README.md").split("| extra |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(PROJECT["project"]["optional-dependencies"])
 
-    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+
+def test_the_floor_map_is_the_one_that_is_enforced():
+    contracts = PROJECT["tool"]["importlinter"]["contracts"]
     [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     enforced = [{room.strip().rpartition(".")[2] for room in layer.split("|")} for layer in layers]
     drawn = re.findall(r"^(\d)  ((?:[\w/]+/ +)+)", page("README.md"), re.MULTILINE)
