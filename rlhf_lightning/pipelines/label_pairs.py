@@ -48,7 +48,7 @@ class LabelPairs:
     """Answers every prompt at least twice and writes pairs of its answers, labelled by the annotator.
 
     Of K answers to a prompt the first and second, third and fourth ... make pairs. Prompts are gone through again and
-    again, with new draws, until there are enough pairs. Ties are dropped and counted.
+    again, with new draws, until there are enough pairs. Ties, equal answers and empty ones are dropped and counted.
     """
 
     model: str
@@ -82,11 +82,11 @@ class LabelPairs:
         if bool(self.num_val) != bool(self.out_val):
             raise UserError(f"num_val={self.num_val} and out_val={self.out_val}: give both or neither")
         sampler = Sampler.from_folder(self.model, self.generation, self.seed, self.prompts_at_once)
-        train, ties, wrong = self._pairs(sampler, self.prompts, self.num_pairs, "pairs")
+        train, dropped, wrong = self._pairs(sampler, self.prompts, self.num_pairs, "pairs")
         write_jsonl(self.out, train)
         result = {
             "num_pairs": float(len(train)),
-            "ties_dropped": float(ties),
+            "dropped": float(dropped),
             "label_agreement": 1 - wrong / len(train),
         }
         if self.out_val:
@@ -98,18 +98,20 @@ class LabelPairs:
     def _pairs(
         self, sampler: Sampler, prompts: str, wanted: int, purpose: str
     ) -> tuple[list[dict[str, Any]], int, int]:
-        """Labelled pairs, the ties passed over, and the labels that contradict the scores."""
+        """Labelled pairs, the number dropped, and the labels that contradict the scores."""
         rng = random.Random(counter_seed(self.seed, purpose, "labels"))
         pairs: list[dict[str, Any]] = []
-        ties = wrong = 0
+        dropped = wrong = 0
         for first, second, scores in self._compared(sampler, prompts, purpose):
-            preferred = self.annotator.prefers_first(*scores, rng)
+            # records that no reward model could learn from: nothing said, or twice the same
+            usable = first.completion.strip() and second.completion.strip() and first.completion != second.completion
+            preferred = self.annotator.prefers_first(*scores, rng) if usable else None
             if preferred is None:
-                ties += 1
-                if ties > 20 * (wanted + len(pairs)):
+                dropped += 1
+                if dropped > 20 * (wanted + len(pairs)):
                     raise UserError(
-                        f"{ties} pairs of answers by {self.model} were ties and {len(pairs)} were not: the reward "
-                        "hardly tells its answers apart"
+                        f"{dropped} pairs of answers by {self.model} were ties, equal or empty, {len(pairs)} were not: "
+                        "the reward hardly tells its answers apart, or they are all alike"
                     )
                 continue
             chosen, rejected = (first, second) if preferred else (second, first)
@@ -126,7 +128,7 @@ class LabelPairs:
             )
             if len(pairs) == wanted:
                 break
-        return pairs, ties, wrong
+        return pairs, dropped, wrong
 
     def _compared(
         self, sampler: Sampler, path: str, purpose: str

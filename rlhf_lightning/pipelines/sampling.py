@@ -103,7 +103,8 @@ class SampleCompletions:
     """Answers every prompt several times, scores the answers and writes all, the best, or a random one of each prompt.
 
     `keep: best` is best-of-n sampling: records to fine-tune on. `keep: random` is its control: what the same number of
-    unselected answers would have done. `keep: all` writes ratings for a reward model to regress on.
+    unselected answers would have done. `keep: all` writes ratings for a reward model to regress on. Empty answers are
+    nothing to learn from: they are passed over.
     """
 
     model: str
@@ -140,8 +141,8 @@ class SampleCompletions:
                 kept += self._chosen([next(rated) for _ in samples])
         if not kept:
             raise UserError(
-                f"no answer of {self.model} ended by itself within {self.generation.max_new_tokens} tokens: raise "
-                "generation.max_new_tokens, or set only_finished: false"
+                f"no answer of {self.model} said something and ended by itself within {self.generation.max_new_tokens} "
+                "tokens: raise generation.max_new_tokens, or set only_finished: false"
             )
         write_jsonl(
             self.out,
@@ -156,6 +157,7 @@ class SampleCompletions:
 
     def _chosen(self, rated: list[tuple[Sample, float]]) -> list[tuple[Sample, float]]:
         """What is kept of one prompt's answers."""
+        rated = [(sample, rating) for sample, rating in rated if sample.completion.strip()]
         if self.only_finished:
             rated = [(sample, rating) for sample, rating in rated if sample.finished]
         if self.keep == "all" or not rated:

@@ -113,3 +113,18 @@ def test_answers_to_different_prompts_are_never_compared(job):
     for pair in read_jsonl(job.out):
         assert pair["chosen_score"] == 1000 * len(pair["prompt"]) + len(pair["chosen"])
         assert pair["rejected_score"] == 1000 * len(pair["prompt"]) + len(pair["rejected"])
+
+
+def test_empty_and_equal_answers_make_no_pairs(job):
+    class AnyDifference(RewardFn):
+        def __call__(self, samples):
+            return [float(i) for i in range(len(samples))]
+
+    # answers of one token: often the end token, which says nothing, and often alike
+    short = replace(job, reward=AnyDifference(), generation=GenerationSpec(max_new_tokens=1, num_samples=4))
+    figures = replace(short, num_pairs=100, out_val=None, num_val=0).run()
+    assert figures["dropped"] > 0
+    for pair in read_jsonl(job.out):
+        assert pair["chosen"].strip()
+        assert pair["rejected"].strip()
+        assert pair["chosen"] != pair["rejected"]

@@ -114,3 +114,10 @@ def test_scores_of_a_function_that_fails_name_it(job):
     with pytest.raises(UserError, match="Broken"):
         replace(job, reward=Broken()).run()
     assert rate(Length(), []) == []
+
+
+def test_empty_answers_are_passed_over(job):
+    replace(job, generation=GenerationSpec(max_new_tokens=1, num_samples=64)).run()
+    every = read_jsonl(job.out)
+    assert len(every) < 3 * 64
+    assert all(record["completion"].strip() for record in every)
