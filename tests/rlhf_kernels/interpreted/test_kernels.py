@@ -98,10 +98,10 @@ def test_rows_more_than_two_thousand_million_elements_apart():
 
     storage = torch.UntypedStorage(4 * (2**31 + 64))
     whole = torch.tensor([], dtype=torch.float32).set_(storage)
-    logits = whole.as_strided((2, 16), (2**31 + 32, 1))
-    logits[0], logits[1] = torch.arange(16.0), torch.arange(16.0).flip(0)
-    stats = row_stats_triton(logits, torch.tensor([15, 0]), Transform(), with_entropy=False)
-    assert stats.logprobs.tolist() == pytest.approx([logits[0].log_softmax(-1)[15].item()] * 2)
+    logits = whole.as_strided((3, 16), (2**30 + 16, 1))  # the stride fits in 32 bits, twice the stride does not
+    logits[0], logits[1], logits[2] = torch.arange(16.0), torch.arange(16.0), torch.arange(16.0).flip(0)
+    stats = row_stats_triton(logits, torch.tensor([15, 15, 0]), Transform(), with_entropy=False)
+    assert stats.logprobs.tolist() == pytest.approx([logits[0].log_softmax(-1)[15].item()] * 3)
 
 
 def test_an_id_out_of_range_reads_nothing_and_makes_its_row_nan():
@@ -215,6 +215,7 @@ def test_kl_shaped_gae(both, length, split, critic_lam, monkeypatch):
     torch.manual_seed(0)
     logprobs, values, mask = torch.randn(3, length), torch.randn(3, length), torch.rand(3, length) > 0.3
     mask[0, -length // 3 :] = False  # the last token that counts is in an earlier segment
+    mask[1, 44:172] = False  # nothing counts in a whole segment between others
     mask[2] = False
     scores, ref = torch.randn(3), logprobs + 0.3 * torch.randn(3, length)
 
