@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-WORDS = "the film was good bad long short great dull and but very not a plot actors end".split()
+SENTENCE = "the film was good bad long short great dull and but very not a plot actors end"
+WORDS = SENTENCE.split()
 
 
 @pytest.fixture(scope="session")
