@@ -182,16 +182,23 @@ def no_progress_bar() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+NOISY_LOADERS = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+
+
 @contextmanager
 def no_load_report() -> Iterator[None]:
-    """transformers prints a table when a decoder is loaded without its head; what is missing is an error of ours."""
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
+    """transformers prints a table when a decoder is loaded without its head, and which layers no plan would shard.
+
+    What is missing is an error of ours, and nothing is sharded here.
+    """
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOADERS}
+    for name in NOISY_LOADERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        report.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
