@@ -49,6 +49,13 @@ class LastCheckpoint(ModelCheckpoint):
                 if isinstance(logger, MetricsCSV):
                     logger.forget_from(trainer.global_step)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # between the micro-batches of a step, gradients wait that no checkpoint holds: it is written after the step
+        if not trainer.fit_loop._should_accumulate():
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)  # Lightning ends an epoch wherever a run stops
         if not self._should_skip_saving_checkpoint(trainer):

@@ -38,6 +38,22 @@ def test_every_minutes(sft, trainer_of, monkeypatch):
     assert 1 in written
 
 
+def test_gradients_that_wait_for_their_step_are_not_lost(sft, trainer_of, monkeypatch):
+    written = []
+    callback = LastCheckpoint(every_minutes=0.0)
+    monkeypatch.setattr(
+        callback,
+        "_save_checkpoint",
+        lambda trainer, path: written.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready),
+    )
+    module, data = sft
+    data.options["batch_size"] = 1
+    # whatever step was saved last: the time to save may come between two micro-batches
+    monkeypatch.setattr(callback, "_should_skip_saving_checkpoint", lambda trainer: False)
+    trainer_of(callback, accumulate_grad_batches=2).fit(module, data)
+    assert set(written) == {2, 4}
+
+
 def test_a_ppo_checkpoint_loads_without_pickles(ppo, trainer_of, tmp_path):
     trainer_of(LastCheckpoint(every_n_train_steps=1), max_steps=3).fit(*ppo)
     assert load(tmp_path)["global_step"] == 3
