@@ -52,7 +52,8 @@ class RolloutLoader:
         add_over_ranks: adds a vector over all ranks.
         extra: yields the batches of a second source, one per micro-batch, or None.
         rank: of this process.
-        device: where minibatches are gathered.
+        epoch: number of the epoch that begins.
+        limit: batches that the trainer will take per epoch (limit_train_batches).
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class RolloutLoader:
         extra: Iterable[TokenBatch] | None = None,
         rank: int = 0,
         epoch: Callable[[], int] = lambda: 0,
+        limit: Callable[[], float] = lambda: float("inf"),
     ) -> None:
         self.prompts = prompts
         self.collector = collector
@@ -76,6 +78,7 @@ class RolloutLoader:
         self.rank = rank
         self._add_over_ranks = add_over_ranks
         self._epoch = epoch
+        self._limit = limit
         self._extra = None if extra is None else _Endless(extra)
         self._buffer: Rollouts | None = None
         self._given = 0
@@ -116,8 +119,8 @@ class RolloutLoader:
 
     def _finished_epoch(self) -> bool:
         """The state was saved after the last batch of an epoch."""
-        done = self._prompts_done + (1 if self._given >= self.batches_per_rollout else 0)
-        return done >= len(self.prompts)  # type: ignore[arg-type]
+        given = self._prompts_done * self.batches_per_rollout + (0 if self._buffer is None else self._given)
+        return given >= min(len(self), self._limit())
 
     def _steps(self, buffer: Rollouts) -> Iterator[Rollouts]:
         pieces = self._pieces(buffer.tokens.shape[0])

@@ -121,6 +121,7 @@ class OnPolicyModule(RLHFModule):
             extra=self.extra_loader(),
             rank=self.trainer.global_rank,
             epoch=lambda: self.trainer.current_epoch,
+            limit=lambda: self.trainer.num_training_batches,
         )
         return self._loader
 

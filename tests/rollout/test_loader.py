@@ -87,6 +87,14 @@ def test_a_state_saved_at_the_end_of_an_epoch_begins_the_next_one():
     assert len(list(resumed)) == len(resumed)
 
 
+def test_an_epoch_that_was_limited_inside_a_rollout_is_over():
+    ended = loader(Answers(), limit=lambda: 3)
+    list(islice(iter(ended), 3))
+    resumed = loader(Answers(), limit=lambda: 3)
+    resumed.restore(ended.progress())
+    assert len(list(resumed)) == len(resumed)
+
+
 def test_fewer_sequences_than_pieces_gives_shares_in_which_nothing_counts():
     batches = list(loader(Answers(), sizes=(3,)))
     assert len(batches) == 8
