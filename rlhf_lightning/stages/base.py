@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -56,6 +57,8 @@ class RLHFModule(L.LightningModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._loader: Any = None
         self._saved_progress: Mapping[str, Any] | None = None
+        self._optimizer_options: list[dict[str, Any]] = []
+        """Numbers that the optimiser's groups were made with: learning rate, weight decay and the like."""
         self.step_means = StepMeans()
         self.figures: dict[str, float] = {}
         """Numbers of the last validation, for the model card."""
@@ -119,6 +122,7 @@ class RLHFModule(L.LightningModule, ABC):
         if self._saved_progress is not None and self._loader is not None:
             self._loader.restore(self._saved_progress)
         self._saved_progress = None
+        self._apply_optimizer_options()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # every rank's progress travels in rank 0's file
@@ -131,7 +135,7 @@ class RLHFModule(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         of_ranks = checkpoint.get("loader_progress")
-        if of_ranks is None or self._trainer is None:
+        if of_ranks is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         if len(of_ranks) != self.trainer.world_size:
             raise UserError(
@@ -155,6 +159,10 @@ class RLHFModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())  # type: ignore[arg-type]
+        self._optimizer_options = [
+            {name: value for name, value in group.items() if name != "params" and is_number(value)}
+            for group in optimizer.param_groups
+        ]
         if self.lr_scheduler is not None:
             return {
                 "optimizer": optimizer,
@@ -165,6 +173,19 @@ class RLHFModule(L.LightningModule, ABC):
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _apply_optimizer_options(self) -> None:
+        """A resumed optimiser comes with the learning rate and other numbers of its checkpoint; those given now win."""
+        if self.lr_scheduler is not None or len(self.trainer.optimizers) != 1:
+            return  # that scheduler's state is what it makes of the numbers
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for index, options in enumerate(self._optimizer_options):
+            group, factor = self.trainer.optimizers[0].param_groups[index], 1.0
+            group.update({name: value for name, value in options.items() if name != "lr"})
+            for scheduler in schedulers:
+                group["initial_lr"] = scheduler.base_lrs[index] = options["lr"]
+                factor = scheduler.lr_lambdas[index](scheduler.last_epoch)  # type: ignore[attr-defined]
+            group["lr"] = options["lr"] * factor
 
     # ---- export ----------------------------------------------------------------------------------------------------
 
@@ -190,6 +211,12 @@ class RLHFModule(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self.keep_figures()
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a number or a tuple of them (a pair of betas); switches are none."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
 
 
 def is_plain(value: Any) -> bool:

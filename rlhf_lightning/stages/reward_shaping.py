@@ -133,10 +133,12 @@ class RewardShaper:
         self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "score_moments": self.score_moments.to_dict()}
+        initial = self.kl.control.initial_coef
+        return {"kl_coef": self.kl_coef, "initial_kl_coef": initial, "score_moments": self.score_moments.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kl_coef = state["kl_coef"]
+        if state["initial_kl_coef"] == self.kl.control.initial_coef:  # else the user has set another: it wins
+            self.kl_coef = state["kl_coef"]
         self.score_moments = RunningMoments.from_dict(state["score_moments"])
 
 

@@ -5,10 +5,12 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from fits import fit as one_fit
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from one_step import records
 
-from rlhf_lightning.advantages.kl_control import AdaptiveKL
+from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -105,6 +107,32 @@ def test_resuming_from_every_checkpoint_ends_with_the_same_bits(stage, tiny_mode
 
 def test_another_number_of_processes_is_refused(tiny_model, write_jsonl, tmp_path):
     module = module_for("sft", tiny_model)
-    module._trainer = type("Two", (), {"world_size": 2, "global_rank": 0})()
+    state = {"world_size": 2, "global_rank": 0, "state": TrainerState(fn=TrainerFn.FITTING)}
+    module._trainer = type("Two", (), state)()
     with pytest.raises(ValueError, match=r"written by 1 processes and is resumed by 2: use the same number"):
         module.on_load_checkpoint({"loader_progress": [{"given": 0, "loader": None}]})
+    module._trainer.state = TrainerState(fn=TrainerFn.VALIDATING)  # weights are all it wants
+    module.on_load_checkpoint({"loader_progress": [{"given": 0, "loader": None}]})
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule("linear", final_frac=0.5)])
+def test_options_of_the_resumed_run_beat_those_of_the_checkpoint(schedule, tiny_model, write_jsonl, tmp_path):
+    def run(lr, coef, epochs, ckpt_path=None):
+        module = PPOModule(
+            ModelSpec(path=str(tiny_model)),
+            [WeightedReward(LengthReward(target=3))],
+            generation=GenerationSpec(max_new_tokens=5),
+            kl=KLSpec(control=FixedKL(coef)),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=lr),
+            schedule=schedule,
+            seed=5,
+        )
+        records_of = write_jsonl("ppo.jsonl", records("ppo"))
+        trainer = one_fit(module, tmp_path, data={"train": records_of}, max_epochs=epochs, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
+        return module, trainer.optimizers[0].param_groups[0], float(trainer.callback_metrics["kl/coef"])
+
+    run(0.01, 0.05, 1)
+    _, group, coef = run(0.02, 0.2, 2, str(tmp_path / "end.ckpt"))
+    expected = run(0.02, 0.2, 2)[1]
+    assert (group["lr"], group["weight_decay"], coef) == (expected["lr"], 0.02, pytest.approx(0.2))

@@ -8,7 +8,9 @@ import lightning as L
 from rlhf_lightning.data.datamodule import RLHFDataModule
 
 
-def fit(module: L.LightningModule, folder: Any, *, data: dict[str, Any], **trainer: Any) -> L.Trainer:
+def fit(
+    module: L.LightningModule, folder: Any, *, data: dict[str, Any], ckpt_path: Any = None, **trainer: Any
+) -> L.Trainer:
     """Train `module` on the CPU and give the trainer."""
     options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, **trainer}
     with warnings.catch_warnings():
@@ -22,5 +24,5 @@ def fit(module: L.LightningModule, folder: Any, *, data: dict[str, Any], **train
             num_sanity_val_steps=0,
             default_root_dir=str(folder),
         )
-        made.fit(module, datamodule=RLHFDataModule(**data))
+        made.fit(module, datamodule=RLHFDataModule(**data), ckpt_path=ckpt_path)
     return made
