@@ -296,6 +296,15 @@ def test_a_saved_config_has_no_inert_keys_although_it_names_every_key(config):
     assert main(["validate", "--config", "runs/a/config.yaml", "--data.val", "train.jsonl"]) == 0
 
 
+@pytest.mark.parametrize("content", ["", "the film was good", "- a\n- b", '{"path": "other.jsonl"}'])
+def test_a_data_file_is_never_read_as_a_piece_of_config(config, capsys, content):
+    Path("some.json").write_text(content)
+    for given in (["--data.train", "some.json"], []):
+        config["data"]["train"] = "some.json"
+        assert main(["fit", "--config", write(config), *given, "--print_config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["data"]["train"] == "some.json"
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -35,6 +35,11 @@ class RLHFParser(LightningArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if nested_key == "data":
+            kwargs["sub_configs"] = False  # a data file is data: its content is not the value of data.train
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise UserError(message) from ex
 
