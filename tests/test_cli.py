@@ -143,6 +143,12 @@ def test_resume_goes_on_and_keeps_the_metrics_of_before(config):
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+def test_resuming_with_fewer_epochs_than_were_run_is_an_error(config, capsys):
+    assert fit(config, "--trainer.max_epochs", "3") == 0
+    assert fit(config, "--resume", "auto", "--trainer.max_epochs", "1") == 2
+    assert "trainer: You restored a checkpoint with current_epoch=2" in capsys.readouterr().err
+
+
 def test_overwrite_starts_anew(config):
     assert fit(config) == 0
     Path("runs/a/notes.txt").write_text("mine")
@@ -318,6 +324,34 @@ def test_a_data_file_is_never_read_as_a_piece_of_config(config, capsys, content)
 def test_mistakes_on_the_command_line_exit_with_2(config, capsys, args, said):
     assert main(args) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(config, capsys):
+    Path("file").write_text("")
+    assert fit(config, "--trainer.default_root_dir", "file/run") == 2
+    assert "cannot write to file/run (Not a directory): name another folder by" in capsys.readouterr().err
+    ask = ["generate", "--config", "sft.yaml", "--prompt", "the film"]
+    for out, said in (("file/answers.jsonl", "cannot write to file"), (".", "--out . is a folder")):
+        assert main([*ask, "--out", out]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert "> the film" not in captured.out
+    assert main(["export", "--config", "sft.yaml", "--ckpt_path", "null", "--folder", "file/hf"]) == 2
+    assert "cannot write to file" in capsys.readouterr().err
+
+
+def test_validation_without_records_is_an_error(config, capsys):
+    assert main(["validate", "--config", write(config)]) == 2
+    assert "there are no val records: set data.val or data.val_frac" in capsys.readouterr().err
+
+
+def test_a_precision_that_would_cast_batches_is_refused(config, capsys):
+    config["trainer"]["precision"] = "bf16-true"
+    assert fit(config) == 2
+    message = capsys.readouterr().err
+    assert "sft.yaml:" in message
+    assert "trainer.precision: bf16-true would cast" in message
+    assert "use bf16-mixed" in message
 
 
 def test_debug_shows_the_traceback(config, capsys):

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning import __version__
 from rlhf_lightning import callbacks as _callbacks  # noqa: F401  short class names resolve once imported
@@ -239,6 +239,8 @@ class RLHFCLI(LightningCLI):
             if "Error(s) in loading state_dict" not in str(error):
                 raise
             raise misfit(self.config[subcommand].get("ckpt_path"), error) from error
+        except MisconfigurationException as error:
+            raise UserError(f"trainer: {error}") from error
         except pickle.UnpicklingError as error:
             path, why = self.config[subcommand].get("ckpt_path"), str(error).splitlines()[0]
             raise UserError(f"{path} holds more than weights and numbers and is not read: {why}") from error

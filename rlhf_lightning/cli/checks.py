@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.core.errors import UserError
 
+CASTING = ("16-true", "bf16-true", "64", "64-true", "transformer-engine", "transformer-engine-float16")
+"""Precisions whose plugin converts every tensor of a batch."""
 Inert = tuple[str, str]
 """A dotted key and why it does nothing."""
 
@@ -32,7 +34,7 @@ def check_config(config: Any, sources: ConfigSources) -> None:
 
 
 def check_trainer_names(trainer: Any, sources: ConfigSources) -> None:
-    """Refuses strategies and accelerators that do not exist, which Lightning would answer with a traceback."""
+    """Refuses what Lightning would answer with a traceback: names that do not exist, precisions that cast batches."""
     names = {
         "strategy": {"auto", "ddp", "fsdp", *StrategyRegistry.available_strategies()},
         "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
@@ -43,6 +45,11 @@ def check_trainer_names(trainer: Any, sources: ConfigSources) -> None:
             near = get_close_matches(value, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(known))}"
             raise UserError(f"{at(f'trainer.{option}', sources)}: there is no {option} {value!r}; {hint}")
+    if (precision := str(trainer.get("precision"))) in CASTING:
+        raise UserError(
+            f"{at('trainer.precision', sources)}: {precision} would cast the numbers of a batch, whose sums need "
+            "float32; use bf16-mixed, or half the weights by dtype: bfloat16 of the model"
+        )
 
 
 def check_instances(config: Any, model: Any, data: Any, sources: ConfigSources) -> None:

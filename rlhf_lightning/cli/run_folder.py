@@ -5,6 +5,7 @@ import textwrap
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -62,6 +63,7 @@ class RunFolder:
         Returns:
             The checkpoint to go on from, or None to start anew.
         """
+        check_writable(self.path, "--trainer.default_root_dir")
         if ckpt_path is not None:
             if resume not in ("never", str(ckpt_path)):
                 raise UserError(f"both --ckpt_path {ckpt_path} and --resume {resume} are given; keep one")
@@ -87,6 +89,21 @@ class RunFolder:
                 "--overwrite true, or name another folder by --trainer.default_root_dir FOLDER"
             )
         return None
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Makes a folder; refuses one that nothing can be written to before anything is computed for it.
+
+    Args:
+        folder: where results will go.
+        option: that names it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): name another folder by {option}") from error
 
 
 def checked(checkpoint: str | Path) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts, prompt_batches
-from rlhf_lightning.cli.run_folder import checked, misfit
+from rlhf_lightning.cli.run_folder import check_writable, checked, misfit
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.preview import preview_records
@@ -48,6 +48,10 @@ class RLHFTrainer(Trainer):
                 that the config starts from), or null (the model that the config starts from).
         """
         questions = _read_prompts(prompt, prompts)
+        if out is not None:
+            if Path(out).is_dir():
+                raise UserError(f"--out {out} is a folder: name a .jsonl file")
+            check_writable(Path(out).parent, "--out")
         self._build(model, ckpt_path)
         if getattr(model, "policy", None) is None:
             raise UserError(f"{type(model).__name__} has no policy that could answer; generate takes SFT, PPO and such")
@@ -58,7 +62,6 @@ class RLHFTrainer(Trainer):
             rows += [{"prompt": s.prompt, "completion": s.completion, "finished": s.finished} for s in samples]
         _show_answers(rows)
         if out is not None:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
             Path(out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             print(f"written to {out}")
         return rows
@@ -94,8 +97,10 @@ class RLHFTrainer(Trainer):
             folder: where to write; default: `hf` in the run folder.
             ckpt_path: a checkpoint, `last` of the run folder, or null (the model that the config starts from).
         """
+        target = Path(folder) if folder else Path(self.default_root_dir) / "hf"
+        check_writable(target.parent, "--folder")
         self._build(model, ckpt_path)
-        path = Path(model.export(Path(folder) if folder else Path(self.default_root_dir) / "hf"))
+        path = Path(model.export(target))
         print(f"exported to {path}")
         return path
 

@@ -133,6 +133,8 @@ class RLHFDataModule(L.LightningDataModule):
                 self._splits[name] = self._read(name, batch_format)
                 if name != "train" and "train" in self._splits:
                     warn_of_overlap(self._splits["train"], self._splits[name])
+        if stage == "validate" and "val" not in self._splits:
+            raise UserError("there are no val records: set data.val or data.val_frac")
         if stage == "fit" and self.options["pretraining"] is not None and "pretraining" not in self._splits:
             self._splits["pretraining"] = self._read("pretraining", "tokens")
         return self
