@@ -60,6 +60,10 @@ class GenerationSpec:
             raise UserError(f"generation.top_p={self.top_p}: use a share of the probability mass, 0 < top_p <= 1")
         if not 0 <= self.min_p < 1 or self.top_k < 0:
             raise UserError(f"generation.min_p={self.min_p}, top_k={self.top_k}: 0 <= min_p < 1 and top_k >= 0")
+        if self.rows_at_once is not None and self.rows_at_once < 1:
+            raise UserError(
+                f"generation.rows_at_once={self.rows_at_once}: give at least 1, or leave it out for all rows"
+            )
         if self.num_samples < 1:
             raise UserError(f"generation.num_samples={self.num_samples}: sample at least 1 answer per prompt")
 

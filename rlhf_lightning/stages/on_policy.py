@@ -69,6 +69,8 @@ class OnPolicyModule(RLHFModule):
             raise UserError("rewards is empty: name at least one reward function, such as a trained reward model")
         if generation.temperature == 0:
             raise UserError("generation.temperature=0 samples nothing to learn from: use a positive temperature")
+        if rows_at_once is not None and rows_at_once < 1:
+            raise UserError(f"rows_at_once={rows_at_once}: give at least 1, or leave it out for all rows at once")
         self.rewards = rewards
         self.reference_spec = reference
         self.generation = generation

@@ -101,6 +101,11 @@ class PPOModule(OnPolicyModule):
         super().__init__(
             policy, rewards, reference, generation, updates, rows_at_once, optimizer, schedule, lr_scheduler, seed
         )
+        for name, value in (("value_coef", value_coef), ("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
+            if not value >= 0:
+                raise UserError(f"{name}={value} would train towards the opposite: give 0 or more")
+        if target_kl is not None and not target_kl > 0:
+            raise UserError(f"target_kl={target_kl} would stop every rollout at once: give a positive number, or null")
         self.save_hyperparameters()
         self.critic_spec = critic
         self.loss = loss

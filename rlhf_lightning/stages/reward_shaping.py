@@ -16,6 +16,7 @@ from rlhf_lightning.advantages.shaping import (
     scale_scores,
 )
 from rlhf_lightning.core.batches import Generated
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kl import KLEstimator
 from rlhf_lightning.core.masked import masked_moments, masked_whiten
 from rlhf_lightning.rewards.combine import ScoredSamples
@@ -39,6 +40,10 @@ class RewardShaping:
     scale_by_running_std: bool = False
     clip: float | None = None
     whiten_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"shaping.clip={self.clip} would erase every score: give a positive number, or null")
 
 
 @dataclass(frozen=True)

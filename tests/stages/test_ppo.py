@@ -392,6 +392,20 @@ def test_options_that_cannot_work_say_what_to_do(tiny_model, tiny_config, tiny_t
         fit(ppo(tiny_model, ptx_coef=0.1), tmp_path, data={"train": prompts(write_jsonl)})
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rows_at_once", 0), ("value_coef", -1.0), ("entropy_coef", -0.1), ("ptx_coef", -0.1), ("target_kl", 0.0)],
+)
+def test_numbers_that_make_no_sense_are_refused(option, value, tiny_model):
+    with pytest.raises(ValueError, match=rf"^{option}={value}.*: give"):
+        PPOModule(ModelSpec(path=str(tiny_model)), [WeightedReward(LengthReward(target=3))], **{option: value})
+
+
+def test_clipping_scores_to_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"shaping\.clip=0\.0 would erase every score"):
+        RewardShaping(clip=0.0)
+
+
 def test_options_without_effect_are_named(tiny_model):
     inert = dict(ppo(tiny_model, kl=KLSpec(loss_estimator="k2"), value_coef=0.0).inert_options())
     assert inert == {
