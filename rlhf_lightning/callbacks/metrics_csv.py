@@ -1,11 +1,13 @@
 """metrics.csv in the run folder: one row per logged step, kept and continued when a run is resumed."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 
 class _ContinuedWriter(ExperimentWriter):
@@ -52,6 +54,14 @@ class MetricsCSV(CSVLogger):
 
     def __init__(self, folder: str | Path, flush_every_n_steps: int = 10) -> None:
         super().__init__(save_dir=str(folder), name="", version="", flush_logs_every_n_steps=flush_every_n_steps)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        # a step's numbers come in several calls: rows go to disk when the next step begins, whole
+        rows = self.experiment.metrics
+        if len(rows) >= self._flush_logs_every_n_steps and rows[-1].get("step") != step:
+            self.save()
+        self.experiment.log_metrics(dict(metrics), step)
 
     @property
     def log_dir(self) -> str:

@@ -25,6 +25,16 @@ def test_what_is_logged_at_a_step_shares_its_row(tmp_path):
     ]
 
 
+def test_rows_that_are_flushed_are_whole(tmp_path):
+    logger = MetricsCSV(tmp_path, flush_every_n_steps=2)
+    for step in range(5):
+        logger.log_metrics({"lr": 0.1}, step)
+        logger.log_metrics({"loss": float(step)}, step)
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 4  # on disk before the end
+    logger.save()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(str(n), str(float(n))) for n in range(5)]
+
+
 def test_a_second_logger_goes_on_and_may_bring_new_columns(tmp_path):
     first = MetricsCSV(tmp_path)
     for step in range(4):
