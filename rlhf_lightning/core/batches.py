@@ -217,7 +217,9 @@ class Rollouts(Batch):
     """A batch of another source to be trained on in the same step (PPO-ptx)."""
 
     def counts(self) -> dict[str, float]:
-        counts = {"tokens": float(self.mask.sum()), "sequences": float(self.mask.any(-1).sum())}
+        # one wait for the device, not two
+        tokens, sequences = torch.stack((self.mask.sum(), self.mask.any(-1).sum())).tolist()
+        counts = {"tokens": float(tokens), "sequences": float(sequences)}
         if self.extra is not None:
             counts["extra_tokens"] = self.extra.counts()["tokens"]
         return counts

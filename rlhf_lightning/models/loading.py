@@ -55,7 +55,10 @@ def load_policy(spec: ModelSpec) -> Policy:
     prepared = _prepare(model, spec)
     policy = Policy(prepared)
     if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
-        check_head(policy)
+        try:
+            check_head(policy)
+        except RuntimeError as error:  # shapes inside that do not fit: head counts, sizes
+            raise UserError(f"{_name(spec)} does not run: {first_line(error)}; check its config") from error
     return policy.train()
 
 

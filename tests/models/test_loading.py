@@ -214,3 +214,16 @@ def test_weights_of_another_shape_are_refused(tiny_model, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(UserError, match=r"cannot load .*reshaped"):
         load_policy(ModelSpec(path=str(folder)))
+
+
+def test_a_config_whose_sizes_do_not_fit_is_one_message():
+    config = {
+        "model_type": "mistral",
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,  # and the family's default of 8 heads for keys and values
+    }
+    with pytest.raises(UserError, match=r"a mistral built from config does not run: .*check its config"):
+        load_policy(ModelSpec(config=config))
