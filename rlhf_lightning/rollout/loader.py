@@ -123,7 +123,9 @@ class RolloutLoader:
         return given >= min(len(self), self._limit())
 
     def _steps(self, buffer: Rollouts) -> Iterator[Rollouts]:
-        pieces = self._pieces(buffer.tokens.shape[0])
+        # what the trainer will not take must not be in the totals of the step that it cuts short
+        left = self._limit() - self._prompts_done * self.batches_per_rollout
+        pieces = self._pieces(buffer.tokens.shape[0])[: int(min(left, self.batches_per_rollout))]
         for first in range(0, len(pieces), self.accumulate):
             if first + self.accumulate <= self._given:
                 continue

@@ -118,3 +118,9 @@ def test_the_second_source_goes_round_and_resumes_at_its_place():
     resumed = loader(Answers(), extra=extra())
     resumed.restore(broken.progress())
     assert [int(b.extra.tokens[0, 0]) for b in resumed] == whole[7:]
+
+
+def test_a_step_cut_short_by_the_limit_has_the_totals_of_what_is_left_of_it():
+    *_, last = list(loader(Answers(), limit=lambda: 11))
+    assert last.totals["tokens"] == float(last.mask.sum())
+    assert len(list(loader(Answers(), limit=lambda: 11))) == 11
