@@ -109,6 +109,8 @@ class RolloutLoader:
         for index, prompts in enumerate(self.prompts):
             if index < self._prompts_done:
                 continue
+            if index * self.batches_per_rollout >= self._limit():
+                return
             if self._buffer is None:
                 self._buffer = self.collector.collect(prompts)
                 self.rollouts += 1
