@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; default: those of this process.
     Returns:
-        The exit code: 0 done, 2 a mistake of the user (one message on stderr), 130 interrupted.
+        The exit code: 0 done, 2 a mistake of the user (one message on stderr), 130 interrupted, 143 terminated.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # of Lightning, which may not be imported; its code would be 0
+            print("stopped by SIGTERM; the same command with --resume auto goes on", file=sys.stderr)
+            return 143
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit(1)
             return 130
         if isinstance(stop.__context__, UserError):

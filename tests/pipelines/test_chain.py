@@ -15,6 +15,8 @@ from rlhf_lightning.pipelines.fingerprint import existing_paths, fingerprint, fi
 
 STEPS = '''
 import json
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +54,9 @@ class Breaks(SFTModule):
         with open("epochs.txt", "a") as file:
             file.write(f"{self.current_epoch} ")
         if self.current_epoch == 1 and Path("broken").exists():
+            if Path("broken").read_text() == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             raise KeyboardInterrupt
 '''
 
@@ -119,6 +124,17 @@ def test_what_changed_runs_again_and_what_follows_from_it(chain, capsys):
     assert states(capsys.readouterr().out)[4:] == ["skipped", "skipped", "ran", "ran"]
     assert run(chain, "--set", "num=3") == 0
     assert states(capsys.readouterr().out) == ["ran"] * 4
+
+
+def test_a_terminated_stage_is_not_finished_and_goes_on(chain, capsys):
+    Path("broken").write_text("SIGTERM")
+    assert run(chain) == 143
+    out = capsys.readouterr()
+    assert "SIGTERM" in out.err
+    assert not Path("runs/c/sft/finished.json").exists()
+    Path("broken").unlink()
+    assert run(chain) == 0
+    assert states(capsys.readouterr().out) == ["skipped", "resumed", "ran", "ran"]
 
 
 def test_a_damaged_output_is_made_again(chain, capsys):
