@@ -86,7 +86,7 @@ def everything(module, trainer):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_resuming_from_every_checkpoint_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
+def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(
         dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
     )
