@@ -1,13 +1,15 @@
 """Generalised advantage estimation: credit from a critic."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
 from rlhf_kernels import gae
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Credit
+from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, on_one_rank
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Gae(Credit):
         Yue et al., VAPO, 2025. arXiv:2504.05118
     """
 
+    baseline: ClassVar[Literal["none", "critic", "greedy"]] = "critic"
+
     gamma: float = 1.0
     lam: float = 0.95
     critic_lam: float | None = None
@@ -46,6 +50,9 @@ class Gae(Credit):
         values: Float[Tensor, "batch time"],
         mask: Bool[Tensor, "batch time"],
         groups: Int[Tensor, " batch"],
+        *,
+        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
         advantages, returns = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam)
         if self.critic_lam is not None and self.critic_lam != self.lam:

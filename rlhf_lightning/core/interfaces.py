@@ -1,8 +1,9 @@
 """What a user may plug in. Abstract here, final elsewhere; chosen in YAML by `class_path`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -53,8 +54,23 @@ class ValueLoss(ABC):
         """Loss per token, and True where clipping decided it."""
 
 
+NO_BREAKDOWN: Mapping[str, Tensor] = MappingProxyType({})
+"""There is nothing to tell reward functions apart by."""
+
+
+def on_one_rank(x: Tensor) -> Tensor:
+    """The sum over ranks where there is only one."""
+    return x
+
+
 class Credit(ABC):
     """Turns rewards (and values) into advantages and returns."""
+
+    needs_groups: ClassVar[bool] = False
+    """Whether an answer is judged against others to the same prompt: one answer per prompt then teaches nothing."""
+    baseline: ClassVar[Literal["none", "critic", "greedy"]] = "none"
+    """What `values` holds. none: zeros; critic: its estimate of what is to come; greedy: the rewards of the greedy
+    answer to the same prompt, spread over the tokens so that they sum to its score."""
 
     @abstractmethod
     def __call__(
@@ -63,8 +79,20 @@ class Credit(ABC):
         values: Float[Tensor, "batch time"],
         mask: Bool[Tensor, "batch time"],
         groups: Int[Tensor, " batch"],
+        *,
+        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        """Advantages and returns; `groups` names the prompt that each sequence answers."""
+        """Advantages and returns, both 0 where `mask` is False.
+
+        Args:
+            rewards: of each token, after shaping; those of a sequence sum to its score (minus KL).
+            values: see `baseline`.
+            mask: True on the tokens of the answers.
+            groups: names the prompt that each sequence answers; groups may differ in size.
+            breakdown: score of each sequence from each reward function, already weighted, before shaping.
+            add_over_ranks: adds a tensor over all ranks, where there are several.
+        """
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class PPOModule(OnPolicyModule):
         return self.shaper(answers, scored, old, ref)
 
     def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        advantages, returns = self.credit(rewards, values, mask, groups)
+        advantages, returns = self.credit(rewards, values, mask, groups, add_over_ranks=self.add_over_ranks)
         if self.whiten_advantages:
             moments = self.add_over_ranks(masked_moments(advantages, mask))
             advantages = masked_whiten(advantages, mask, moments=moments)
