@@ -89,6 +89,25 @@ class TokenBatch(Batch):
         return int(self.segments.amax(1).sum())
 
 
+def joined(first: TokenBatch, second: TokenBatch, *, pad_id: int) -> TokenBatch:
+    """Two batches as one, rows of the first before rows of the second, padded on the right to the longer width."""
+    width = max(first.tokens.shape[1], second.tokens.shape[1])
+
+    def stack(name: str, fill: int | bool) -> Tensor:
+        parts = (getattr(first, name), getattr(second, name))
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
+
+    return replace(
+        first,
+        tokens=stack("tokens", pad_id),
+        attention_mask=stack("attention_mask", False),
+        mask=stack("mask", False),
+        positions=stack("positions", 0),
+        segments=None,
+        totals=None,
+    )
+
+
 @dataclass(frozen=True)
 class PairBatch(Batch):
     """Pairs of completions of the same prompt, the first preferred. Row i of both belongs to pair i."""
@@ -99,7 +118,7 @@ class PairBatch(Batch):
     """By how much chosen should win (Llama 2's margin), or None."""
 
     def counts(self) -> dict[str, float]:
-        return {"pairs": float(self.chosen.tokens.shape[0])}
+        return {"pairs": float(self.chosen.tokens.shape[0]), "chosen_tokens": self.chosen.counts()["tokens"]}
 
 
 @dataclass(frozen=True)

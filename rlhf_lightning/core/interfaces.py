@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, Generated, PromptBatch
+from rlhf_lightning.core.errors import UserError
 
 BatchFormat = Literal["tokens", "pairs", "ranked", "rated", "unpaired", "steps", "prompts"]
 """What a stage wants to be fed; the datamodule reads and collates accordingly."""
@@ -133,6 +134,150 @@ class RewardLoss(ABC):
     @abstractmethod
     def __call__(self, scores: Float[Tensor, " completions"], batch: Batch) -> RewardLossOutput:
         """`scores` in the order of `batch`: of pairs all chosen, then all rejected; else as the completions stand."""
+
+
+@dataclass(frozen=True)
+class CompletionScores:
+    """What policy and reference say about completions, one row each; every per-token number is 0 off `mask`."""
+
+    logprobs: Float[Tensor, "rows time"]
+    """Log-probability of each completion token under the policy being trained (nats)."""
+    mask: Bool[Tensor, "rows time"]
+    """True on the completion's tokens, its end token included."""
+    ref_logprobs: Float[Tensor, "rows time"] | None = None
+    """The same under the frozen reference; None: there is none. No gradient."""
+    ref_kl: Float[Tensor, "rows time"] | None = None
+    """KL(reference || policy) of the distribution that each token was drawn from, exact; None: not asked for."""
+    log_collision: Float[Tensor, "rows time"] | None = None
+    """log sum_v pi(v)^2 of that distribution under the policy, no gradient; None: not asked for."""
+
+    @property
+    def total(self) -> Float[Tensor, " rows"]:
+        """log pi(y|x): the sum over the completion's tokens."""
+        return self.logprobs.sum(-1)
+
+    @property
+    def lengths(self) -> Float[Tensor, " rows"]:
+        """Tokens of each completion, at least 1."""
+        return self.mask.sum(-1).clamp(min=1).to(self.logprobs.dtype)
+
+    @property
+    def mean(self) -> Float[Tensor, " rows"]:
+        """log pi(y|x) / |y|: the mean over the completion's tokens."""
+        return self.total / self.lengths
+
+    @property
+    def log_ratio(self) -> Float[Tensor, " rows"]:
+        """log pi(y|x) - log pi_ref(y|x).
+
+        Raises:
+            UserError: there is no reference.
+        """
+        return self.total - self.ref_total
+
+    @property
+    def ref_total(self) -> Float[Tensor, " rows"]:
+        """log pi_ref(y|x).
+
+        Raises:
+            UserError: there is no reference.
+        """
+        if self.ref_logprobs is None:
+            raise UserError(
+                "this preference loss compares the policy with a reference, and there is none: give a reference, or a "
+                "loss that needs none, such as SimPO, AlphaPO, CPO or ORPO"
+            )
+        return self.ref_logprobs.sum(-1)
+
+    def weighted(self, weights: Float[Tensor, "rows time"]) -> "CompletionScores":
+        """Every token's log-probabilities times a weight."""
+        ref = None if self.ref_logprobs is None else self.ref_logprobs * weights
+        return replace(self, logprobs=self.logprobs * weights, ref_logprobs=ref)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What a preference loss reads: row i of `chosen` was preferred to row i of `rejected`."""
+
+    chosen: CompletionScores
+    rejected: CompletionScores
+    margins: Float[Tensor, " pairs"] | None = None
+    """The records' `margin` column: by how much chosen should win; None: they have none."""
+    running: Mapping[str, float | Tensor] = field(default_factory=dict)
+    """Running means that the loss keeps (`running_means`), over the optimiser steps before this one; 0 at first."""
+
+    @property
+    def log_ratio(self) -> Float[Tensor, " pairs"]:
+        """h = log pi(yw)/pi_ref(yw) - log pi(yl)/pi_ref(yl)."""
+        return self.chosen.log_ratio - self.rejected.log_ratio
+
+
+@dataclass(frozen=True)
+class PreferenceLossOutput:
+    """A preference loss per pair, not yet averaged, and the rewards that it implies."""
+
+    per_pair: Float[Tensor, " pairs"]
+    """Averaged over the pairs of the whole optimiser step."""
+    chosen_rewards: Float[Tensor, " pairs"]
+    """The reward that the loss takes the policy to express, such as beta log pi/pi_ref; no gradient."""
+    rejected_rewards: Float[Tensor, " pairs"]
+    per_chosen_token: Float[Tensor, "pairs time"] | None = None
+    """A second term, 0 off the mask: averaged over the chosen tokens of the whole optimiser step. None: no such."""
+    statistics: Mapping[str, Float[Tensor, " pairs"]] = field(default_factory=dict)
+    """Numbers whose running mean over steps, micro-batches and ranks the loss wants back in `PairScores.running`."""
+
+
+Need = Literal["reference", "ref_kl", "log_collision", "whole_batch"]
+"""What a preference loss reads beyond the policy's own log-probabilities; `whole_batch`: its value depends on which
+pairs share a micro-batch."""
+
+
+class PreferenceLoss(ABC):
+    """A loss on pairs of completions of one prompt, from their log-probabilities."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What has to be measured for this loss."""
+        return frozenset({"reference"})
+
+    @property
+    def running_means(self) -> Mapping[str, float]:
+        """Running means that it keeps, each with its decay d: mean <- d mean + (1 - d) mean of the step."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, pairs: PairScores) -> PreferenceLossOutput: ...
+
+
+@dataclass(frozen=True)
+class RankedPreferenceLossOutput:
+    """A listwise preference loss per prompt, not yet averaged."""
+
+    per_prompt: Float[Tensor, " prompts"]
+    rewards: Float[Tensor, " completions"]
+    """The reward that the loss takes the policy to express; no gradient."""
+    accuracy: Float[Tensor, " prompts"]
+    """Share of the prompt's comparisons that the rewards get right; ties count half."""
+    margin: Float[Tensor, " prompts"]
+    """Mean difference of reward between better and worse; no gradient."""
+
+
+class RankedPreferenceLoss(ABC):
+    """A loss on K >= 2 ranked completions of each prompt."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What has to be measured for this loss."""
+        return frozenset({"reference"})
+
+    @abstractmethod
+    def __call__(
+        self,
+        completions: CompletionScores,
+        groups: Int[Tensor, " completions"],
+        ranks: Float[Tensor, " completions"],
+    ) -> RankedPreferenceLossOutput:
+        """`groups` names the prompt that each completion answers, `ranks` its place there, 1 = best."""
 
 
 Scores = Sequence[float] | Sequence[Sequence[float]]

@@ -1,6 +1,5 @@
 """Reward modelling: one number per answer, learnt from pairs, rankings or ratings."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, TokenBatch
+from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, TokenBatch, joined
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardLoss, RewardLossOutput
 from rlhf_lightning.losses.reward_model import BradleyTerry
@@ -204,22 +203,3 @@ class RewardModule(RLHFModule):
     def export(self, folder: str | Path) -> Path:
         assert self.model is not None, "nothing to export before the model is built"
         return export_scalar_model(self.model, self.tokenizer, folder, card=self.card("Reward model"))
-
-
-def joined(first: TokenBatch, second: TokenBatch, *, pad_id: int) -> TokenBatch:
-    """Two batches as one, rows of the first before rows of the second, padded on the right to the longer width."""
-    width = max(first.tokens.shape[1], second.tokens.shape[1])
-
-    def stack(name: str, fill: int | bool) -> Tensor:
-        parts = (getattr(first, name), getattr(second, name))
-        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
-
-    return replace(
-        first,
-        tokens=stack("tokens", pad_id),
-        attention_mask=stack("attention_mask", False),
-        mask=stack("mask", False),
-        positions=stack("positions", 0),
-        segments=None,
-        totals=None,
-    )

@@ -15,6 +15,7 @@ from rlhf_lightning.core.batches import (
     StepBatch,
     TokenBatch,
     UnpairedBatch,
+    joined,
 )
 
 
@@ -54,7 +55,7 @@ def rollouts(rows: int = 3, time: int = 4, extra: TokenBatch | None = None) -> R
 PAIR = token_batch([[0, 1, 1], [0, 0, 1]])
 EVERY_BATCH = [
     (PAIR, {"tokens": 3, "sequences": 2}),
-    (PairBatch(chosen=PAIR, rejected=PAIR, margins=torch.ones(2)), {"pairs": 2}),
+    (PairBatch(chosen=PAIR, rejected=PAIR, margins=torch.ones(2)), {"pairs": 2, "chosen_tokens": 3}),
     (RankedBatch(completions=PAIR, groups=torch.tensor([0, 0]), ranks=torch.tensor([1.0, 2.0])), {"prompts": 1}),
     (RatedBatch(completions=PAIR, ratings=torch.zeros(2)), {"sequences": 2}),
     (UnpairedBatch(completions=PAIR, labels=torch.tensor([True, False])), {"sequences": 2}),
@@ -139,3 +140,14 @@ def test_batches_cannot_be_changed():
 def test_a_field_of_another_shape_is_refused():
     with pytest.raises(TypeCheckError):
         TokenBatch(tokens=PAIR.tokens, attention_mask=PAIR.mask, mask=PAIR.mask[:1], positions=PAIR.positions)
+
+
+def test_two_batches_of_different_widths_are_joined_without_touching_what_is_real():
+    def batch(width):
+        ones = torch.ones(1, width, dtype=torch.bool)
+        return TokenBatch(torch.full((1, width), width), ones, ones, torch.arange(width)[None])
+
+    both = joined(batch(2), batch(3), pad_id=0)
+    assert both.tokens.tolist() == [[2, 2, 0], [3, 3, 3]]
+    assert both.attention_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert both.mask.tolist() == both.attention_mask.tolist()

@@ -1,10 +1,21 @@
 import pytest
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Credit, PolicyLoss, RewardFn, RewardLoss, Sample, ValueLoss
+from rlhf_lightning.core.interfaces import (
+    Credit,
+    PolicyLoss,
+    PreferenceLoss,
+    RankedPreferenceLoss,
+    RewardFn,
+    RewardLoss,
+    Sample,
+    ValueLoss,
+)
 
 
-@pytest.mark.parametrize("interface", [PolicyLoss, ValueLoss, Credit, RewardLoss, RewardFn])
+@pytest.mark.parametrize(
+    "interface", [PolicyLoss, PreferenceLoss, RankedPreferenceLoss, ValueLoss, Credit, RewardLoss, RewardFn]
+)
 def test_interfaces_are_abstract(interface):
     with pytest.raises(TypeError, match="abstract"):
         interface()

@@ -7,13 +7,11 @@ import torch
 from fits import fit
 from one_step import records
 
-from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.losses.reward_model import BradleyTerry, PlackettLuce, Regression
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages import RewardModule
-from rlhf_lightning.stages.reward import joined
 
 
 def frozen(parameters):
@@ -97,14 +95,3 @@ def test_it_learns_to_tell_good_from_bad(tiny_model, write_jsonl, tmp_path):
     )
     trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 5}, max_epochs=15)
     assert trainer.callback_metrics["val/accuracy"].item() == 1.0
-
-
-def test_two_batches_of_different_widths_are_joined_without_touching_what_is_real():
-    def batch(width):
-        ones = torch.ones(1, width, dtype=torch.bool)
-        return TokenBatch(torch.full((1, width), width), ones, ones, torch.arange(width)[None])
-
-    both = joined(batch(2), batch(3), pad_id=0)
-    assert both.tokens.tolist() == [[2, 2, 0], [3, 3, 3]]
-    assert both.attention_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert both.mask.tolist() == both.attention_mask.tolist()
