@@ -1,6 +1,20 @@
 """Pure credit assignment: from scores to rewards, from rewards to advantages and returns."""
 
 from rlhf_lightning.advantages.gae import Gae
+from rlhf_lightning.advantages.group import (
+    BatchNormalised,
+    Centred,
+    CentredBatchNormalised,
+    Gdpo,
+    Gpg,
+    GroupNormalised,
+    LeaveOneOut,
+    MaxRl,
+    Opo,
+    PassAtK,
+    ReMax,
+    informative_answers,
+)
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL, KLControl
 from rlhf_lightning.advantages.shaping import (
     RunningMoments,
@@ -12,11 +26,23 @@ from rlhf_lightning.advantages.shaping import (
 
 __all__ = [
     "AdaptiveKL",
+    "BatchNormalised",
+    "Centred",
+    "CentredBatchNormalised",
     "FixedKL",
     "Gae",
+    "Gdpo",
+    "Gpg",
+    "GroupNormalised",
     "KLControl",
+    "LeaveOneOut",
+    "MaxRl",
+    "Opo",
+    "PassAtK",
+    "ReMax",
     "RunningMoments",
     "clip_scores",
+    "informative_answers",
     "kl_shaped_rewards",
     "missing_eos_penalty",
     "scale_scores",
