@@ -2,35 +2,77 @@
 
 from typing import Literal
 
-import torch
 from jaxtyping import Float
+from rlhf_kernels.arithmetic import torch_kl_term
 from torch import Tensor
 
+from rlhf_lightning.core.ratio import bounded_exp
+
 KLEstimator = Literal["k1", "k2", "k3"]
+KLLossEstimator = Literal["k1", "k2", "k3", "k3+"]
+
+_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
 def kl_estimate(
     logprobs: Float[Tensor, "*shape"],
     ref_logprobs: Float[Tensor, "*shape"],
-    estimator: KLEstimator = "k1",
+    estimator: KLLossEstimator = "k1",
 ) -> Float[Tensor, "*shape"]:
     """Per-token estimate of KL(policy || reference) where the tokens were sampled from the policy (nats).
 
-        d  = logprobs - ref_logprobs
-        k1 = d                  unbiased, high variance, may be negative; as a loss its gradient is 0 on average
-        k2 = d^2 / 2            biased, low variance, never negative; as a loss its gradient is that of the KL
-        k3 = exp(-d) - 1 + d    unbiased, low variance, never negative; as a loss it pulls towards the forward KL
+        d   = logprobs - ref_logprobs
+        k1  = d                  unbiased, high variance, may be negative; as a loss its gradient is 0 on average
+        k2  = d^2 / 2            biased, low variance, never negative; as a loss its gradient is that of the KL
+        k3  = exp(-d) - 1 + d    unbiased, low variance, never negative; as a loss it pulls towards the forward KL
+        k3+ = value of k3, gradient of k2: unbiased in both (straight-through)
 
-    Use k1 inside a reward (it is what the KL-regularised objective asks for) and k2 or k3 inside a loss.
+    Use k1 inside a reward (it is what the KL-regularised objective asks for) and another inside a loss; `kl_penalty`
+    also corrects for tokens that an older policy sampled. verl calls k3 `low_var_kl`, and holds it within +-10.
 
     References:
         Schulman, Approximating KL Divergence, 2020. http://joschu.net/blog/kl-approx.html
     """
     difference = logprobs - ref_logprobs
-    if estimator == "k1":
-        return difference
-    if estimator == "k2":
-        return 0.5 * difference.square()
-    if estimator == "k3":
-        return torch.expm1(-difference) + difference
-    raise ValueError(f"unknown KL estimator {estimator!r}: use k1, k2 or k3")
+    if estimator == "k3+":
+        straight = 0.5 * difference.square()
+        return straight - straight.detach() + kl_estimate(logprobs, ref_logprobs, "k3").detach()
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"unknown KL estimator {estimator!r}: use k1, k2, k3 or k3+")
+    value: Tensor = torch_kl_term(difference, _ESTIMATORS[estimator])[0]
+    return value
+
+
+def kl_penalty(
+    logprobs: Float[Tensor, "*shape"],
+    ref_logprobs: Float[Tensor, "*shape"],
+    old_logprobs: Float[Tensor, "*shape"],
+    *,
+    estimator: KLLossEstimator = "k3",
+    importance_weighted: bool = False,
+) -> Float[Tensor, "*shape"]:
+    """The KL term of a policy loss, per token: what all on-policy stages add for holding the policy near its reference.
+
+        kl_t = w_t estimate_t,     w_t = exp(logprobs_t - old_logprobs_t) if importance_weighted else 1
+
+    Tokens were sampled by the old policy, so after the first optimiser step on a rollout the plain estimate is biased;
+    the weight takes the bias out. With k1 and k3 the gradient also flows through the weight, which makes the expected
+    gradient that of the KL even on-policy (DeepSeek-V3.2); with k2 and k3+, whose own gradient is right already, it
+    does not. With the weight, all but k2 are unbiased in value, and all four in gradient.
+
+    TRL's `use_bias_correction_kl` is k3 with the weight; where its ratio is the sequence's, it weighs by that one.
+
+    Args:
+        logprobs: under the policy being trained.
+        ref_logprobs: under the reference; no gradient.
+        old_logprobs: under the policy that sampled; no gradient.
+        estimator: see `kl_estimate`.
+        importance_weighted: whether to weigh each token by its ratio.
+    References:
+        DeepSeek-AI, DeepSeek-V3.2 (unbiased KL estimate), 2025. arXiv:2512.02556
+    """
+    estimate = kl_estimate(logprobs, ref_logprobs, estimator)
+    if not importance_weighted:
+        return estimate
+    ratio = bounded_exp(logprobs - old_logprobs)
+    return estimate * (ratio if estimator in ("k1", "k3") else ratio.detach())

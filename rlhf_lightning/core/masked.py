@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from rlhf_kernels import masked_whiten as _masked_whiten
 from torch import Tensor
 
-Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "length_weighted"]
 
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -96,20 +96,31 @@ def reduce_tokens(
 ) -> Float[Tensor, ""]:
     """Average a loss per token over the whole optimiser step.
 
-        token_mean     sum over all tokens / number of tokens              (DAPO, SFT)
-        sequence_mean  sum over sequences of their token mean / sequences  (GRPO)
-        fixed_length   sum over all tokens / (sequences * max_length)      (Dr.GRPO)
+        token_mean       sum over all tokens / number of tokens              (DAPO, SFT)
+        sequence_mean    sum over sequences of their token mean / sequences  (GRPO, GSPO)
+        fixed_length     sum over all tokens / (sequences * max_length)      (Dr.GRPO)
+        length_weighted  sum over all tokens / sequences                     (LUSPO)
+
+    `length_weighted` weighs the mean of each sequence by its length. TRL's `bnpo` is `token_mean` over one micro-batch
+    alone; verl's names are token-mean, seq-mean-token-mean, seq-mean-token-sum-norm and seq-mean-token-sum.
 
     Args:
         denominator: tokens (token_mean) or sequences (the others) of the *whole optimiser step*: over micro-batches
             and ranks. None: this batch is the whole step.
         max_length: the constant L of `fixed_length`.
+    References:
+        Shao et al., DeepSeekMath (GRPO), 2024. arXiv:2402.03300
+        Yu et al., DAPO, 2025. arXiv:2503.14476
+        Liu et al., Understanding R1-Zero-Like Training (Dr.GRPO), 2025. arXiv:2503.20783
+        Length-Unbiased Sequence Policy Optimization (LUSPO), 2026. arXiv:2602.05261
     """
     zeroed = torch.where(mask, per_token, torch.zeros_like(per_token))
     if denominator is None:
         denominator = mask.sum() if how == "token_mean" else mask.any(-1).sum()
     divisor = torch.as_tensor(denominator, dtype=torch.float32, device=per_token.device).clamp(min=1)
     if how == "token_mean":
+        return zeroed.sum() / divisor
+    if how == "length_weighted":
         return zeroed.sum() / divisor
     if how == "sequence_mean":
         return (zeroed.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / divisor

@@ -12,7 +12,7 @@ from rlhf_lightning.advantages.gae import Gae
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, ValueLoss
-from rlhf_lightning.core.kl import kl_estimate
+from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, explained_variance, masked_moments, masked_whiten, reduce_tokens
 from rlhf_lightning.losses.policy import ClippedSurrogate
@@ -130,6 +130,8 @@ class PPOModule(OnPolicyModule):
         yield from super().inert_options()
         if self.kl.loss_coef == 0 and self.kl.loss_estimator != "k3":
             yield "kl.loss_estimator", "kl.loss_coef is 0"
+        if self.kl.loss_coef == 0 and self.kl.loss_importance_weighted:
+            yield "kl.loss_importance_weighted", "kl.loss_coef is 0"
         if self.kl.control.initial_coef == 0 and self.kl.estimator != "k1":
             yield "kl.estimator", "the coefficient of the KL in the reward is 0"
         if self.value_coef == 0:
@@ -221,7 +223,13 @@ class PPOModule(OnPolicyModule):
             terms["entropy"] = -self.entropy_coef * self._mean(scores.entropy, batch)
             self.step_means.add({"policy/entropy": scores.entropy}, batch.mask)
         if self.kl.loss_coef:
-            kl = kl_estimate(scores.logprobs, batch.ref_logprobs, self.kl.loss_estimator)
+            kl = kl_penalty(
+                scores.logprobs,
+                batch.ref_logprobs,
+                batch.old_logprobs,
+                estimator=self.kl.loss_estimator,
+                importance_weighted=self.kl.loss_importance_weighted,
+            )
             terms["kl"] = self.kl.loss_coef * self._mean(kl, batch)
         if self.ptx_coef:
             terms["ptx"] = self.ptx_coef * self._ptx(batch)

@@ -17,7 +17,7 @@ from rlhf_lightning.advantages.shaping import (
 )
 from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.kl import KLEstimator
+from rlhf_lightning.core.kl import KLEstimator, KLLossEstimator
 from rlhf_lightning.core.masked import masked_moments, masked_whiten
 from rlhf_lightning.rewards.combine import ScoredSamples
 
@@ -54,13 +54,17 @@ class KLSpec:
         control: coefficient of the KL inside the reward: FixedKL, or AdaptiveKL with a target (Ziegler et al., 2019).
         estimator: of the KL inside the reward; k1 is what the objective asks for.
         loss_coef: weight of a KL term inside the loss, in addition.
-        loss_estimator: of that term: k2 has the gradient of the KL, k3 is GRPO's.
+        loss_estimator: of that term: k2 has the gradient of the KL, k3 is GRPO's, k3+ has the value of k3 and the
+            gradient of k2.
+        loss_importance_weighted: weigh that term by the ratio to the policy that sampled, which takes the bias out of
+            later steps on a rollout (DeepSeek-AI, 2025: DeepSeek-V3.2).
     """
 
     control: KLControl = FixedKL(0.05)
     estimator: KLEstimator = "k1"
     loss_coef: float = 0.0
-    loss_estimator: KLEstimator = "k3"
+    loss_estimator: KLLossEstimator = "k3"
+    loss_importance_weighted: bool = False
 
 
 @dataclass(frozen=True)

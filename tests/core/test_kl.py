@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.core.kl import kl_estimate
+from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 
 
 def distributions(seed: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +55,49 @@ def test_k1_as_a_loss_has_no_gradient_on_average():
 
 def test_k3_of_nearly_equal_policies_keeps_its_digits():
     difference = torch.tensor(1e-4)
-    assert kl_estimate(difference, torch.tensor(0.0), "k3").item() == pytest.approx(0.5e-8, rel=0.02)
+    assert kl_estimate(difference, torch.tensor(0.0), "k3").item() == pytest.approx(0.5e-8, rel=1e-4)
+
+
+def test_straight_through_has_the_value_of_k3_and_the_gradient_of_k2():
+    logprobs = torch.tensor([-0.3, -2.0, -5.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-1.3, -1.0, -5.0], dtype=torch.float64)
+    straight = kl_estimate(logprobs, reference, "k3+")
+    torch.testing.assert_close(straight, kl_estimate(logprobs, reference, "k3"))
+    assert torch.autograd.grad(straight.sum(), logprobs)[0].tolist() == pytest.approx([1.0, -1.0, 0.0])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3+"])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_importance_weights_make_the_expected_gradient_that_of_the_kl(estimator, on_policy):
+    # the expectation over the policy that sampled, summed over the whole vocabulary: no noise
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    policy, (reference, another) = logits.log_softmax(-1), distributions(1, 7)
+    old = policy.detach() if on_policy else another
+    exact = (policy.exp() * (policy - reference)).sum()
+    penalty = kl_penalty(policy, reference, old, estimator=estimator, importance_weighted=True)
+    expected = (old.exp() * penalty).sum()
+    if estimator != "k2":
+        torch.testing.assert_close(expected, exact)
+    gradient = torch.autograd.grad(exact, logits, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(expected, logits)[0], gradient)
+
+
+def test_without_weights_a_stale_sample_misleads():
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    policy, (reference, old) = logits.log_softmax(-1), distributions(1, 7)
+    gradient = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)[0]
+    for estimator in ("k1", "k2", "k3", "k3+"):
+        expected = (old.exp() * kl_penalty(policy, reference, old, estimator=estimator)).sum()
+        off = torch.autograd.grad(expected, logits, retain_graph=True)[0] - gradient
+        assert off.abs().max() > 0.01
+
+
+def test_a_weight_beyond_float32_stays_finite():
+    logprobs = torch.tensor([0.0], requires_grad=True)
+    penalty = kl_penalty(logprobs, torch.tensor([-1.0]), torch.tensor([-1e4]), estimator="k3", importance_weighted=True)
+    penalty.sum().backward()
+    assert penalty.isfinite().all()
+    assert logprobs.grad.isfinite().all()
 
 
 def test_the_estimator_must_exist():

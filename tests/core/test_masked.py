@@ -88,10 +88,21 @@ COUNTS = torch.tensor([[True, True, True], [True, False, False]])
 
 @pytest.mark.parametrize(
     ("how", "expected"),
-    [("token_mean", 11 / 4), ("sequence_mean", (2 + 5) / 2), ("fixed_length", 11 / (2 * 10))],
+    [
+        ("token_mean", 11 / 4),
+        ("sequence_mean", (2 + 5) / 2),
+        ("fixed_length", 11 / (2 * 10)),
+        ("length_weighted", 11 / 2),
+    ],
 )
 def test_reductions_by_hand(how, expected):
     assert reduce_tokens(LOSS, COUNTS, how, max_length=10).item() == pytest.approx(expected)
+
+
+def test_length_weighted_is_the_mean_of_length_times_token_mean():
+    lengths = COUNTS.sum(-1)
+    means = torch.where(COUNTS, LOSS, 0.0).sum(-1) / lengths
+    assert reduce_tokens(LOSS, COUNTS, "length_weighted").item() == pytest.approx((means * lengths).mean().item())
 
 
 def test_fixed_length_asks_for_its_length():
@@ -104,7 +115,7 @@ def test_fixed_length_asks_for_its_length():
     st.integers(1, 6),
     st.integers(1, 8),
     st.integers(0, 2**31),
-    st.sampled_from(("token_mean", "sequence_mean")),
+    st.sampled_from(("token_mean", "sequence_mean", "length_weighted")),
     st.data(),
 )
 def test_a_loss_does_not_depend_on_how_its_batch_was_cut(rows, time, seed, how, data):

@@ -198,6 +198,22 @@ def test_training_metrics_by_hand(tiny_model, tmp_path):
     assert means["value/return"] == pytest.approx(14 / 4)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_kl_term_of_the_loss_by_hand(weighted, tiny_model):
+    batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]))
+    losses = []
+    for coef in (0.0, 0.5):
+        module = ppo(tiny_model, kl=KLSpec(loss_coef=coef, loss_estimator="k2", loss_importance_weighted=weighted))
+        module.configure_model()
+        module.log_step_means = lambda batch_idx, prog_bar=False: None
+        losses.append(module.training_step(batch, 0).item())
+    with torch.no_grad():
+        now = module.policy(batch).logprobs
+    kl = 0.5 * (now - batch.ref_logprobs)[MASK].square()
+    weights = (now - batch.old_logprobs)[MASK].exp() if weighted else torch.ones(4)
+    assert losses[1] - losses[0] == pytest.approx(0.5 * float((weights * kl).mean()), rel=1e-4)
+
+
 def test_validation_scores_held_out_prompts(tiny_model, write_jsonl, tmp_path):
     path = prompts(write_jsonl, 3)
     module = ppo(tiny_model, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
@@ -407,9 +423,11 @@ def test_clipping_scores_to_nothing_is_refused():
 
 
 def test_options_without_effect_are_named(tiny_model):
-    inert = dict(ppo(tiny_model, kl=KLSpec(loss_estimator="k2"), value_coef=0.0).inert_options())
+    kl = KLSpec(loss_estimator="k2", loss_importance_weighted=True)
+    inert = dict(ppo(tiny_model, kl=kl, value_coef=0.0).inert_options())
     assert inert == {
         "kl.loss_estimator": "kl.loss_coef is 0",
+        "kl.loss_importance_weighted": "kl.loss_coef is 0",
         "value_coef": "0 leaves the critic untrained while its values are used",
     }
     assert not dict(ppo(tiny_model).inert_options())
