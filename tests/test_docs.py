@@ -27,6 +27,7 @@ from rlhf_lightning.losses import BradleyTerry, ClippedSurrogate, ClippedValue, 
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
@@ -80,6 +81,7 @@ PROMISES = [
     *(("docs/reward.md", cls) for cls in (BradleyTerry, PlackettLuce, Regression)),
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
+    *(("docs/rewards.md", cls) for cls in (WeightedReward, Ensemble, PythonFunction)),
     ("docs/sft.md", Schedule),
     ("docs/models.md", ModelSpec),
     ("docs/models.md", LoraSpec),

@@ -1,7 +1,7 @@
 """What a user may plug in. Abstract here, final elsewhere; chosen in YAML by `class_path`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -283,6 +283,18 @@ class RankedPreferenceLoss(ABC):
 Scores = Sequence[float] | Sequence[Sequence[float]]
 
 
+@dataclass(frozen=True)
+class DetailedScores:
+    """Scores with what is behind them."""
+
+    scores: Scores
+    """One number per sample, or one number per token of each sample."""
+    parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Numbers behind the scores, one per sample, by name: logged beside the score, never trained on."""
+    valid: Sequence[bool] | None = None
+    """False for a sample that must carry no loss; None: all count."""
+
+
 class RewardFn(ABC):
     """Scores answers: one number per sample, or one number per token of each sample."""
 
@@ -290,7 +302,8 @@ class RewardFn(ABC):
     """What the metrics call it; the class name if empty."""
 
     @abstractmethod
-    def __call__(self, samples: Sequence[Sample]) -> Scores: ...
+    def __call__(self, samples: Sequence[Sample]) -> Scores | DetailedScores | Awaitable[Scores | DetailedScores]:
+        """Scores in the order of `samples`; an `async def` is awaited."""
 
     def to(self, device: torch.device | str) -> None:
         """Move whatever the function computes with. Nothing, unless it holds a model."""

@@ -1,21 +1,16 @@
 """Several reward functions as one: weighted, added, and checked for everything that a function may get wrong."""
 
 import math
-import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn, Sample
-
-EXCERPT = 60
-"""Characters of a prompt or completion that an error message quotes."""
+from rlhf_lightning.rewards.asking import OnError, ask
 
 
 @dataclass(frozen=True)
@@ -26,15 +21,24 @@ class WeightedReward:
         reward: the function.
         weight: factor on its scores; negative turns it into a penalty, 0 only logs it.
         name: what the metrics call it; null = the function's own name.
+        on_error: what becomes of a sample on which the function raises, hangs or returns no finite number. error: the
+            run stops and names it. drop: the sample carries no loss. zero: it scores 0. The last two warn.
+        timeout_s: seconds that a call may take (wall clock); null = no limit.
     """
 
     reward: RewardFn
     weight: float = 1.0
     name: str | None = None
+    on_error: OnError = "error"
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise UserError(f"weight={self.weight} of reward {self.label}: give a finite number")
+        if self.on_error not in ("error", "drop", "zero"):
+            raise UserError(f"on_error={self.on_error!r} of reward {self.label}: use error, drop or zero")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise UserError(f"timeout_s={self.timeout_s} of reward {self.label}: give seconds above 0, or null")
 
     @property
     def label(self) -> str:
@@ -50,13 +54,25 @@ class ScoredSamples:
     at_end: Tensor
     """The part of `total` that functions with one number per sample gave [batch]: `total` without `per_token`."""
     per_token: list[Tensor] | None
-    """Weighted sum of the functions that score tokens, [tokens] for each sample; None if no function does."""
+    """Weighted sum of the functions that score tokens, [tokens] for each sample, nothing for one that was dropped;
+    None if no function does."""
     breakdown: dict[str, Tensor]
     """Scores of each function before weighting, by name [batch]."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers behind the scores, by `function/part` [batch]: the members of an ensemble, the halves of a verdict."""
+    valid: Tensor | None = None
+    """False for a sample that was dropped and must carry no loss [batch]; its scores are 0. None: all count."""
+    samples: Sequence[Sample] = ()
+    """What was scored."""
+
+    @property
+    def counts(self) -> Tensor:
+        """`valid`, spelt out [batch]."""
+        return torch.ones_like(self.total, dtype=torch.bool) if self.valid is None else self.valid
 
     def plus(self, scores: Tensor) -> "ScoredSamples":
-        """With one more number per sample [batch], given at the end."""
-        scores = scores.to(self.total)
+        """With one more number per sample [batch], given at the end; dropped samples stay at 0."""
+        scores = torch.where(self.counts, scores.to(self.total), 0.0)
         return replace(self, total=self.total + scores, at_end=self.at_end + scores)
 
 
@@ -66,28 +82,49 @@ def score_samples(rewards: Sequence[WeightedReward], samples: Sequence[Sample]) 
         total = sum_f weight_f score_f
 
     Raises:
-        UserError: a function raised, or returned nothing, the wrong number of scores, or one that is no finite number.
-            Names the function and the sample.
+        UserError: a function raised or hung, or returned nothing, the wrong number of scores, or one that is no finite
+            number, and its `on_error` is "error". Names the function and the sample.
     """
-    _check_names(rewards)
+    check_names(rewards)
+    valid = torch.ones(len(samples), dtype=torch.bool)
+    answers = {}
+    for weighted in rewards:
+        said = ask(weighted.label, weighted.reward, samples, on_error=weighted.on_error, timeout_s=weighted.timeout_s)
+        answers[weighted.label] = said
+        valid[said.invalid] = False
+        if weighted.on_error == "drop":
+            valid[list(said.failed)] = False
     at_end = torch.zeros(len(samples))
     per_token: list[Tensor] | None = None
     breakdown: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
     for weighted in rewards:
-        scores = _ask(weighted, samples)
-        if isinstance(scores, Tensor):
-            at_end = at_end + weighted.weight * scores
-            breakdown[weighted.label] = scores
+        name, said = weighted.label, answers[weighted.label]
+        scores = said.scores
+        if scores and isinstance(scores[0], Tensor):
+            rows = [row if keep else row[:0] for row, keep in zip(scores, valid.tolist(), strict=True)]
+            per_token = per_token or [torch.zeros(len(row)) for row in rows]
+            per_token = [so_far + weighted.weight * row for so_far, row in zip(per_token, rows, strict=True)]
+            breakdown[name] = _sums(rows)
         else:
-            if per_token is None:
-                per_token = [torch.zeros(len(sample.tokens)) for sample in samples]
-            per_token = [so_far + weighted.weight * row for so_far, row in zip(per_token, scores, strict=True)]
-            breakdown[weighted.label] = _sums(scores)
+            breakdown[name] = torch.where(valid, torch.tensor(scores, dtype=torch.float32), 0.0)
+            at_end = at_end + weighted.weight * breakdown[name]
+        for part, numbers in said.parts.items():
+            parts[f"{name}/{part}"] = torch.where(valid, torch.tensor(numbers), 0.0)
     total = at_end if per_token is None else at_end + _sums(per_token)
-    return ScoredSamples(total=total, at_end=at_end, per_token=per_token, breakdown=breakdown)
+    return ScoredSamples(
+        total=total,
+        at_end=at_end,
+        per_token=per_token,
+        breakdown=breakdown,
+        parts=parts,
+        valid=None if valid.all() else valid,
+        samples=samples,
+    )
 
 
-def _check_names(rewards: Sequence[WeightedReward]) -> None:
+def check_names(rewards: Sequence[WeightedReward]) -> None:
+    """There is a function, and no two share a name."""
     if not rewards:
         raise UserError("rewards is empty: name at least one reward function, such as a trained reward model")
     repeated = [name for name, times in Counter(weighted.label for weighted in rewards).items() if times > 1]
@@ -95,95 +132,5 @@ def _check_names(rewards: Sequence[WeightedReward]) -> None:
         raise UserError(f"two reward functions are called {repeated[0]!r}: give each a `name` of its own")
 
 
-def _ask(weighted: WeightedReward, samples: Sequence[Sample]) -> Tensor | list[Tensor]:
-    """The scores of one function, checked: [batch], or [tokens] for each sample."""
-    name = weighted.label
-    try:
-        returned = weighted.reward(samples)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        guilty = _first_that_raises(weighted.reward, samples)
-        where = (
-            "on the whole batch, though on no sample alone" if guilty is None else f"on {_describe(guilty, samples)}"
-        )
-        raise UserError(f"reward function {name} raised {_describe_error(error)} {where}") from error
-    values = _as_list(name, returned, samples)
-    if any(isinstance(value, list) for value in values):
-        return [_token_scores(name, value, i, samples) for i, value in enumerate(values)]
-    return torch.tensor([_number(name, value, i, samples) for i, value in enumerate(values)])
-
-
-def _as_list(name: str, returned: Any, samples: Sequence[Sample]) -> list[Any]:
-    """One entry per sample: a number or a list, not yet checked."""
-    if isinstance(returned, Tensor | np.ndarray):
-        returned = returned.tolist()
-    if not isinstance(returned, Sequence) or isinstance(returned, str):
-        raise UserError(
-            f"reward function {name} returned {_shorten(returned)}: "
-            f"a list of {len(samples)} numbers is needed, one per sample"
-        )
-    if len(returned) != len(samples):
-        first = f"; nothing for {_describe(len(returned), samples)}" if len(returned) < len(samples) else ""
-        raise UserError(f"reward function {name} returned {len(returned)} scores for {len(samples)} samples{first}")
-    return [_plain(value) for value in returned]
-
-
-def _plain(value: Any) -> Any:
-    """Tensors, arrays and tuples as Python numbers and lists."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _number(name: str, value: Any, index: int, samples: Sequence[Sample]) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(
-            f"reward function {name} returned {_shorten(value)} for {_describe(index, samples)}: "
-            "a finite number is needed"
-        )
-    return float(value)
-
-
-def _token_scores(name: str, value: Any, index: int, samples: Sequence[Sample]) -> Tensor:
-    wanted = len(samples[index].tokens)
-    if not isinstance(value, list):
-        raise UserError(
-            f"reward function {name} returned {_shorten(value)} for {_describe(index, samples)}, but lists for others: "
-            "give one number per sample, or one list per sample"
-        )
-    if len(value) != wanted:
-        raise UserError(
-            f"reward function {name} returned {len(value)} token scores for {_describe(index, samples)}, "
-            f"which has {wanted} tokens"
-        )
-    return torch.tensor([_number(name, _plain(entry), index, samples) for entry in value], dtype=torch.float32)
-
-
 def _sums(rows: Sequence[Tensor]) -> Tensor:
     return torch.tensor([row.sum().item() for row in rows])
-
-
-def _first_that_raises(reward: RewardFn, samples: Sequence[Sample]) -> int | None:
-    """Index of the first sample that the function cannot score by itself."""
-    for index, sample in enumerate(samples):
-        try:
-            reward([sample])
-        except Exception:
-            return index
-    return None
-
-
-def _describe(index: int, samples: Sequence[Sample]) -> str:
-    sample = samples[index]
-    return f"sample {index} (prompt {_shorten(sample.prompt)}, completion {_shorten(sample.completion)})"
-
-
-def _describe_error(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."

@@ -4,8 +4,9 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn, Sample, Scores
 from rlhf_lightning.rewards.conversation import prompt_messages
 
+ALLOWED = "RLHF_LIGHTNING_REWARD_MODULES"
+"""Environment variable: the only modules and files that functions may come from."""
 OWN_ARGUMENTS = ("samples", "prompts", "completions", "completion_ids", "finished")
 
 
@@ -27,7 +30,11 @@ class PythonFunction(RewardFn):
     `prompts` and `completions` are strings; of conversational records they are lists of messages. `completion_ids` are
     the answers' tokens, `finished` says whether each ended by itself, every other name is a column of the records
     (`answer`, `category`, ...; None where a record has no such column), and `samples` is the list of
-    `core.interfaces.Sample`. It returns one number per sample, or for each sample a list with one number per token.
+    `core.interfaces.Sample`. It returns one number per sample, or for each sample a list with one number per token. It
+    may be `async def`: one call answers the whole batch, and awaits what it asks for side by side.
+
+    The path is a name in the config, never in the data. Where the environment variable RLHF_LIGHTNING_REWARD_MODULES
+    is set (module names and files, separated by commas), nothing outside of it is imported.
 
     Args:
         path: where the function is: `package.module.function`, or `folder/file.py:function`.
@@ -47,7 +54,7 @@ class PythonFunction(RewardFn):
         # by name: a function from a file cannot be pickled
         return PythonFunction, (self.path, self.kwargs)
 
-    def __call__(self, samples: Sequence[Sample]) -> Scores:
+    def __call__(self, samples: Sequence[Sample]) -> Scores | Awaitable[Scores]:
         offered = _arguments(samples) | self.kwargs
         if self._takes_everything:
             taken = {name: value for name, value in offered.items() if name != "samples" or name in self._parameters}
@@ -60,7 +67,7 @@ class PythonFunction(RewardFn):
                     f"reward function {self.path} asks for {name!r}, which is neither a column of the records "
                     f"({', '.join(columns) or 'they have none'}) nor in kwargs, nor one of {', '.join(OWN_ARGUMENTS)}"
                 )
-        result: Scores = self._function(**taken)
+        result: Scores | Awaitable[Scores] = self._function(**taken)
         return result
 
     def _check_kwargs(self) -> None:
@@ -100,6 +107,7 @@ def _find(path: str) -> Callable[..., Any]:
     home, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not home or not name:
         raise UserError(f"reward function {path!r}: give package.module.function, or folder/file.py:function")
+    _check_allowed(path, home)
     module = _load_file(path, Path(home)) if home.endswith(".py") else _load_module(path, home)
     found = getattr(module, name, None)
     if found is None:
@@ -110,10 +118,23 @@ def _find(path: str) -> Callable[..., Any]:
         raise UserError(f"reward function {path!r} is a class: name a function, or give the class as class_path")
     if not callable(found):
         raise UserError(f"reward function {path!r} is {found!r:.60}, which cannot be called")
-    if inspect.iscoroutinefunction(found):
-        raise UserError(f"reward function {path!r} is async: wrap it in a function that runs it to its end")
     function: Callable[..., Any] = found
     return function
+
+
+def _check_allowed(path: str, home: str) -> None:
+    """The list of whoever runs the machine, if there is one, holds the module (or one above it) or the file."""
+    allowed = [entry.strip() for entry in os.environ.get(ALLOWED, "").split(",") if entry.strip()]
+    if not allowed:
+        return
+    if home.endswith(".py"):
+        inside = any(Path(home).expanduser().resolve() == Path(entry).expanduser().resolve() for entry in allowed)
+    else:
+        inside = any(home == entry or home.startswith(f"{entry}.") for entry in allowed)
+    if not inside:
+        raise UserError(
+            f"reward function {path!r}: {home} is not among what {ALLOWED} allows ({', '.join(allowed)}): add it there"
+        )
 
 
 def _load_module(path: str, name: str) -> ModuleType:

@@ -6,6 +6,7 @@ Knows no algorithm. A stage gives it `shape_rewards`, `advantages` and a `traini
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,6 +145,8 @@ class OnPolicyModule(RLHFModule):
                 answers = self.generate(prompts, self._rollout_seed("rollout", self._loader.rollouts))
             with phase("score"):
                 scored = self.score(prompts, answers)
+            tell(self, "on_rollout_scored", scored)
+            answers = without_dropped(answers, scored)
             with phase("measure"):
                 old, entropy = self._measure_policy(answers)
                 ref = self._measure_reference(answers)
@@ -235,7 +238,7 @@ class OnPolicyModule(RLHFModule):
         self, rollouts: Rollouts, scored: ScoredSamples, shaped: Shaped, entropy: Tensor
     ) -> dict[str, float]:
         """What a rollout looked like, over the sequences and tokens of all ranks; padding counts nowhere."""
-        mask = rollouts.mask
+        mask, valid = rollouts.mask, scored.counts.to(rollouts.mask.device)
         lengths = mask.sum(-1)
         kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
         per_sequence = {
@@ -245,18 +248,20 @@ class OnPolicyModule(RLHFModule):
             "rollout/kl": kl.sum(-1),
             "rollout/length": lengths,
             "rollout/finished_frac": rollouts.finished,
-            **{f"reward/{name}": values for name, values in scored.breakdown.items()},
+            **{f"reward/{name}": values for name, values in (scored.breakdown | scored.parts).items()},
         }
         per_token = {"rollout/kl_per_token": kl, "rollout/entropy": torch.where(mask, entropy, 0.0)}
-        sums = [float(v.sum()) for v in per_sequence.values()] + [float(v.sum()) for v in per_token.values()]
-        vector = torch.tensor([*sums, float(len(lengths)), float(lengths.sum())], dtype=torch.float64)
-        *totals, sequences, tokens = self.add_over_ranks(vector).tolist()
+        sums = [float(torch.where(valid, v.to(valid.device), 0).sum()) for v in per_sequence.values()]
+        sums += [float(v.sum()) for v in per_token.values()]
+        vector = torch.tensor([*sums, len(valid), int(valid.sum()), int(lengths.sum())], dtype=torch.float64)
+        *totals, sampled, sequences, tokens = self.add_over_ranks(vector).tolist()
         means = {name: total / max(sequences, 1) for name, total in zip(per_sequence, totals, strict=False)}
         for name, total in zip(per_token, totals[len(per_sequence) :], strict=True):
             means[name] = total / max(tokens, 1)
         variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
         means["rollout/score_std"] = max(variance, 0.0) ** 0.5
-        return means | {"rollout/sequences": sequences, "rollout/tokens": tokens} | dict(shaped.metrics)
+        sizes = {"rollout/sequences": sequences, "rollout/tokens": tokens, "rollout/valid_frac": sequences / sampled}
+        return means | sizes | dict(shaped.metrics)
 
     def log_pending(self) -> None:
         """Log the metrics of the last rollout; called from the training step, where Lightning accepts them."""
@@ -278,15 +283,17 @@ class OnPolicyModule(RLHFModule):
         """Answers to held-out prompts, with the same seeds at every evaluation."""
         answers = self.generate(prompts, self._rollout_seed("evaluation", index))
         scored = self.score(prompts, answers)
+        answers = without_dropped(answers, scored)
+        valid = scored.counts.to(answers.mask.device)
         old, _ = self._measure_policy(answers)
         kl = old - self._measure_reference(answers)
         sums = {
             "score": scored.total.sum(),
             "kl": kl.sum(),
             "length": answers.mask.sum(),
-            "finished_frac": answers.finished.sum(),
-            **{f"reward_{name}": values.sum() for name, values in scored.breakdown.items()},
-            "count": torch.tensor(float(answers.tokens.shape[0])),
+            "finished_frac": (answers.finished & valid).sum(),
+            **{f"reward_{name}": values.sum() for name, values in (scored.breakdown | scored.parts).items()},
+            "count": valid.sum(),
         }
         for name, value in sums.items():
             self._validation_sums[name] = self._validation_sums.get(name, 0.0) + float(value)
@@ -313,3 +320,10 @@ class OnPolicyModule(RLHFModule):
         self._move_frozen()
         answers = self.generate(batch, self._rollout_seed("predict", batch_idx))
         return [sample.completion for sample in self.samples(batch, answers)]
+
+
+def without_dropped(answers: Generated, scored: ScoredSamples) -> Generated:
+    """Nothing counts of the answers that a reward function could not score: they carry no loss and enter no mean."""
+    if scored.valid is None:
+        return answers
+    return replace(answers, mask=answers.mask & scored.valid.to(answers.mask.device)[:, None])

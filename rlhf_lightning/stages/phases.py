@@ -9,7 +9,7 @@ import lightning as L
 
 
 def tell(module: L.LightningModule, hook: str, *arguments: Any) -> None:
-    """Call a rollout hook on every callback that has it: on_rollout_start, on_rollout_phase, on_rollout_end."""
+    """Call a rollout hook on every callback that has it: on_rollout_{start, phase, scored, end}."""
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         method = getattr(callback, hook, None)
         if callable(method):

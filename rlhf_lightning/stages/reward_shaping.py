@@ -18,7 +18,7 @@ from rlhf_lightning.advantages.shaping import (
 from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kl import KLEstimator, KLLossEstimator
-from rlhf_lightning.core.masked import masked_moments, masked_whiten
+from rlhf_lightning.core.masked import masked_mean, masked_moments, masked_whiten
 from rlhf_lightning.rewards.combine import ScoredSamples
 
 
@@ -102,6 +102,7 @@ class RewardShaper:
             ref: the same under the reference.
         """
         shaping = self.shaping
+        counts = answers.mask.any(-1)  # not an answer that was dropped
         scores = missing_eos_penalty(
             scored.at_end.to(old),
             answers.finished,
@@ -109,7 +110,7 @@ class RewardShaper:
             replace_by=shaping.missing_eos_score,
         )
         if shaping.scale_by_running_std:
-            self.score_moments = self.score_moments.merge(self._moments(scores))
+            self.score_moments = self.score_moments.merge(self._moments(scores, counts))
             scores = scale_scores(scores, self.score_moments)
         if shaping.clip is not None:
             scores = clip_scores(scores, shaping.clip)
@@ -125,21 +126,20 @@ class RewardShaper:
         if shaping.whiten_rewards:
             moments = self._add_over_ranks(masked_moments(rewards, answers.mask))
             rewards = masked_whiten(rewards, answers.mask, shift_mean=False, moments=moments)
-        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(scores.mean())}
-        self._steer((old - ref).sum(-1))
+        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(masked_mean(scores, counts))}
+        self._steer((old - ref).sum(-1), counts)
         return Shaped(rewards=rewards, metrics=metrics)
 
-    def _moments(self, scores: Tensor) -> RunningMoments:
-        everything = torch.ones_like(scores, dtype=torch.bool)
-        count, total, squares = self._add_over_ranks(masked_moments(scores, everything)).tolist()
-        mean = total / count
+    def _moments(self, scores: Tensor, counts: Tensor) -> RunningMoments:
+        count, total, squares = self._add_over_ranks(masked_moments(scores, counts)).tolist()
+        mean = total / max(count, 1)
         return RunningMoments(count=count, mean=mean, squares=max(squares - count * mean**2, 0.0))
 
-    def _steer(self, kl_of_sequences: Tensor) -> None:
+    def _steer(self, kl_of_sequences: Tensor, counts: Tensor) -> None:
         """Choose the coefficient of the next rollout."""
-        everything = torch.ones_like(kl_of_sequences, dtype=torch.bool)
-        count, total, _ = self._add_over_ranks(masked_moments(kl_of_sequences, everything)).tolist()
-        self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
+        count, total, _ = self._add_over_ranks(masked_moments(kl_of_sequences, counts)).tolist()
+        if count:
+            self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
 
     def state_dict(self) -> dict[str, Any]:
         initial = self.kl.control.initial_coef

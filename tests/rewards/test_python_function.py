@@ -8,6 +8,7 @@ from rlhf_lightning.rewards.combine import WeightedReward, score_samples
 from rlhf_lightning.rewards.python_function import PythonFunction
 
 FUNCTIONS = """
+import asyncio
 from dataclasses import dataclass
 
 LIMIT = 3
@@ -41,7 +42,8 @@ def positional(texts, /):
     return texts
 
 async def slow(completions):
-    return []
+    await asyncio.sleep(0)
+    return [len(c) for c in completions]
 """
 
 SAMPLES = [
@@ -115,13 +117,27 @@ def test_it_survives_pickling(at):
     assert pickle.loads(pickle.dumps(at("per_token", kwargs={"scale": 2.0})))(SAMPLES) == [[18, 4], [16]]
 
 
+def test_an_async_function_is_awaited(at):
+    assert score_samples([WeightedReward(at("slow"))], SAMPLES).total.tolist() == [1, 1]
+
+
+def test_only_what_the_environment_allows_is_imported(at, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_LIGHTNING_REWARD_MODULES", f"team.rewards, {tmp_path / 'my_rewards.py'}")
+    assert at("lengths")(SAMPLES) == [1, 1]
+    (tmp_path / "other.py").write_text("raise SystemExit\n")
+    for path in (f"{tmp_path / 'other.py'}:f", "os.path.basename", "team.rewards_of_others.f"):
+        with pytest.raises(UserError, match="RLHF_LIGHTNING_REWARD_MODULES allows"):
+            PythonFunction(path)
+    with pytest.raises(UserError, match="there is no module"):  # allowed, but not there
+        PythonFunction("team.rewards.maths.f")
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
         ("length", {}, "has no 'length': did you mean lengths?"),
         ("LIMIT", {}, "is 3, which cannot be called"),
         ("Scorer", {}, "is a class"),
-        ("slow", {}, "is async"),
         ("positional", {}, "'texts' is positional-only"),
         ("per_token", {"scal": 1}, r"kwargs\.scal: .*did you mean scale\?"),
         ("lengths", {"prompts": []}, r"kwargs\.prompts .* filled by the samples"),
