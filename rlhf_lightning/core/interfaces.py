@@ -205,11 +205,17 @@ class PairScores:
     """The records' `margin` column: by how much chosen should win; None: they have none."""
     running: Mapping[str, float | Tensor] = field(default_factory=dict)
     """Running means that the loss keeps (`running_means`), over the optimiser steps before this one; 0 at first."""
+    step: Mapping[str, float | Tensor] = field(default_factory=dict)
+    """Means that the loss asked for (`step_means`), over the whole optimiser step that these pairs belong to."""
 
     @property
     def log_ratio(self) -> Float[Tensor, " pairs"]:
         """h = log pi(yw)/pi_ref(yw) - log pi(yl)/pi_ref(yl)."""
         return self.chosen.log_ratio - self.rejected.log_ratio
+
+    def with_completions(self, chosen: CompletionScores, rejected: CompletionScores) -> "PairScores":
+        """The same pairs, scored otherwise."""
+        return replace(self, chosen=chosen, rejected=rejected)
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,7 @@ class PreferenceLossOutput:
     per_chosen_token: Float[Tensor, "pairs time"] | None = None
     """A second term, 0 off the mask: averaged over the chosen tokens of the whole optimiser step. None: no such."""
     statistics: Mapping[str, Float[Tensor, " pairs"]] = field(default_factory=dict)
-    """Numbers whose running mean over steps, micro-batches and ranks the loss wants back in `PairScores.running`."""
+    """Numbers whose means the loss wants back: over steps in `PairScores.running`, over this step in `.step`."""
 
 
 Need = Literal["reference", "ref_kl", "log_collision", "whole_batch"]
@@ -244,6 +250,11 @@ class PreferenceLoss(ABC):
     def running_means(self) -> Mapping[str, float]:
         """Running means that it keeps, each with its decay d: mean <- d mean + (1 - d) mean of the step."""
         return {}
+
+    @property
+    def step_means(self) -> frozenset[str]:
+        """Those of its statistics whose mean over the whole optimiser step it reads, which costs one more forward."""
+        return frozenset()
 
     @abstractmethod
     def __call__(self, pairs: PairScores) -> PreferenceLossOutput: ...

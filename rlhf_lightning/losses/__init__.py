@@ -11,6 +11,13 @@ from rlhf_lightning.losses.preference import (
     LengthNormalisedDPO,
     RobustDPO,
 )
+from rlhf_lightning.losses.preference_batch import AOT, AOTUnpaired, BetaDPO
+from rlhf_lightning.losses.preference_free import CPO, ORPO, AlphaPO, ChosenNLL, SimPO
+from rlhf_lightning.losses.preference_guarded import DPOP, TDPO, ChiPO
+from rlhf_lightning.losses.preference_length import LDDPO, RDPO
+from rlhf_lightning.losses.preference_mixed import RPO, WPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_pointwise import APODown, APOZero, BCOPair, NCAPair, SPPOHard
+from rlhf_lightning.losses.preference_ranked import ListwiseDPO
 from rlhf_lightning.losses.reward_model import (
     BradleyTerry,
     PlackettLuce,
@@ -23,11 +30,28 @@ from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.losses.value import ClippedValue, clipped_value
 
 __all__ = [
+    "AOT",
+    "CPO",
     "DPO",
+    "DPOP",
     "IPO",
+    "LDDPO",
+    "ORPO",
+    "RDPO",
+    "RPO",
+    "TDPO",
+    "WPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
     "AlphaDivergence",
+    "AlphaPO",
+    "BCOPair",
+    "BetaDPO",
     "BradleyTerry",
+    "ChiPO",
     "ChiSquaredKL",
+    "ChosenNLL",
     "ClippedSurrogate",
     "ClippedValue",
     "DiscoPOP",
@@ -36,10 +60,16 @@ __all__ = [
     "Hinge",
     "JensenShannon",
     "LengthNormalisedDPO",
+    "ListwiseDPO",
+    "NCAPair",
     "PlackettLuce",
     "Regression",
     "ReverseKL",
     "RobustDPO",
+    "SPPOHard",
+    "SimPO",
+    "WeightedLoss",
+    "WeightedLosses",
     "bradley_terry",
     "clipped_surrogate",
     "clipped_value",

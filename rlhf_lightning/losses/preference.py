@@ -5,6 +5,7 @@ divergence (log u for DPO).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import CompletionScores, PairScores, PreferenceLoss, PreferenceLossOutput
+from rlhf_lightning.core.interfaces import CompletionScores, Need, PairScores, PreferenceLoss, PreferenceLossOutput
 from rlhf_lightning.losses.divergence import MAX_EXPONENT, Divergence, ReverseKL
 
 MarginUse = Literal["ignore", "offset", "log_offset", "log_odds"]
@@ -94,8 +95,8 @@ def discovered(difference: Float[Tensor, "*pairs"], *, temperature: float) -> Fl
         m = sigma(d / temperature);   loss = -(1 - m) log sigma(d) + m exp(-d)
 
     Not monotone: at the paper's temperature of 0.05 it rises from d = -0.12 to 0.07 and falls elsewhere, so a policy
-    that equals its reference is first pushed the wrong way. The exponent is held at 80, where m has long been 0: exp(-d)
-    alone overflows, and 0 times infinity is NaN.
+    that equals its reference is first pushed the wrong way. The exponent is held at 80, where m has long been 0: as
+    published exp(-d) overflows, and 0 times infinity is NaN.
 
     References:
         Lu et al., Discovering Preference Optimization Algorithms with and for Large Language Models, 2024, eq. 5.
@@ -337,6 +338,24 @@ class LengthNormalisedDPO(PreferenceLoss):
         chosen = implicit_rewards(pairs.chosen, self.beta, self.divergence) / pairs.chosen.lengths
         rejected = implicit_rewards(pairs.rejected, self.beta, self.divergence) / pairs.rejected.lengths
         return output_of(logistic(chosen - rejected), chosen, rejected)
+
+
+class LossAroundAnother(PreferenceLoss):
+    """A loss that changes what another one reads or gives, and asks for what that one needs."""
+
+    loss: PreferenceLoss
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.loss.needs
+
+    @property
+    def running_means(self) -> Mapping[str, float]:
+        return self.loss.running_means
+
+    @property
+    def step_means(self) -> frozenset[str]:
+        return self.loss.step_means
 
 
 def margins_of(pairs: PairScores) -> Pairs:

@@ -183,13 +183,8 @@ class PlackettLuce(RewardLoss):
             label_smoothing=self.label_smoothing,
             centring_coef=self.centring_coef,
         )
-        ranked = _by_prompt(scores.detach(), batch.groups, batch.ranks)
-        margin = ranked.scores.unsqueeze(2) - ranked.scores.unsqueeze(1)
-        return RewardLossOutput(
-            per_element=loss,
-            accuracy=_mean_over_pairs(_right(margin), ranked.beats, otherwise=0.5),
-            margin=_mean_over_pairs(margin, ranked.beats),
-        )
+        accuracy, margin = compare(scores.detach(), batch.groups, batch.ranks)
+        return RewardLossOutput(per_element=loss, accuracy=accuracy, margin=margin)
 
 
 @dataclass(frozen=True)
@@ -221,6 +216,25 @@ class Regression(RewardLoss):
             accuracy=_mean_over_pairs(_right(margin).unsqueeze(1), compared, otherwise=0.5),
             margin=_mean_over_pairs(margin.unsqueeze(1), compared),
         )
+
+
+def compare(
+    scores: Float[Tensor, " completions"],
+    groups: Int[Tensor, " completions"],
+    ranks: Float[Tensor, " completions"],
+) -> tuple[Float[Tensor, " prompts"], Float[Tensor, " prompts"]]:
+    """How well scores order each prompt's completions.
+
+    Returns:
+        Share of the prompt's comparisons that the scores get right, ties counting half (1/2 where nothing is compared),
+        and the mean difference of score between better and worse.
+    """
+    ranked = _by_prompt(scores, groups, ranks)
+    margin = ranked.scores.unsqueeze(2) - ranked.scores.unsqueeze(1)
+    return (
+        _mean_over_pairs(_right(margin), ranked.beats, otherwise=0.5),
+        _mean_over_pairs(margin, ranked.beats),
+    )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def pairs(
     lengths: tuple[int, int] = (2, 4),
     margins: Sequence[float] | None = None,
     running: Mapping[str, float] | None = None,
+    step: Mapping[str, float] | None = None,
 ) -> PairScores:
     """Pairs with these summed log-probabilities, spread evenly over so many tokens."""
 
@@ -45,6 +46,7 @@ def pairs(
         side(rejected, ref_rejected, lengths[1]),
         None if margins is None else torch.tensor(margins),
         running or {},
+        step or {},
     )
 
 
