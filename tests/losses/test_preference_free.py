@@ -47,14 +47,14 @@ def test_the_target_margin_is_given_once(loss):
 @given(st.floats(-8, -0.01), st.floats(-8, -0.01))
 def test_alphapo_becomes_simpo_as_alpha_goes_to_0(chosen, rejected):
     def both(loss):
-        scored = pairs([2 * chosen], [4 * rejected])
+        scored = pairs([2 * chosen], [4 * rejected], dtype=torch.float64)
         per_pair = loss(scored).per_pair
         return [per_pair.item(), *gradients(per_pair, scored)[0], *gradients(loss(scored).per_pair, scored)[1]]
 
     simpo = both(SimPO(beta=2.5, gamma=0.4))
     assert both(AlphaPO(beta=2.5, alpha=0.0, gamma=0.4)) == simpo
     for alpha in (1e-8, -1e-8):
-        assert both(AlphaPO(beta=2.5, alpha=alpha, gamma=0.4)) == pytest.approx(simpo, rel=1e-6, abs=1e-6)
+        assert both(AlphaPO(beta=2.5, alpha=alpha, gamma=0.4)) == pytest.approx(simpo, abs=1e-6)
 
 
 def test_alphapo_by_hand_and_its_slope():

@@ -8,13 +8,16 @@ from rlhf_lightning.core.interfaces import CompletionScores, PairScores
 
 
 def completions(
-    logprobs: Sequence[Sequence[float]], ref: Sequence[Sequence[float]] | None = None, **more: Sequence[Sequence[float]]
+    logprobs: Sequence[Sequence[float]],
+    ref: Sequence[Sequence[float]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **more: Sequence[Sequence[float]],
 ) -> CompletionScores:
     """Completions of uneven lengths, padded on the right, with a gradient to the policy's log-probabilities."""
     width = max(len(row) for row in logprobs)
 
     def padded(rows: Sequence[Sequence[float]]) -> torch.Tensor:
-        return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows])
+        return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=dtype)
 
     return CompletionScores(
         logprobs=padded(logprobs).requires_grad_(),
@@ -34,12 +37,13 @@ def pairs(
     margins: Sequence[float] | None = None,
     running: Mapping[str, float] | None = None,
     step: Mapping[str, float] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PairScores:
     """Pairs with these summed log-probabilities, spread evenly over so many tokens."""
 
     def side(totals: Sequence[float], ref: Sequence[float] | None, length: int) -> CompletionScores:
         spread = [[total / length] * length for total in totals]
-        return completions(spread, None if ref is None else [[total / length] * length for total in ref])
+        return completions(spread, None if ref is None else [[total / length] * length for total in ref], dtype)
 
     return PairScores(
         side(chosen, ref_chosen, lengths[0]),
