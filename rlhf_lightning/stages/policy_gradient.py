@@ -1,0 +1,243 @@
+"""What PPO, GRPO and their relatives share: rewards to credit to a clipped policy loss, its penalties and its brakes."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput
+from rlhf_lightning.core.kl import kl_estimate, kl_penalty
+from rlhf_lightning.core.logprobs import TokenScores
+from rlhf_lightning.core.masked import Reduction, masked_moments, masked_whiten, reduce_tokens
+from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages.on_policy import OnPolicyModule
+from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
+from rlhf_lightning.stages.schedule import Schedule
+
+
+class PolicyGradientModule(OnPolicyModule):
+    """Trains the policy on rollouts by a loss per token. Abstract: a stage adds its `training_step` and `export`.
+
+        policy_terms = mean_t weight_t loss_t - entropy_coef mean_t entropy_t + kl.loss_coef mean_t kl_t
+                       + ptx_coef mean_t nll_t (of the second source)
+
+    Args:
+        loss: the policy's loss per token.
+        credit: rewards to advantages.
+        shaping: what happens to scores before they become rewards.
+        kl: the KL penalty in the reward and in the loss.
+        entropy_coef: weight of the entropy bonus.
+        whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout.
+        reduction: what the loss is averaged over.
+        target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
+        ptx_coef: weight of the likelihood of a second source, data.pretraining.
+        policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
+        optimizer, schedule, lr_scheduler, seed: as for every stage.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        rewards: list[WeightedReward],
+        reference: ModelSpec | None,
+        generation: GenerationSpec,
+        updates: UpdateSpec,
+        loss: PolicyLoss,
+        credit: Credit,
+        shaping: RewardShaping,
+        kl: KLSpec,
+        entropy_coef: float,
+        whiten_advantages: bool,
+        reduction: Reduction,
+        target_kl: float | None,
+        ptx_coef: float,
+        rows_at_once: int | None,
+        optimizer: OptimizerCallable,
+        schedule: Schedule,
+        lr_scheduler: LRSchedulerCallable | None,
+        seed: int | None,
+    ) -> None:
+        super().__init__(
+            policy, rewards, reference, generation, updates, rows_at_once, optimizer, schedule, lr_scheduler, seed
+        )
+        for name, value in (("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
+            if not value >= 0:
+                raise UserError(f"{name}={value} would train towards the opposite: give 0 or more")
+        if target_kl is not None and not target_kl > 0:
+            raise UserError(f"target_kl={target_kl} would stop every rollout at once: give a positive number, or null")
+        self.loss = loss
+        self.credit = credit
+        self.kl = kl
+        self.shaper = RewardShaper(shaping, kl, self.add_over_ranks)
+        self.entropy_coef = entropy_coef
+        self.whiten_advantages = whiten_advantages
+        self.reduction = reduction
+        self.target_kl = target_kl
+        self.ptx_coef = ptx_coef
+        self._stopped_rollout = -1
+        """The rollout on which target_kl ended training early."""
+        self._step_kl = [0.0, 0.0]
+        """Sum and count of the approximate KL over the micro-batches of the current optimiser step."""
+        self._step_is_empty = False
+        """Whether nothing counts in the current optimiser step, on any rank."""
+
+    def inert_options(self) -> Iterable[tuple[str, str]]:
+        yield from super().inert_options()
+        if self.kl.loss_coef == 0 and self.kl.loss_estimator != "k3":
+            yield "kl.loss_estimator", "kl.loss_coef is 0"
+        if self.kl.loss_coef == 0 and self.kl.loss_importance_weighted:
+            yield "kl.loss_importance_weighted", "kl.loss_coef is 0"
+        if self.kl.control.initial_coef == 0 and self.kl.estimator != "k1":
+            yield "kl.estimator", "the coefficient of the KL in the reward is 0"
+        if self.shaper.shaping.missing_eos_score is not None and self.shaper.shaping.missing_eos_penalty:
+            yield "shaping.missing_eos_penalty", "missing_eos_score replaces the score it would be subtracted from"
+
+    def extra_loader(self) -> Iterable[TokenBatch] | None:
+        if not self.ptx_coef:
+            return None
+        loader = self.trainer.datamodule.pretraining_dataloader()  # type: ignore[attr-defined]
+        if loader is None:
+            raise UserError(f"ptx_coef={self.ptx_coef} needs a second source: give data.pretraining, or set it to 0")
+        return loader
+
+    # ---- collecting ------------------------------------------------------------------------------------------------
+
+    def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
+        """Score at the last answer token, KL at every one, after the options of `shaping`."""
+        return self.shaper(answers, scored, old, ref)
+
+    def advantages(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor, breakdown: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        advantages, returns = self.credit(
+            rewards, values, mask, groups, breakdown=breakdown, add_over_ranks=self.add_over_ranks
+        )
+        if self.whiten_advantages:
+            moments = self.add_over_ranks(masked_moments(advantages, mask))
+            advantages = masked_whiten(advantages, mask, moments=moments)
+        return advantages, returns
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def policy_loss(self, batch: Rollouts, scores: TokenScores) -> PolicyLossOutput:
+        """The policy's loss per token."""
+        return self.loss(scores.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+
+    def policy_scores(self, batch: Rollouts, hidden: Tensor) -> TokenScores:
+        """Log-probabilities of a minibatch, from hidden states, over what its answers were sampled from."""
+        assert self.policy is not None
+        return self.policy.scores(
+            hidden,
+            batch.tokens,
+            batch.mask,
+            temperature=self.generation.temperature,
+            with_entropy=self.entropy_coef != 0,
+            kept=batch.kept,
+        )
+
+    def policy_terms(self, batch: Rollouts, scores: TokenScores) -> dict[str, Tensor]:
+        """The terms of the loss that train the policy, each already this micro-batch's share; their metrics noted."""
+        policy = self.policy_loss(batch, scores)
+        per_token = policy.per_token if batch.weights is None else policy.per_token * batch.weights
+        terms = {"policy": self._mean(per_token, batch)}
+        if scores.entropy is not None:
+            terms["entropy"] = -self.entropy_coef * self._mean(scores.entropy, batch)
+            self.step_means.add({"policy/entropy": scores.entropy}, batch.mask)
+        if self.kl.loss_coef:
+            kl = kl_penalty(
+                scores.logprobs,
+                batch.ref_logprobs,
+                batch.old_logprobs,
+                estimator=self.kl.loss_estimator,
+                importance_weighted=self.kl.loss_importance_weighted,
+            )
+            terms["kl"] = self.kl.loss_coef * self._mean(kl, batch)
+        if self.ptx_coef:
+            terms["ptx"] = self.ptx_coef * self._ptx(batch)
+        self._count_step_kl(scores, batch)
+        self.step_means.add(
+            {
+                "policy/loss": per_token,
+                "policy/ratio": policy.ratio,
+                "policy/clip_frac": policy.clipped.float(),
+                "policy/approx_kl": kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"),
+            },
+            batch.mask,
+        )
+        return terms
+
+    def takes_part(self, batch: Rollouts) -> bool:
+        """Note what is to be trained on; False where this piece of a rollout takes no step any more."""
+        self.log_pending()
+        self._step_is_empty = batch.totals is not None and batch.totals["tokens"] == 0
+        return not self._is_stopped
+
+    def zero_loss(self) -> Tensor:
+        """Nothing to learn, but every parameter takes part, for DDP's sake."""
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0  # type: ignore[return-value]
+
+    def _mean(self, per_token: Tensor, batch: Rollouts) -> Tensor:
+        """This micro-batch's share of the step's mean."""
+        denominator = batch.total("tokens" if self.reduction == "token_mean" else "sequences")
+        return reduce_tokens(
+            per_token, batch.mask, self.reduction, denominator, max_length=self.generation.max_new_tokens
+        )
+
+    def _ptx(self, batch: Rollouts) -> Tensor:
+        assert self.policy is not None
+        assert batch.extra is not None
+        nll = token_nll(self.policy(batch.extra).logprobs)
+        self.step_means.add({"ptx/loss": nll}, batch.extra.mask)
+        return reduce_tokens(nll, batch.extra.mask, "token_mean", batch.total("extra_tokens"))
+
+    # ---- steps that are not taken ----------------------------------------------------------------------------------
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._loader is not None and self._stopped_rollout == self._loader.rollouts
+
+    def _count_step_kl(self, scores: TokenScores, batch: Rollouts) -> None:
+        if self.target_kl is not None:
+            kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
+            self._step_kl[0] += float(torch.where(batch.mask, kl, 0.0).sum())
+            self._step_kl[1] += float(batch.mask.sum())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Skips the steps that are left of a rollout that the policy has moved too far from, and those in which nothing
+        counts: an optimiser with momentum would move on a gradient of 0."""
+        if self._is_stopped or self._step_is_empty:
+            closure = kwargs.get("optimizer_closure") or args[3]
+            closure()
+            return
+        super().optimizer_step(*args, **kwargs)
+        if self.target_kl is not None:
+            total, count = self.add_over_ranks(torch.tensor(self._step_kl, dtype=torch.float64)).tolist()
+            self._step_kl = [0.0, 0.0]
+            if total > self.target_kl * count:
+                self._stopped_rollout = self._loader.rollouts
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["policy_gradient"] = {
+            "shaper": self.shaper.state_dict(),
+            "stopped_rollout": self._stopped_rollout,
+            "pending_metrics": dict(self._pending_metrics),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state: Mapping[str, Any] = checkpoint.get("policy_gradient", {})
+        if state:
+            self.shaper.load_state_dict(state["shaper"])
+            self._stopped_rollout = state["stopped_rollout"]
+            self._pending_metrics = dict(state["pending_metrics"])
