@@ -134,7 +134,7 @@ def logged(cls: type, folder: Path, model: Path) -> set[str]:
     if cls is PPOModule:
         init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
         init_args |= {
-            "generation": {"max_new_tokens": 3},
+            "generation": {"max_new_tokens": 3, "top_k": 5, "keep_logprobs": True},
             "updates": {"inner_epochs": 1},
             "ptx_coef": 0.5,
             "entropy_coef": 0.1,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 Same = TypeVar("Same", bound="Batch")  # not typing.Self: the checker of shapes under the tests cannot read it
@@ -200,9 +200,17 @@ class Generated(Batch):
     positions: Int[Tensor, "batch time"]
     finished: Bool[Tensor, " batch"]
     """True where the answer ended by itself: with an end token or a stop string."""
+    kept: UInt8[Tensor, "batch time bytes"] | None = None
+    """Which of the vocabulary each token was drawn from, one bit each (see `core.kept`); None = from all of it."""
+    sampler_logprobs: Float[Tensor, "batch time"] | None = None
+    """What the engine itself gave each token (nats), where it says so; 0 where `mask` is False."""
 
     def counts(self) -> dict[str, float]:
         return {"tokens": float(self.mask.sum()), "sequences": float(self.tokens.shape[0])}
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Generated":
+        """The answers at `rows`."""
+        return _select(self, rows)
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,10 @@ class Rollouts(Batch):
     """What the critic should have said."""
     groups: Int[Tensor, " batch"]
     """Which prompt of the rollout each sequence answers: 0, 0, 1, 1, ..."""
+    weights: Float[Tensor, "batch time"] | None = None
+    """Factor on the policy's loss of each token; None = 1."""
+    kept: UInt8[Tensor, "batch time bytes"] | None = None
+    """Which of the vocabulary each token was drawn from, one bit each (see `core.kept`); None = from all of it."""
     extra: TokenBatch | None = None
     """A batch of another source to be trained on in the same step (PPO-ptx)."""
 
@@ -245,7 +257,42 @@ class Rollouts(Batch):
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Rollouts":
         """The sequences at `rows`, as a minibatch."""
-        picked = {
-            f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **picked)
+        return _select(self, rows)
+
+
+RowsT = TypeVar("RowsT", Generated, Rollouts)
+
+
+def _select(batch: RowsT, rows: Int[Tensor, " rows"]) -> RowsT:
+    picked: dict[str, Any] = {
+        f.name: getattr(batch, f.name)[rows] for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)
+    }
+    return replace(batch, **picked)
+
+
+def concatenate_rows(parts: Sequence[RowsT], *, pad_id: int) -> RowsT:
+    """The sequences of all parts as one batch, padded on the right to the widest.
+
+    Raises:
+        ValueError: one part has an optional tensor that another lacks.
+    """
+    width = max(part.tokens.shape[1] for part in parts)
+    joined: dict[str, Any] = {}
+    for f in fields(parts[0]):
+        tensors = [getattr(part, f.name) for part in parts]
+        given = {isinstance(tensor, Tensor) for tensor in tensors}
+        if len(given) == 2:
+            raise ValueError(f"{f.name} is given in some of the parts and missing in others")
+        if given == {False}:
+            continue
+        if tensors[0].dim() > 1:
+            value = pad_id if f.name == "tokens" else 0
+            tensors = [_pad_time(tensor, width, value) for tensor in tensors]
+        joined[f.name] = torch.cat(tensors)
+    return replace(parts[0], **joined)
+
+
+def _pad_time(x: Tensor, width: int, value: int) -> Tensor:
+    """[batch, time, ...] with `value` on the right up to `width`."""
+    missing = x.new_full((x.shape[0], width - x.shape[1], *x.shape[2:]), value)
+    return torch.cat((x, missing), dim=1)

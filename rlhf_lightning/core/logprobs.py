@@ -7,9 +7,11 @@ tokens[t]*, so nothing else ever shifts.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from rlhf_kernels import linear_token_logprobs
 from torch import Tensor
+
+from rlhf_lightning.core.kept import kept_logprobs
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class TokenScores:
     """Entropy of the distribution that tokens[t] was drawn from (nats), if asked for."""
     is_argmax: Bool[Tensor, "batch time"]
     """Whether tokens[t] was the most probable token."""
+    kept_mass: Float[Tensor, "batch time"] | None = None
+    """Probability of the set that tokens[t] was drawn from, before renormalising; None = the whole vocabulary."""
 
 
 def about_tokens(per_position: Float[Tensor, "batch time *rest"]) -> Float[Tensor, "batch time *rest"]:
@@ -51,6 +55,7 @@ def token_scores(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    kept: UInt8[Tensor, "batch time bytes"] | None = None,
 ) -> TokenScores:
     """Log-probability (and entropy) of every token that counts, without storing logits.
 
@@ -59,12 +64,16 @@ def token_scores(
     Args:
         mask: True = wanted. Index 0 has no predictor: it is never scored, whatever the mask says.
         temperature: the one the tokens were sampled at, so that ratios of the two are exact.
+        kept: the part of the vocabulary that each token was drawn from (see `core.kept`): the softmax is over it alone.
+            None: over everything.
     """
     if tokens.shape[1] < 2:  # one token a row: nothing has a predictor, but the graph stays whole
         zero = 0.0 * hidden.sum(-1).float()
         return TokenScores(zero, zero if with_entropy else None, torch.zeros_like(mask))
     scored = mask.clone()
     scored[:, 0] = False
+    if kept is not None:
+        return _kept_scores(hidden, tokens, scored, head, kept, temperature, with_entropy)
     result = linear_token_logprobs(
         hidden[:, :-1],
         head.weight,
@@ -81,4 +90,33 @@ def token_scores(
         logprobs=torch.cat((first, result.logprobs), dim=1),
         entropy=None if result.entropy is None else torch.cat((first, result.entropy), dim=1),
         is_argmax=torch.cat((first.bool(), result.is_argmax), dim=1) & scored,
+    )
+
+
+def _kept_scores(
+    hidden: Tensor,
+    tokens: Tensor,
+    scored: Tensor,
+    head: LMHead,
+    kept: Tensor,
+    temperature: float,
+    with_entropy: bool,
+) -> TokenScores:
+    predictors = scored.roll(-1, dims=1)  # index 0 is never scored, so nothing wraps around
+    logprobs, entropy, mass, is_argmax = kept_logprobs(
+        hidden[predictors],
+        head.weight,
+        tokens[scored],
+        kept[scored],
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
+    blank = torch.zeros(tokens.shape, dtype=torch.float32, device=hidden.device)
+    return TokenScores(
+        logprobs=blank.masked_scatter(scored, logprobs),
+        entropy=blank.masked_scatter(scored, entropy) if with_entropy else None,
+        is_argmax=torch.zeros_like(scored).masked_scatter(scored, is_argmax),
+        kept_mass=blank.masked_scatter(scored, mass),
     )

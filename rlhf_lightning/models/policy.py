@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from rlhf_lightning.models.body import body_states, check_packing, evaluating
 
 
 class HasTokens(Protocol):
-    """What a policy reads of a batch; `segments` too where it has them."""
+    """What a policy reads of a batch; `segments` and `kept` too where it has them."""
 
     tokens: Any
     attention_mask: Any
@@ -95,9 +95,12 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
+        kept: UInt8[Tensor, "batch time bytes"] | None = None,
     ) -> TokenScores:
         """Log-probability of every token that counts, from hidden states: see `core.logprobs.token_scores`."""
-        return token_scores(hidden, tokens, mask, self.head(), temperature=temperature, with_entropy=with_entropy)
+        return token_scores(
+            hidden, tokens, mask, self.head(), temperature=temperature, with_entropy=with_entropy, kept=kept
+        )
 
     def forward(self, batch: HasTokens, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenScores:
         """Log-probability (and entropy) of every token of `batch` where `batch.mask`.
@@ -109,7 +112,14 @@ class Policy(nn.Module):
         hidden = self.hidden_states(
             batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
         )
-        return self.scores(hidden, batch.tokens, batch.mask, temperature=temperature, with_entropy=with_entropy)
+        return self.scores(
+            hidden,
+            batch.tokens,
+            batch.mask,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            kept=getattr(batch, "kept", None),
+        )
 
     def generate(self, **kwargs: Any) -> Any:
         """transformers' `generate`."""

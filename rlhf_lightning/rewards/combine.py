@@ -64,11 +64,19 @@ class ScoredSamples:
     """False for a sample that was dropped and must carry no loss [batch]; its scores are 0. None: all count."""
     samples: Sequence[Sample] = ()
     """What was scored."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each function, by name; 1 where none is given."""
 
     @property
     def counts(self) -> Tensor:
         """`valid`, spelt out [batch]."""
         return torch.ones_like(self.total, dtype=torch.bool) if self.valid is None else self.valid
+
+    @property
+    def weighted(self) -> dict[str, Tensor]:
+        """Scores of each function after weighting, by name [batch]; functions of weight 0 are only logged."""
+        weights = {name: self.weights.get(name, 1.0) for name in self.breakdown}
+        return {name: weights[name] * scores for name, scores in self.breakdown.items() if weights[name]}
 
     def plus(self, scores: Tensor) -> "ScoredSamples":
         """With one more number per sample [batch], given at the end; dropped samples stay at 0."""
@@ -120,6 +128,7 @@ def score_samples(rewards: Sequence[WeightedReward], samples: Sequence[Sample]) 
         parts=parts,
         valid=None if valid.all() else valid,
         samples=samples,
+        weights={weighted.label: weighted.weight for weighted in rewards},
     )
 
 

@@ -1,12 +1,18 @@
 """Answers from transformers' own `generate`: left-padded batches, a KV cache, rows that stop when they are done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     StoppingCriteria,
@@ -14,9 +20,10 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from rlhf_lightning.core.batches import Generated, PromptBatch
+from rlhf_lightning.core.batches import Generated, PromptBatch, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
+from rlhf_lightning.core.kept import pack_kept
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class GenerationSpec:
         stop_strings: an answer also ends, finished, when its text holds one of these; the string stays in the answer.
         rows_at_once: sequences generated in one batch; None: all of them.
         cache: KV cache: grows with the answer, or allocated once (faster where lengths are alike).
+        keep_logprobs: remember what the engine itself gave each token, to compare with the policy's own numbers.
     """
 
     max_new_tokens: int = 64
@@ -46,6 +54,12 @@ class GenerationSpec:
     stop_strings: list[str] = field(default_factory=list)
     rows_at_once: int | None = None
     cache: Literal["dynamic", "static"] = "dynamic"
+    keep_logprobs: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens could not be drawn, however probable the policy found them."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.min_new_tokens > 0)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -88,10 +102,68 @@ class _FinishedLengths(StoppingCriteria):
         return done
 
 
+class _SamplingRecord(LogitsProcessor):
+    """Remembers, of every step, which tokens could be drawn and what the drawn one's log-probability was.
+
+    Stands behind the rules that forbid tokens (a minimum length) and in front of temperature and truncation, whose
+    own classes it calls: what it records is what transformers samples from.
+
+    Args:
+        spec: how to sample.
+        keep_sets: remember the sets.
+    """
+
+    def __init__(self, spec: GenerationSpec, *, keep_sets: bool) -> None:
+        # in the order in which transformers applies them
+        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(spec.temperature)]
+        if spec.top_k > 0:
+            warpers.append(TopKLogitsWarper(spec.top_k))
+        if spec.top_p < 1:
+            warpers.append(TopPLogitsWarper(spec.top_p))
+        if spec.min_p > 0:
+            warpers.append(MinPLogitsWarper(spec.min_p))
+        self.warpers = LogitsProcessorList(warpers)
+        self.keep_sets = keep_sets
+        self.keep_logprobs = spec.keep_logprobs
+        self.sets: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+        self._distribution: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._note_drawn(input_ids)
+        warped = self.warpers(input_ids, scores.float())
+        if self.keep_sets:
+            self.sets.append(pack_kept(warped > -torch.inf))
+        if self.keep_logprobs:
+            self._distribution = warped.log_softmax(-1)
+        return scores
+
+    def _note_drawn(self, tokens: Tensor) -> None:
+        """The last of `tokens` is what was drawn from the distribution of the step before."""
+        if self._distribution is not None:
+            self.logprobs.append(self._distribution.gather(-1, tokens[:, -1:])[:, 0])
+            self._distribution = None
+
+    def finish(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Sets [rows, time, bytes] and log-probabilities [rows, time] about `tokens`; zeros over the prompt."""
+        self._note_drawn(tokens)
+        return _about(tokens, self.sets), _about(tokens, self.logprobs)
+
+
+def _about(tokens: Tensor, steps: list[Tensor]) -> Tensor | None:
+    """What was noted of each sampled token, behind zeros for the prompt: [rows, time, ...]."""
+    if not steps:
+        return None
+    noted = torch.stack(steps, dim=1)
+    prompt = noted.new_zeros((len(noted), tokens.shape[1] - noted.shape[1], *noted.shape[2:]))
+    return torch.cat((prompt, noted), dim=1)
+
+
 class HFGenerate(RolloutEngine):
     """`transformers` generate behind the `RolloutEngine` interface; the same seed gives the same answers.
 
-    Logits are not kept: log-probabilities are recomputed by the policy, so that training and sampling agree exactly.
+    Logits are not kept: log-probabilities are recomputed by the policy, so that training and sampling agree exactly. Of
+    a sampler that truncates, the sets that tokens were drawn from are: a bit per entry of the vocabulary and token.
 
     Args:
         spec: how to sample.
@@ -120,11 +192,14 @@ class HFGenerate(RolloutEngine):
                 ]
         finally:
             policy.train(was_training)
-        width = max(part[0].shape[1] for part in parts)
         pad = self.tokenizer.pad_token_id
-        answers = torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=pad) for t, _ in parts])
-        lengths = torch.cat([length for _, length in parts])
-        return assemble(answers, attention_mask, lengths, pad_id=pad)
+        assembled = [
+            replace(
+                assemble(drawn, mask, lengths, pad_id=pad), kept=kept, sampler_logprobs=_where_real(logprobs, lengths)
+            )
+            for (drawn, lengths, kept, logprobs), mask in zip(parts, attention_mask.split(rows), strict=True)
+        ]
+        return concatenate_rows(assembled, pad_id=pad)
 
     def _check_context(self, policy: Any, prompts: PromptBatch) -> None:
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
@@ -138,13 +213,19 @@ class HFGenerate(RolloutEngine):
                 f"max_new_tokens, or cut prompts with data.max_prompt_length={max(context - room, 1)}"
             )
 
-    def _generate_rows(self, policy: Any, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompt and answer ids [rows, time], and the width at which each row finished, -1 where it was cut off."""
+    def _generate_rows(
+        self, policy: Any, tokens: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Prompt and answer ids [rows, time], and the width at which each row finished, -1 where it was cut off; then
+        the sets that tokens were drawn from and the sampler's log-probabilities, where they are kept."""
         eos = _end_ids(policy, self.tokenizer)
         criteria: list[StoppingCriteria] = [EosTokenCriteria(eos_token_id=eos)]
         if self.spec.stop_strings:
             criteria.append(_stop_strings(self.tokenizer, self.spec.stop_strings))
         recorder = _FinishedLengths(criteria)
+        record = None
+        if self.spec.truncates or (self.spec.keep_logprobs and self.spec.temperature > 0):
+            record = _SamplingRecord(self.spec, keep_sets=self.spec.truncates)
         config = self._config(eos)
         # transformers fills whatever `config` leaves open from the model's own generation config (top_k 50, a
         # repetition penalty): swap it out, or the sampling distribution is not the one that is trained
@@ -155,11 +236,13 @@ class HFGenerate(RolloutEngine):
                 attention_mask=attention_mask.long(),
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([recorder]),
+                logits_processor=LogitsProcessorList([] if record is None else [record]),
             )
         finally:
             policy.model.generation_config = own
         assert recorder.lengths is not None
-        return output, recorder.lengths
+        kept, logprobs = (None, None) if record is None else record.finish(output)
+        return output, recorder.lengths, kept, logprobs
 
     def _config(self, eos: list[int]) -> GenerationConfig:
         spec = self.spec
@@ -184,6 +267,15 @@ class HFGenerate(RolloutEngine):
             cache_implementation="static" if spec.cache == "static" else None,
             **sampling,
         )
+
+
+def _where_real(logprobs: Tensor | None, lengths: Tensor) -> Tensor | None:
+    """0 behind the end of finished answers, where padding was drawn."""
+    if logprobs is None:
+        return None
+    width = torch.where(lengths >= 0, lengths, logprobs.shape[1])
+    columns = torch.arange(logprobs.shape[1], device=logprobs.device)
+    return torch.where(columns < width[:, None], logprobs, 0.0)
 
 
 def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: int) -> Generated:

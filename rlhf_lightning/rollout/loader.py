@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +10,14 @@ from torch import Tensor
 from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch, step_totals
 from rlhf_lightning.core.seeding import counter_seed
 
+BatchT = TypeVar("BatchT")
+
 
 class Collector(Protocol):
     """What the loader asks of the module that owns the policy."""
 
-    def collect(self, prompts: PromptBatch) -> Rollouts: ...
+    def collect(self, draw: Callable[[], PromptBatch]) -> Rollouts:
+        """Rollouts to train on; `draw` gives the next batch of prompts, once or several times."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,14 @@ class RolloutLoader:
     """Sized, stateful iterable: prompts -> `collect` -> inner epochs x minibatches x micro-batches.
 
     Sized, because Lightning fetches an unsized iterable one batch ahead of the step and would train on stale
-    rollouts. Every micro-batch carries the totals of its optimiser step over micro-batches and ranks, so that losses
-    are averaged exactly. State is a plain dict of tensors and numbers, kept by the module that owns the loader.
+    rollouts. A collector may draw more than one batch of prompts for its rollouts (dynamic sampling): an epoch is as
+    many rollouts as there are batches of prompts, and whoever draws more goes round the data more often.
+
+    Every micro-batch carries the totals of its optimiser step over micro-batches and ranks, so that losses are
+    averaged exactly. State is a plain dict of tensors and numbers, kept by the module that owns the loader.
 
     Args:
-        prompts: yields `PromptBatch`es; sized. One pass over it is one epoch.
+        prompts: yields `PromptBatch`es; sized.
         collector: turns a prompt batch into rollouts, at the moment they are needed.
         updates: inner epochs and minibatches.
         accumulate: micro-batches per optimiser step (the Trainer's accumulate_grad_batches).
@@ -52,7 +58,6 @@ class RolloutLoader:
         add_over_ranks: adds a vector over all ranks.
         extra: yields the batches of a second source, one per micro-batch, or None.
         rank: of this process.
-        epoch: number of the epoch that begins.
         limit: batches that the trainer will take per epoch (limit_train_batches).
     """
 
@@ -67,7 +72,6 @@ class RolloutLoader:
         add_over_ranks: Callable[[Tensor], Tensor] = lambda vector: vector,
         extra: Iterable[TokenBatch] | None = None,
         rank: int = 0,
-        epoch: Callable[[], int] = lambda: 0,
         limit: Callable[[], float] = lambda: float("inf"),
     ) -> None:
         self.prompts = prompts
@@ -77,16 +81,18 @@ class RolloutLoader:
         self.seed = seed
         self.rank = rank
         self._add_over_ranks = add_over_ranks
-        self._epoch = epoch
         self._limit = limit
+        self._stream = _Endless(prompts)
         self._extra = None if extra is None else _Endless(extra)
         self._buffer: Rollouts | None = None
         self._given = 0
         """Micro-batches of the buffer that were yielded."""
-        self._prompts_done = 0
-        """Prompt batches of this epoch that are used up."""
+        self._rollouts_done = 0
+        """Rollouts of this epoch that are used up."""
         self.rollouts = 0
-        """Prompt batches collected since the run began; names their seeds."""
+        """Rollouts collected since the run began."""
+        self.drawn = 0
+        """Batches of prompts drawn since the run began; names the seeds of their answers."""
         self._resumed = False
 
     @property
@@ -103,30 +109,33 @@ class RolloutLoader:
     def _run(self) -> Iterator[Rollouts]:
         # Lightning stops after len() batches without exhausting us: counters are reset here, not at the end
         if not self._resumed or self._finished_epoch():
-            self._buffer, self._given, self._prompts_done = None, 0, 0
+            self._buffer, self._given, self._rollouts_done = None, 0, 0
         self._resumed = False
-        start_epoch(self.prompts, self._epoch())
-        for index, prompts in enumerate(self.prompts):
-            if index < self._prompts_done:
-                continue
+        for index in range(self._rollouts_done, len(self.prompts)):  # type: ignore[arg-type]
             if index * self.batches_per_rollout >= self._limit():
                 return
             if self._buffer is None:
-                self._buffer = self.collector.collect(prompts)
+                self._buffer = self.collector.collect(self._draw)
                 self.rollouts += 1
                 self._given = 0
             yield from self._steps(self._buffer)
             self._buffer = None
-            self._prompts_done = index + 1
+            self._rollouts_done = index + 1
+
+    def _draw(self) -> PromptBatch:
+        """The next batch of prompts, data without end."""
+        batch = self._stream.at(self.drawn)
+        self.drawn += 1
+        return batch
 
     def _finished_epoch(self) -> bool:
         """The state was saved after the last batch of an epoch."""
-        given = self._prompts_done * self.batches_per_rollout + (0 if self._buffer is None else self._given)
+        given = self._rollouts_done * self.batches_per_rollout + (0 if self._buffer is None else self._given)
         return given >= min(len(self), self._limit())
 
     def _steps(self, buffer: Rollouts) -> Iterator[Rollouts]:
         # what the trainer will not take must not be in the totals of the step that it cuts short
-        left = self._limit() - self._prompts_done * self.batches_per_rollout
+        left = self._limit() - self._rollouts_done * self.batches_per_rollout
         pieces = self._pieces(buffer.tokens.shape[0])[: int(min(left, self.batches_per_rollout))]
         for first in range(0, len(pieces), self.accumulate):
             if first + self.accumulate <= self._given:
@@ -169,7 +178,8 @@ class RolloutLoader:
         """Everything needed to go on exactly here: counters, and the rollouts being trained on."""
         return {
             "rollouts": self.rollouts,
-            "prompts_done": self._prompts_done,
+            "drawn": self.drawn,
+            "rollouts_done": self._rollouts_done,
             "given": self._given,
             "buffer": None if self._buffer is None else buffer_to_dict(self._buffer),
         }
@@ -177,7 +187,8 @@ class RolloutLoader:
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Go on where `progress` was taken."""
         self.rollouts = progress["rollouts"]
-        self._prompts_done = progress["prompts_done"]
+        self._rollouts_done = progress["rollouts_done"]
+        self.drawn = progress["drawn"]
         self._given = progress["given"]
         self._buffer = None if progress["buffer"] is None else Rollouts(**progress["buffer"])
         self._resumed = True
@@ -204,15 +215,15 @@ def _pick(buffer: Rollouts, rows: Tensor) -> Rollouts:
     return replace(first, mask=torch.zeros_like(first.mask))
 
 
-class _Endless:
+class _Endless(Generic[BatchT]):
     """The n-th batch of a source that starts over when it ends; asked for in rising order."""
 
-    def __init__(self, loader: Iterable[TokenBatch]) -> None:
+    def __init__(self, loader: Iterable[BatchT]) -> None:
         self.loader = loader
-        self._iterator: Iterator[TokenBatch] | None = None
+        self._iterator: Iterator[BatchT] | None = None
         self._next = 0
 
-    def at(self, index: int) -> TokenBatch:
+    def at(self, index: int) -> BatchT:
         size = len(self.loader)  # type: ignore[arg-type]
         if self._iterator is None:
             self._next = index - index % size

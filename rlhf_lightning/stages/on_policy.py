@@ -4,9 +4,10 @@ Knows no algorithm. A stage gives it `shape_rewards`, `advantages` and a `traini
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Sample
+from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Sample
 from rlhf_lightning.core.kl import kl_estimate
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.seeding import counter_seed
@@ -33,6 +34,19 @@ from rlhf_lightning.stages.reward_shaping import Shaped
 from rlhf_lightning.stages.schedule import Schedule
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Prompts with their answers and what the reward functions say about them."""
+
+    prompts: PromptBatch
+    answers: Generated
+    scored: ScoredSamples
+    groups: Tensor
+    """Which prompt each answer is to [batch]: answers with one number are compared with each other."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """How they were come by."""
+
+
 class OnPolicyModule(RLHFModule):
     """Samples, scores and trains on its own answers.
 
@@ -48,6 +62,8 @@ class OnPolicyModule(RLHFModule):
         updates: how often and in what pieces rollouts are trained on.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
+        use_reference: whether a reference is built at all; without one no KL is measured.
+        renormalise_truncated: of a sampler that truncates, take log-probabilities over what it kept.
     """
 
     batch_format = "prompts"
@@ -64,6 +80,9 @@ class OnPolicyModule(RLHFModule):
         schedule: Schedule,
         lr_scheduler: LRSchedulerCallable | None,
         seed: int | None,
+        *,
+        use_reference: bool = True,
+        renormalise_truncated: bool = True,
     ) -> None:
         super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
         if not rewards:
@@ -72,7 +91,11 @@ class OnPolicyModule(RLHFModule):
             raise UserError("generation.temperature=0 samples nothing to learn from: use a positive temperature")
         if rows_at_once is not None and rows_at_once < 1:
             raise UserError(f"rows_at_once={rows_at_once}: give at least 1, or leave it out for all rows at once")
+        if not use_reference and reference is not None:
+            raise UserError(f"reference={reference.path or reference.config!r} with use_reference=false: drop one")
         self.rewards = rewards
+        self.use_reference = use_reference
+        self.renormalise_truncated = renormalise_truncated
         self.reference_spec = reference
         self.generation = generation
         self.updates = updates
@@ -89,12 +112,13 @@ class OnPolicyModule(RLHFModule):
     def configure_model(self) -> None:
         if self.policy is None:
             self.policy = load_policy(self.model_spec)
-            self._frozen["reference"] = make_reference(self.policy, self.reference_spec)
+            if self.use_reference:
+                self._frozen["reference"] = make_reference(self.policy, self.reference_spec)
             self.engine = HFGenerate(self.generation, self.tokenizer)
 
     @property
-    def reference(self) -> Reference:
-        return self._frozen["reference"]
+    def reference(self) -> Reference | None:
+        return self._frozen.get("reference")
 
     def on_fit_start(self) -> None:
         self._move_frozen()
@@ -106,7 +130,8 @@ class OnPolicyModule(RLHFModule):
         self._move_frozen()
 
     def _move_frozen(self) -> None:
-        self.reference.to(self.device)
+        if self.reference is not None:
+            self.reference.to(self.device)
         for weighted in self.rewards:
             move = getattr(weighted.reward, "to", None)
             if callable(move):
@@ -123,7 +148,6 @@ class OnPolicyModule(RLHFModule):
             add_over_ranks=self.add_over_ranks,
             extra=self.extra_loader(),
             rank=self.trainer.global_rank,
-            epoch=lambda: self.trainer.current_epoch,
             limit=lambda: self.trainer.num_training_batches,
         )
         return self._loader
@@ -135,45 +159,61 @@ class OnPolicyModule(RLHFModule):
     # ---- collecting ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, prompts: PromptBatch) -> Rollouts:
-        """Answers to `prompts`, scored, measured and credited."""
+    def collect(self, draw: Callable[[], PromptBatch]) -> Rollouts:
+        """Answers to the prompts that `draw` gives, scored, measured and credited."""
         tell(self, "on_rollout_start")
         phase = Phases(self)
         with self.trainer.precision_plugin.forward_context(), self._evaluating():
-            prompts = prompts.to(self.device)
-            with phase("generate"):
-                answers = self.generate(prompts, self._rollout_seed("rollout", self._loader.rollouts))
-            with phase("score"):
-                scored = self.score(prompts, answers)
-            tell(self, "on_rollout_scored", scored)
-            answers = without_dropped(answers, scored)
+            answered = self.answer(draw, phase)
+            answers, scored = answered.answers, answered.scored
             with phase("measure"):
-                old, entropy = self._measure_policy(answers)
+                old, entropy, per_token = self._measure_policy(answers)
                 ref = self._measure_reference(answers)
-                values = self.values_of(answers)
-        scores = scored.total.to(self.device)
+                values = self.values_of(answered)
         shaped = self.shape_rewards(answers, scored, old, ref)
-        groups = torch.arange(prompts.tokens.shape[0], device=self.device)
-        groups = groups.repeat_interleave(self.generation.num_samples)
-        advantages, returns = self.advantages(shaped.rewards, values, answers.mask, groups)
+        advantages, returns = self.advantages(shaped.rewards, values, answers.mask, answered.groups, scored.weighted)
         rollouts = Rollouts(
             tokens=answers.tokens,
             attention_mask=answers.attention_mask,
             mask=answers.mask,
             positions=answers.positions,
             finished=answers.finished,
-            scores=scores,
+            scores=scored.total.to(self.device),
             old_logprobs=old,
             ref_logprobs=ref,
             rewards=shaped.rewards,
             advantages=advantages,
             values=values,
             returns=returns,
-            groups=groups,
+            groups=answered.groups,
+            kept=answers.kept,
         )
-        self._pending_metrics = self.rollout_metrics(rollouts, scored, shaped, entropy) | phase.times()
+        metrics = self.rollout_metrics(rollouts, scored, shaped, entropy, per_token) | dict(answered.metrics)
+        rollouts, more = self.choose(rollouts, answered, entropy)
+        self._pending_metrics = metrics | more | phase.times()
         tell(self, "on_rollout_end", rollouts)
         return rollouts
+
+    def answer(self, draw: Callable[[], PromptBatch], phase: Phases) -> Answered:
+        """One batch of prompts, answered and scored."""
+        prompts = draw().to(self.device)
+        with phase("generate"):
+            answers = self.generate(prompts, self._rollout_seed("rollout", self._loader.drawn - 1))
+            if not self.renormalise_truncated:
+                answers = replace(answers, kept=None)
+        with phase("score"):
+            scored = self.score(prompts, answers)
+        tell(self, "on_rollout_scored", scored)
+        groups = torch.arange(prompts.tokens.shape[0], device=self.device)
+        groups = groups.repeat_interleave(self.generation.num_samples)
+        # a dropped answer is compared with nothing, and nothing with it
+        rows = torch.arange(len(groups), device=self.device)
+        groups = torch.where(scored.counts.to(self.device), groups, len(groups) + rows)
+        return Answered(prompts, without_dropped(answers, scored), scored, groups)
+
+    def choose(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
+        """What of the rollouts is trained on, and with what weight; metrics of the choice. Here: everything."""
+        return rollouts, {}
 
     def generate(self, prompts: PromptBatch, seed: int) -> Generated:
         """Answers to prompts; the same seed and weights give the same answers."""
@@ -187,24 +227,41 @@ class OnPolicyModule(RLHFModule):
         """Scores of answers by the reward functions, weighted and added, with their breakdown."""
         return score_samples(self.rewards, self.samples(prompts, answers))
 
-    def values_of(self, answers: Generated) -> Tensor:
-        """A critic's estimate before each token; 0 without a critic."""
-        return torch.zeros(answers.tokens.shape, device=answers.tokens.device)
+    def values_of(self, answered: Answered) -> Tensor:
+        """What the credit compares with, [batch, time]: a critic's estimate before each token; 0 without a critic."""
+        return torch.zeros(answered.answers.tokens.shape, device=self.device)
 
     @abstractmethod
     def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
         """Rewards per token from scores and log-probabilities [batch, time]."""
 
     @abstractmethod
-    def advantages(self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, both [batch, time]."""
+    def advantages(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        breakdown: Mapping[str, Tensor] = NO_BREAKDOWN,
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, both [batch, time]; `breakdown` holds the weighted scores of each reward function."""
 
-    def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor]:
+    def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Log-probabilities, entropy, and what there is to say about the sampler, by the names of the metrics."""
         assert self.policy is not None
         parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
-        return torch.cat([p.logprobs for p in parts]).float(), torch.cat([p.entropy for p in parts]).float()
+        logprobs = torch.cat([part.logprobs for part in parts]).float()
+        sampler = {}
+        if answers.kept is not None:
+            sampler["rollout/kept_mass"] = torch.cat([part.kept_mass for part in parts])
+        if answers.sampler_logprobs is not None:
+            sampler["rollout/logprob_gap"] = (logprobs - answers.sampler_logprobs).abs()
+        return logprobs, torch.cat([part.entropy for part in parts]).float(), sampler
 
     def _measure_reference(self, answers: Generated) -> Tensor:
+        """Log-probabilities under the reference; 0 without one."""
+        if self.reference is None:
+            return torch.zeros(answers.tokens.shape, device=self.device)
         temperature = self.generation.temperature
         parts = [self.reference(part, temperature=temperature).logprobs for part in self._parts(answers)]
         return torch.cat(parts).float()
@@ -215,10 +272,9 @@ class OnPolicyModule(RLHFModule):
         return self.policy(batch, temperature=self.generation.temperature, with_entropy=with_entropy)
 
     def _parts(self, answers: Generated) -> Iterator[Generated]:
-        rows = self.rows_at_once or answers.tokens.shape[0]
-        names = ("tokens", "attention_mask", "mask", "positions", "finished")
-        for first in range(0, answers.tokens.shape[0], rows):
-            yield Generated(**{name: getattr(answers, name)[first : first + rows] for name in names})
+        rows = torch.arange(answers.tokens.shape[0], device=answers.tokens.device)
+        for some in rows.split(self.rows_at_once or len(rows)):
+            yield answers.select(some)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -235,22 +291,33 @@ class OnPolicyModule(RLHFModule):
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
     def rollout_metrics(
-        self, rollouts: Rollouts, scored: ScoredSamples, shaped: Shaped, entropy: Tensor
+        self,
+        rollouts: Rollouts,
+        scored: ScoredSamples,
+        shaped: Shaped,
+        entropy: Tensor,
+        per_token: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, float]:
-        """What a rollout looked like, over the sequences and tokens of all ranks; padding counts nowhere."""
+        """What a rollout looked like, over the sequences and tokens of all ranks; padding counts nowhere.
+
+        Args:
+            per_token: further numbers [batch, time], by the names of their metrics.
+        """
         mask, valid = rollouts.mask, scored.counts.to(rollouts.mask.device)
         lengths = mask.sum(-1)
-        kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
         per_sequence = {
             "rollout/score": rollouts.scores,
             "rollout/score_square": rollouts.scores.square(),
             "rollout/reward": rollouts.rewards.sum(-1),
-            "rollout/kl": kl.sum(-1),
             "rollout/length": lengths,
             "rollout/finished_frac": rollouts.finished,
             **{f"reward/{name}": values for name, values in (scored.breakdown | scored.parts).items()},
         }
-        per_token = {"rollout/kl_per_token": kl, "rollout/entropy": torch.where(mask, entropy, 0.0)}
+        per_token = {name: torch.where(mask, x, 0.0) for name, x in {"rollout/entropy": entropy, **per_token}.items()}
+        if self.use_reference:
+            kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
+            per_sequence["rollout/kl"] = kl.sum(-1)
+            per_token["rollout/kl_per_token"] = kl
         sums = [float(torch.where(valid, v.to(valid.device), 0).sum()) for v in per_sequence.values()]
         sums += [float(v.sum()) for v in per_token.values()]
         vector = torch.tensor([*sums, len(valid), int(valid.sum()), int(lengths.sum())], dtype=torch.float64)
@@ -285,16 +352,16 @@ class OnPolicyModule(RLHFModule):
         scored = self.score(prompts, answers)
         answers = without_dropped(answers, scored)
         valid = scored.counts.to(answers.mask.device)
-        old, _ = self._measure_policy(answers)
-        kl = old - self._measure_reference(answers)
         sums = {
             "score": scored.total.sum(),
-            "kl": kl.sum(),
             "length": answers.mask.sum(),
             "finished_frac": (answers.finished & valid).sum(),
             **{f"reward_{name}": values.sum() for name, values in (scored.breakdown | scored.parts).items()},
             "count": valid.sum(),
         }
+        if self.reference is not None:
+            old, *_ = self._measure_policy(answers)
+            sums["kl"] = (old - self._measure_reference(answers)).sum()
         for name, value in sums.items():
             self._validation_sums[name] = self._validation_sums.get(name, 0.0) + float(value)
 

@@ -1,4 +1,4 @@
-"""What PPO, GRPO and their relatives share: rewards to credit to a clipped policy loss, its penalties and its brakes."""
+"""What PPO, GRPO and their relatives share: from rewards to credit to a loss per token, its penalties and brakes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput
+from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, PolicyLoss, PolicyLossOutput
 from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, masked_moments, masked_whiten, reduce_tokens
@@ -115,7 +115,12 @@ class PolicyGradientModule(OnPolicyModule):
         return self.shaper(answers, scored, old, ref)
 
     def advantages(
-        self, rewards: Tensor, values: Tensor, mask: Tensor, groups: Tensor, breakdown: Mapping[str, Tensor]
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        breakdown: Mapping[str, Tensor] = NO_BREAKDOWN,
     ) -> tuple[Tensor, Tensor]:
         advantages, returns = self.credit(
             rewards, values, mask, groups, breakdown=breakdown, add_over_ranks=self.add_over_ranks

@@ -1,7 +1,8 @@
 """Proximal policy optimisation with a critic: every implementation detail an option, with the paper that named it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlhf_lightning.advantages.gae import Gae
-from rlhf_lightning.core.batches import Generated, Rollouts
+from rlhf_lightning.core.batches import Rollouts
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, ValueLoss
 from rlhf_lightning.core.masked import Reduction, explained_variance
@@ -22,6 +23,7 @@ from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
+from rlhf_lightning.stages.on_policy import Answered
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
@@ -150,17 +152,23 @@ class PPOModule(PolicyGradientModule):
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 
-    def values_of(self, answers: Generated) -> Tensor:
+    def values_of(self, answered: Answered) -> Tensor:
         assert self.policy is not None
         assert self.critic is not None
+        answers = answered.answers
         values = [critic_values(self.critic, self.policy, part) for part in self._parts(answers)]
         return torch.where(answers.mask, torch.cat(values).float(), 0.0)
 
     def rollout_metrics(
-        self, rollouts: Rollouts, scored: ScoredSamples, shaped: Shaped, entropy: Tensor
+        self,
+        rollouts: Rollouts,
+        scored: ScoredSamples,
+        shaped: Shaped,
+        entropy: Tensor,
+        per_token: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, float]:
         """Those of every rollout, and how much of the returns the critic explained before it was trained on them."""
-        metrics = super().rollout_metrics(rollouts, scored, shaped, entropy)
+        metrics = super().rollout_metrics(rollouts, scored, shaped, entropy, per_token)
         explained = explained_variance(
             rollouts.values, rollouts.returns, rollouts.mask, add_over_ranks=self.add_over_ranks
         )

@@ -16,6 +16,7 @@ from rlhf_lightning.core.batches import (
     TokenBatch,
     UnpairedBatch,
     joined,
+    concatenate_rows,
 )
 
 
@@ -151,3 +152,18 @@ def test_two_batches_of_different_widths_are_joined_without_touching_what_is_rea
     assert both.tokens.tolist() == [[2, 2, 0], [3, 3, 3]]
     assert both.attention_mask.tolist() == [[True, True, False], [True, True, True]]
     assert both.mask.tolist() == both.attention_mask.tolist()
+
+
+def test_rows_of_several_widths_are_joined_behind_padding():
+    def answers(width, kept=None):
+        ids = torch.full((2, width), width)
+        return Generated(ids, ids > 0, ids > 0, ids, torch.tensor([True, False]), kept=kept)
+
+    joined = concatenate_rows([answers(2), answers(3)], pad_id=9)
+    assert joined.tokens.tolist() == [[2, 2, 9], [2, 2, 9], [3, 3, 3], [3, 3, 3]]
+    assert joined.mask.sum(-1).tolist() == [2, 2, 3, 3]
+    assert joined.finished.tolist() == [True, False, True, False]
+    assert joined.kept is None
+    assert joined.select(torch.tensor([2])).tokens.tolist() == [[3, 3, 3]]
+    with pytest.raises(ValueError, match="kept is given in some of the parts and missing in others"):
+        concatenate_rows([answers(2), answers(3, torch.zeros(2, 3, 1, dtype=torch.uint8))], pad_id=9)

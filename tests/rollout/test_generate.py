@@ -1,5 +1,7 @@
 """Masks of generated answers, and sampling that is named by its seed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -144,3 +146,33 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(policy, tokenizer)
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         GenerationSpec(**options)
+
+
+TRUNCATIONS = [
+    {"top_p": 0.6},
+    {"top_k": 3},
+    {"min_p": 0.4},
+    {"top_p": 0.8, "top_k": 6, "min_p": 0.1, "temperature": 1.7},
+    {"min_new_tokens": 3, "temperature": 0.5},
+    {"temperature": 0.6},
+]
+
+
+@pytest.mark.parametrize("spec", TRUNCATIONS, ids=lambda spec: ", ".join(f"{k} {v}" for k, v in spec.items()))
+def test_the_policy_gives_every_token_the_log_probability_that_the_sampler_gave_it(policy, tokenizer, spec):
+    prompts = asked(tokenizer, "the film", "a plot was very", "actors")
+    answers = answer(policy, tokenizer, prompts, num_samples=4, rows_at_once=5, keep_logprobs=True, **spec)
+    scores = policy(answers, temperature=spec.get("temperature", 1.0))
+    torch.testing.assert_close(scores.logprobs, answers.sampler_logprobs, rtol=1e-5, atol=1e-5)
+    # float32 through a cache and without one; a whole-vocabulary ratio would be off by the mass that was cut away
+    if set(spec) - {"temperature"}:
+        whole = policy(replace(answers, kept=None), temperature=spec.get("temperature", 1.0)).logprobs
+        assert (scores.logprobs - whole)[answers.mask].max() > 0.05
+        off = (whole + torch.log(scores.kept_mass).neg() - scores.logprobs)[answers.mask]
+        torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=1e-5)
+    else:
+        assert answers.kept is None
+
+
+def test_greedy_answers_keep_no_sets(policy, tokenizer):
+    assert answer(policy, tokenizer, asked(tokenizer, "the film"), temperature=0.0, top_k=3).kept is None

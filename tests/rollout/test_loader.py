@@ -19,8 +19,8 @@ class Answers:
     def __init__(self) -> None:
         self.collected = 0
 
-    def collect(self, batch: PromptBatch) -> Rollouts:
-        rows = batch.tokens.shape[0]
+    def collect(self, draw) -> Rollouts:
+        rows = draw().tokens.shape[0]
         self.collected += 1
         scores = torch.arange(rows).float() + 100 * self.collected
         mask = torch.arange(rows)[None] <= torch.arange(rows)[:, None]
