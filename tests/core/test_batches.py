@@ -15,8 +15,8 @@ from rlhf_lightning.core.batches import (
     StepBatch,
     TokenBatch,
     UnpairedBatch,
-    joined,
     concatenate_rows,
+    joined,
 )
 
 
