@@ -1,7 +1,11 @@
 """Pure losses, per token or per comparison, and the frozen dataclasses that choose them in YAML."""
 
 from rlhf_lightning.losses.divergence import AlphaDivergence, ChiSquaredKL, ForwardKL, JensenShannon, ReverseKL
-from rlhf_lightning.losses.policy import ClippedSurrogate, clipped_surrogate
+from rlhf_lightning.losses.entropy import top_entropy_mask
+from rlhf_lightning.losses.policy import Cispo, ClippedSurrogate, Gspo, Reinforce, Sapo, clipped_surrogate
+from rlhf_lightning.losses.policy_covariance import ClipCov, KlCov
+from rlhf_lightning.losses.policy_divergence import Dppo
+from rlhf_lightning.losses.policy_sequence import Gmpo, Vespo
 from rlhf_lightning.losses.preference import (
     DPO,
     IPO,
@@ -52,22 +56,31 @@ __all__ = [
     "ChiPO",
     "ChiSquaredKL",
     "ChosenNLL",
+    "Cispo",
+    "ClipCov",
     "ClippedSurrogate",
     "ClippedValue",
     "DiscoPOP",
+    "Dppo",
     "EXOPair",
     "ForwardKL",
+    "Gmpo",
+    "Gspo",
     "Hinge",
     "JensenShannon",
+    "KlCov",
     "LengthNormalisedDPO",
     "ListwiseDPO",
     "NCAPair",
     "PlackettLuce",
     "Regression",
+    "Reinforce",
     "ReverseKL",
     "RobustDPO",
     "SPPOHard",
+    "Sapo",
     "SimPO",
+    "Vespo",
     "WeightedLoss",
     "WeightedLosses",
     "bradley_terry",
@@ -76,4 +89,5 @@ __all__ = [
     "plackett_luce",
     "regression",
     "token_nll",
+    "top_entropy_mask",
 ]
