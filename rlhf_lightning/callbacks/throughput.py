@@ -105,7 +105,7 @@ def num_real_tokens(batch: Any) -> Tensor | None:
             return batch.attention_mask.sum()
         case PairBatch():
             return batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum()
-        case RankedBatch() | RatedBatch() | UnpairedBatch() | StepBatch():
+        case RankedBatch() | RatedBatch() | UnpairedBatch() | StepBatch():  # mismatched rows are not trained on
             return batch.completions.attention_mask.sum()
         case _:
             return None

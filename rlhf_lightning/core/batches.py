@@ -41,25 +41,31 @@ class Batch:
         """This batch's own share of `totals`."""
         raise NotImplementedError(f"{type(self).__name__} has no counts")
 
-    def total(self, name: str) -> float:
+    def total(self, name: str, *, at_least: float = 1.0) -> float:
         """The denominator called `name`: that of the step if known, else this batch's own; at least 1."""
         counts = self.counts() if self.totals is None else self.totals
-        return max(counts[name], 1.0)
+        return max(counts[name], at_least)
 
     def with_totals(self: Same, totals: Mapping[str, float]) -> Same:
         return replace(self, totals=dict(totals))
 
 
-def step_totals(batches: Sequence[Batch], add_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def step_totals(
+    batches: Sequence[Batch],
+    add_over_ranks: Callable[[Tensor], Tensor],
+    measure: Callable[[Sequence[Batch]], Mapping[str, float]] = lambda batches: {},
+) -> dict[str, float]:
     """What an optimiser step holds, over its micro-batches and all ranks: the denominators of its losses.
 
     Args:
         batches: this rank's micro-batches of the step.
         add_over_ranks: adds a vector over all ranks.
+        measure: sums over these micro-batches that they do not know themselves, such as of what a model says of them.
     """
     counts = [batch.counts() for batch in batches]
-    names = sorted(counts[0])
-    summed = torch.tensor([sum(count[name] for count in counts) for name in names], dtype=torch.float64)
+    sums = {name: sum(count[name] for count in counts) for name in counts[0]} | dict(measure(batches))
+    names = sorted(sums)
+    summed = torch.tensor([sums[name] for name in names], dtype=torch.float64)
     return dict(zip(names, add_over_ranks(summed).tolist(), strict=True))
 
 
@@ -77,6 +83,8 @@ class TokenBatch(Batch):
     """Position ids: count from 0 at each record's first real token, whatever the padding side."""
     segments: Int[Tensor, "batch time"] | None = None
     """Packed rows: 1, 2, ... per record, 0 on padding; no attention across. None: one record per row."""
+    ref_logprobs: Float[Tensor, "batch time"] | None = None
+    """What the frozen reference said of each token, measured beforehand; 0 where `mask` is False. None: it was not."""
 
     def counts(self) -> dict[str, float]:
         return {"tokens": float(self.mask[:, 1:].sum()), "sequences": float(self.num_sequences)}
@@ -153,9 +161,11 @@ class UnpairedBatch(Batch):
     completions: TokenBatch
     labels: Bool[Tensor, " completions"]
     """True = desirable."""
+    mismatched: TokenBatch | None = None
+    """Each prompt once more, with a completion that belongs to another one: what KTO's KL is estimated from."""
 
     def counts(self) -> dict[str, float]:
-        return {"sequences": float(self.labels.numel())}
+        return {"sequences": float(self.labels.numel()), "desirable": float(self.labels.sum())}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 from rlhf_lightning.core.batches import Batch, Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 
-BatchFormat = Literal["tokens", "pairs", "ranked", "rated", "unpaired", "steps", "prompts"]
-"""What a stage wants to be fed; the datamodule reads and collates accordingly."""
+BatchFormat = Literal["tokens", "pairs", "ranked", "rated", "unpaired", "mismatched", "steps", "prompts"]
+"""What a stage wants to be fed; the datamodule reads and collates accordingly. `mismatched` is `unpaired`, and each
+prompt a second time with a completion that belongs to another one."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,40 @@ class RankedPreferenceLoss(ABC):
         ranks: Float[Tensor, " completions"],
     ) -> RankedPreferenceLossOutput:
         """`groups` names the prompt that each completion answers, `ranks` its place there, 1 = best."""
+
+
+Baseline = Literal["none", "mismatched_kl", "mean_reward"]
+"""What an unpaired loss compares a completion with: nothing; the policy's distance to its reference, estimated on
+prompts with other prompts' completions; or the mean reward over the optimiser steps before the present one."""
+
+
+class UnpairedLoss(ABC):
+    """A loss on single completions, each called desirable or not."""
+
+    baseline: ClassVar[Baseline]
+    """What the stage has to measure for it."""
+    beta: float
+    """Factor from log-ratio to the reward that the policy implies: reward = beta (log pi(y|x) - log pi_ref(y|x))."""
+
+    @property
+    def balanced_baseline(self) -> bool:
+        """Of a mean reward: half-way between the means of desirable and undesirable completions, not that of all."""
+        return False
+
+    @abstractmethod
+    def __call__(
+        self,
+        log_ratios: Float[Tensor, " completions"],
+        labels: Bool[Tensor, " completions"],
+        baseline: Float[Tensor, ""],
+    ) -> Float[Tensor, " completions"]:
+        """Loss per completion.
+
+        Args:
+            log_ratios: log pi(y|x) - log pi_ref(y|x), summed over the completion's tokens.
+            labels: True = desirable.
+            baseline: what was asked for in `baseline`, over the whole optimiser step and all ranks; 0 for none.
+        """
 
 
 Scores = Sequence[float] | Sequence[Sequence[float]]

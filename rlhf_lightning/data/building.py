@@ -26,6 +26,7 @@ from rlhf_lightning.data.items import (
     ScoredItem,
     StepItem,
     TokenItem,
+    UnpairedItem,
     compact,
 )
 from rlhf_lightning.data.records import check_record, content_strings, record_kind, split_prompt
@@ -160,15 +161,19 @@ class _Builder:
             yield RankedItem(rows, [float(rank) for rank in record["ranks"]])
 
     def _rated(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
-        yield from self._scored(place, record, float(record["rating"]))
+        for row in self._completion(place, record):
+            yield ScoredItem(row, float(record["rating"]))
 
     def _unpaired(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
-        yield from self._scored(place, record, float(record["label"]))
+        for row in self._completion(place, record):
+            yield UnpairedItem(row, bool(record["label"]))
 
-    def _scored(self, place: str, record: Mapping[str, Any], value: float) -> Iterator[Item]:
+    _mismatched = _unpaired  # who is paired with whom is known once all records are read
+
+    def _completion(self, place: str, record: Mapping[str, Any]) -> Iterator[Encoded]:
         encoded = self._pair(record, record["prompt"], record["completion"])
         for (row,) in self._fit([encoded], prompt_length_of(encoded), place):
-            yield ScoredItem(row, value)
+            yield row
 
     def _steps(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
         encoding = self.encoding

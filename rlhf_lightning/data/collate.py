@@ -5,6 +5,7 @@ token predicts it) and on padding; packed rows number their records 1, 2, ... in
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,10 +38,15 @@ def collate_tokens(
         place = slice(start, start + length)
         tokens[row, place] = record.ids
         real[row, place] = True
-        mask[row, place] = record.mask
-        mask[row, start] = False
+        mask[row, place] = record.scored
         positions[row, place] = np.arange(length)
-    return TokenBatch(*map(torch.from_numpy, (tokens, real, mask, positions)))
+    batch = TokenBatch(*map(torch.from_numpy, (tokens, real, mask, positions)))
+    measured = [record.ref_logprobs for record in encoded if record.ref_logprobs is not None]
+    if len(measured) < len(encoded):
+        return batch
+    ref_logprobs = np.zeros(shape, np.float32)
+    ref_logprobs[mask] = np.concatenate(measured)  # row-major, as the records stand
+    return replace(batch, ref_logprobs=torch.from_numpy(ref_logprobs))
 
 
 def collate_packed(

@@ -1,22 +1,34 @@
 """One datamodule for every stage: the stage says what it reads (`batch_format`), this file brings it."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.data.building import Encoding, TrainOn
-from rlhf_lightning.data.items import Collator
+from rlhf_lightning.data.encode import Encoded
+from rlhf_lightning.data.items import Collator, Item, with_reference
 from rlhf_lightning.data.loader import EpochSampler, Plan, ResumableLoader
 from rlhf_lightning.data.options import contradictions, inert_options
 from rlhf_lightning.data.report import DataReport, write_reports
-from rlhf_lightning.data.splits import Holdout, SourceRows, Sources, Split, read_rows, read_split, warn_of_overlap
-from rlhf_lightning.data.tokenizers import find_tokenizer, padding_id, usable_length
+from rlhf_lightning.data.splits import (
+    Holdout,
+    SourceRows,
+    Sources,
+    Split,
+    as_sources,
+    read_rows,
+    read_split,
+    warn_of_overlap,
+)
+from rlhf_lightning.data.tokenizers import find_tokenizer, padding_id, usable_length, vocabulary_digest
 from rlhf_lightning.data.truncation import LengthRule, Overlong
 
 
@@ -236,6 +248,47 @@ class RLHFDataModule(L.LightningDataModule):
         """Batches of the second source, as `TokenBatch`."""
         self._require("pretraining")
         return self._make_loader("pretraining")
+
+    # ---- what a reference model said of the records -----------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The data sets that are read."""
+        return list(self._splits)
+
+    def items(self, name: str) -> Sequence[Item]:
+        """The encoded records of a data set."""
+        return self._splits[name].items
+
+    def rows(self, name: str) -> list[Encoded]:
+        """Every token row of a data set: item after item, the rows of a pair one after the other."""
+        return [row for item in self.items(name) for row in item.rows()]
+
+    def attach_reference(self, name: str, ref_logprobs: Sequence[np.ndarray]) -> None:
+        """Let every batch of a data set carry what the reference said of its tokens.
+
+        Args:
+            name: of the data set.
+            ref_logprobs: one array per row, in the order of `rows(name)`.
+        """
+        rest = iter(ref_logprobs)
+        items = [with_reference(item, [next(rest) for _ in item.rows()]) for item in self.items(name)]
+        self._splits[name] = replace(self._splits[name], items=items)
+
+    def origin(self, name: str) -> dict[str, str]:
+        """What decides the tokens of a data set, in words: its sources, the tokenizer and the options of encoding."""
+        given, _ = self._given(name)
+        rule = self.encoding_for(self._batch_format or "tokens").rule
+        options = ("train_on", "add_eos", "parse_special_tokens", "step_separator", "on_bad_record", "val_frac")
+        template = self.tokenizer.chat_template
+        return {
+            "batch_format": str(self._batch_format),
+            "sources": "; ".join(map(str, as_sources(given))),
+            "tokenizer": f"{len(self.tokenizer)} tokens, {vocabulary_digest(self.tokenizer)}",
+            "chat_template": template if isinstance(template, str) else str(template),
+            **{field.name: str(getattr(rule, field.name)) for field in fields(rule)},
+            **{option: str(self.options[option]) for option in options},
+        }
 
     def report(self, name: str = "train") -> DataReport:
         """What became of a data set's records."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.errors import UserError
@@ -19,6 +20,15 @@ class Encoded:
     ids: Sequence[int]
     mask: Sequence[bool]
     """True on tokens that are trained or scored: the completion and its end token."""
+    ref_logprobs: np.ndarray | None = None
+    """What the frozen reference said of the tokens that `scored` counts, in order; None: it was not asked."""
+
+    @property
+    def scored(self) -> np.ndarray:
+        """True on the tokens of `mask` that something predicts: never the first."""
+        scored = np.array(self.mask, np.bool_)
+        scored[:1] = False
+        return scored
 
     def __len__(self) -> int:
         return len(self.ids)

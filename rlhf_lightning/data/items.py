@@ -1,7 +1,7 @@
 """Checked records to items: one frozen dataclass per batch format, each with the function that collates it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,21 @@ class RankedItem:
 
 
 @dataclass(frozen=True)
+class UnpairedItem:
+    """A completion that somebody called good or bad."""
+
+    encoded: Encoded
+    desirable: bool
+    mismatched: Encoded | None = None
+    """The same prompt with a completion that belongs to another one: see `data.mismatch`."""
+
+    def rows(self) -> list[Encoded]:
+        return [self.encoded] if self.mismatched is None else [self.encoded, self.mismatched]
+
+
+@dataclass(frozen=True)
 class ScoredItem:
-    """A completion with a number: a rating, or a label."""
+    """A completion with a rating."""
 
     encoded: Encoded
     value: float
@@ -90,7 +103,25 @@ class PromptItem:
         return [Encoded(self.ids, np.zeros(len(self.ids), np.bool_))]
 
 
-Item = TokenItem | PairItem | RankedItem | ScoredItem | StepItem | PromptItem
+Item = TokenItem | PairItem | RankedItem | ScoredItem | UnpairedItem | StepItem | PromptItem
+
+
+def with_reference(item: Item, ref_logprobs: Sequence[np.ndarray]) -> Item:
+    """The item, each of its rows with what the reference said of it.
+
+    Args:
+        ref_logprobs: one array per row, in the order of `item.rows()`.
+    """
+    values = iter(ref_logprobs)
+
+    def measured(value: Any) -> Any:
+        if isinstance(value, Encoded):
+            return replace(value, ref_logprobs=next(values))
+        if isinstance(value, list) and all(isinstance(row, Encoded) for row in value):
+            return [measured(row) for row in value]
+        return value
+
+    return replace(item, **{f.name: measured(getattr(item, f.name)) for f in fields(item)})
 
 
 def compact(encoded: Encoded) -> Encoded:
@@ -141,9 +172,14 @@ class Collator:
     def _rated(self, items: Sequence[ScoredItem]) -> RatedBatch:
         return RatedBatch(self._rows([item.encoded for item in items]), torch.tensor([item.value for item in items]))
 
-    def _unpaired(self, items: Sequence[ScoredItem]) -> UnpairedBatch:
-        labels = torch.tensor([bool(item.value) for item in items])
-        return UnpairedBatch(self._rows([item.encoded for item in items]), labels)
+    def _unpaired(self, items: Sequence[UnpairedItem]) -> UnpairedBatch:
+        labels = torch.tensor([item.desirable for item in items])
+        mismatched = [item.mismatched for item in items if item.mismatched is not None]
+        return UnpairedBatch(
+            self._rows([item.encoded for item in items]), labels, self._rows(mismatched) if mismatched else None
+        )
+
+    _mismatched = _unpaired
 
     def _steps(self, items: Sequence[StepItem]) -> StepBatch:
         rows = self._rows([item.encoded for item in items])

@@ -14,7 +14,7 @@ from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.data.building import Encoding, build_items
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.encode import Encoded
-from rlhf_lightning.data.items import Item, PairItem, PromptItem, RankedItem, ScoredItem, StepItem
+from rlhf_lightning.data.items import Item, PairItem, PromptItem, RankedItem, ScoredItem, StepItem, UnpairedItem
 from rlhf_lightning.data.report import DataReport
 from rlhf_lightning.data.splits import SourceRows
 from rlhf_lightning.data.text import text_encoder
@@ -130,6 +130,8 @@ def _row_names(item: Item) -> list[str]:
         return [f"chosen{margin}", "rejected"]
     if isinstance(item, RankedItem):
         return [f"rank {rank:g}" for rank in item.ranks]
+    if isinstance(item, UnpairedItem):
+        return ["desirable" if item.desirable else "undesirable"]
     if isinstance(item, ScoredItem):
         return [f"value {item.value:g}"]
     if isinstance(item, StepItem):

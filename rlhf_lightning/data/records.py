@@ -15,6 +15,7 @@ KINDS: dict[BatchFormat, tuple[tuple[str, ...], ...]] = {
     "ranked": (("prompt", "completions", "ranks"),),
     "rated": (("prompt", "completion", "rating"),),
     "unpaired": (("prompt", "completion", "label"),),
+    "mismatched": (("prompt", "completion", "label"),),
     "steps": (("prompt", "completions", "labels"),),
     "prompts": (("prompt",), ("messages",)),
 }

@@ -9,7 +9,8 @@ from typing import Any
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.building import Encoding, Row, build_items
-from rlhf_lightning.data.items import Item
+from rlhf_lightning.data.items import Item, UnpairedItem
+from rlhf_lightning.data.mismatch import with_mismatched
 from rlhf_lightning.data.readers import Source, iterate, read_source
 from rlhf_lightning.data.report import DataReport
 
@@ -98,6 +99,9 @@ def read_split(
             items += made
             counts.append(len(made))
             weights.append(part.source.weight if weighted else 1.0)
+    if encoding.batch_format == "mismatched" and items:
+        unpaired = [item for item in items if isinstance(item, UnpairedItem)]
+        items = list(with_mismatched(unpaired, encoding.rule, encoding.tokenizer.bos_token_id, name))
     if not items:
         reasons = "; ".join(f"{count} {reason}" for reason, count in report.left_out.items())
         hint = f"val_frac={holdout.fraction} left none; change it or give val" if holdout and not report.read else ""

@@ -1,5 +1,7 @@
 """The tokenizer a datamodule reads with: found, and its gaps filled by a stated rule."""
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 
@@ -36,6 +38,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Eight characters that change with the vocabulary."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:8]
 
 
 def usable_length(tokenizer: PreTrainedTokenizerBase, wanted: int | None = None) -> int:

@@ -31,14 +31,17 @@ from rlhf_lightning.losses.reward_model import (
     regression,
 )
 from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.losses.unpaired import BCO, KTO, APOZeroUnpaired, apo_zero_unpaired, bco, kto
 from rlhf_lightning.losses.value import ClippedValue, clipped_value
 
 __all__ = [
     "AOT",
+    "BCO",
     "CPO",
     "DPO",
     "DPOP",
     "IPO",
+    "KTO",
     "LDDPO",
     "ORPO",
     "RDPO",
@@ -48,6 +51,7 @@ __all__ = [
     "AOTUnpaired",
     "APODown",
     "APOZero",
+    "APOZeroUnpaired",
     "AlphaDivergence",
     "AlphaPO",
     "BCOPair",
@@ -83,9 +87,12 @@ __all__ = [
     "Vespo",
     "WeightedLoss",
     "WeightedLosses",
+    "apo_zero_unpaired",
+    "bco",
     "bradley_terry",
     "clipped_surrogate",
     "clipped_value",
+    "kto",
     "plackett_luce",
     "regression",
     "token_nll",

@@ -59,7 +59,7 @@ EVERY_BATCH = [
     (PairBatch(chosen=PAIR, rejected=PAIR, margins=torch.ones(2)), {"pairs": 2, "chosen_tokens": 3}),
     (RankedBatch(completions=PAIR, groups=torch.tensor([0, 0]), ranks=torch.tensor([1.0, 2.0])), {"prompts": 1}),
     (RatedBatch(completions=PAIR, ratings=torch.zeros(2)), {"sequences": 2}),
-    (UnpairedBatch(completions=PAIR, labels=torch.tensor([True, False])), {"sequences": 2}),
+    (UnpairedBatch(completions=PAIR, labels=torch.tensor([True, False])), {"sequences": 2, "desirable": 1}),
     (StepBatch(completions=PAIR, step_labels=torch.zeros(2, 3)), {"steps": 3}),
     (
         PromptBatch(

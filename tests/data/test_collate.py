@@ -2,7 +2,7 @@ import torch
 
 from rlhf_lightning.data.collate import collate_packed, collate_prompts, collate_tokens
 from rlhf_lightning.data.encode import Encoded
-from rlhf_lightning.data.items import Collator, PairItem, RankedItem, ScoredItem, StepItem, compact
+from rlhf_lightning.data.items import Collator, PairItem, RankedItem, ScoredItem, StepItem, UnpairedItem, compact
 
 A = Encoded([11, 12, 13], [False, True, True])
 B = Encoded([21, 22], [True, True])
@@ -64,7 +64,7 @@ def test_ranked_rated_unpaired():
     assert ranked.completions.tokens[:, 0].tolist() == [11, 21, 21, 11, 11]
     rated = Collator("rated", 0)([ScoredItem(A, 3.5), ScoredItem(B, -1.0)])
     assert rated.ratings.tolist() == [3.5, -1.0]
-    unpaired = Collator("unpaired", 0)([ScoredItem(A, 1.0), ScoredItem(B, 0.0)])
+    unpaired = Collator("unpaired", 0)([UnpairedItem(A, True), UnpairedItem(B, False)])
     assert unpaired.labels.tolist() == [True, False]
 
 
