@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.models.body import evaluating
@@ -39,6 +40,19 @@ class Reference:
         """Move the weights; does nothing where they are the policy's own."""
         if not self.shared:
             self.policy.to(device)
+
+
+class MeasuredReference:
+    """A reference whose log-probabilities were measured beforehand and come with the batch: no second model."""
+
+    def __call__(self, batch: TokenBatch, *, temperature: float = 1.0) -> TokenScores:
+        """The log-probabilities; what the most probable tokens were is not known (`is_argmax` is False)."""
+        assert temperature == 1.0, "references are measured at temperature 1"
+        assert batch.ref_logprobs is not None, "this batch was not measured"
+        return TokenScores(batch.ref_logprobs, None, torch.zeros_like(batch.mask))
+
+    def to(self, device: Any) -> None:
+        """Nothing: there are no weights."""
 
 
 def make_reference(policy: Policy, spec: ModelSpec | None = None) -> Reference:

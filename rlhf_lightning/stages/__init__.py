@@ -1,7 +1,8 @@
 """Stages of training: one LightningModule per file."""
 
+from rlhf_lightning.stages.kto import KTOModule
 from rlhf_lightning.stages.ppo import PPOModule
 from rlhf_lightning.stages.reward import RewardModule
 from rlhf_lightning.stages.sft import SFTModule
 
-__all__ = ["PPOModule", "RewardModule", "SFTModule"]
+__all__ = ["KTOModule", "PPOModule", "RewardModule", "SFTModule"]

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lightning.core.batches import Batch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
@@ -98,10 +99,14 @@ class RLHFModule(L.LightningModule, ABC):
         torch.distributed.all_reduce(summed)
         return summed.to(vector.device, vector.dtype)
 
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether a micro-batch is the last of its optimiser step."""
+        done = batch_idx + 1
+        return done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
+
     def log_step_means(self, batch_idx: int, *, prog_bar: bool = False) -> None:
         """With the last micro-batch of an optimiser step, log the means of all that was added to `step_means`."""
-        done = batch_idx + 1
-        if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
+        if self.ends_step(batch_idx):
             self.log_dict(self.step_means.take(self.add_over_ranks), prog_bar=prog_bar, batch_size=1)
 
     # ---- loader and its state --------------------------------------------------------------------------------------
@@ -114,8 +119,16 @@ class RLHFModule(L.LightningModule, ABC):
             limit=lambda: self.trainer.num_training_batches,
             add_over_ranks=self.add_over_ranks,
             epoch=lambda: self.trainer.current_epoch,
+            measure=self.measure_step,
         )
         return self._loader
+
+    def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
+        """Sums over an optimiser step's micro-batches of this rank, taken before its first one is trained on.
+
+        They join the totals of its batches, added over ranks.
+        """
+        return {}
 
     def on_train_start(self) -> None:
         # here rather than on load: the loader may be built before or after the checkpoint is read

@@ -1,6 +1,6 @@
 """Batches grouped into optimiser steps, each stamped with the totals of its step."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,8 @@ class StepLoader:
         limit: batches that the trainer will take per epoch (limit_train_batches), asked for when an epoch starts.
         add_over_ranks: adds a vector over all ranks.
         epoch: number of the epoch that begins.
+        measure: sums over a step's micro-batches of this rank, asked for when the step begins; they join its totals,
+            added over ranks.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class StepLoader:
         limit: Callable[[], float] = lambda: float("inf"),
         add_over_ranks: Callable[[Tensor], Tensor] = lambda vector: vector,
         epoch: Callable[[], int] = lambda: 0,
+        measure: Callable[[Sequence[Batch]], Mapping[str, float]] = lambda batches: {},
     ) -> None:
         self.loader = loader
         self.accumulate = accumulate
         self._limit = limit
         self._add_over_ranks = add_over_ranks
         self._epoch = epoch
+        self._measure = measure
         self._given = 0
         """Batches of this epoch that were yielded."""
         self._resumed = False
@@ -66,7 +70,7 @@ class StepLoader:
             self._before = self._own_state() if first else None
             window = [next(batches) for _ in range(min(self.accumulate, size - first))]
             self._after = self._own_state()
-            totals = step_totals(window, self._add_over_ranks)
+            totals = step_totals(window, self._add_over_ranks, self._measure)
             for index, batch in enumerate(window, start=first):
                 if index >= skip:
                     self._given = index + 1

@@ -8,16 +8,17 @@ import torch
 from fits import fit as one_fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState
-from one_step import records
+from one_step import another, records
 
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.unpaired import BCO, KTO
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import KTOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -34,6 +35,9 @@ def module_for(stage, model):
         return SFTModule(source, **common)
     if stage == "reward":
         return RewardModule(source, normalise_on="train", **common)
+    if stage in ("kto", "kto, cached", "bco"):
+        loss = BCO(beta=1.0) if stage == "bco" else KTO(beta=1.0)
+        return KTOModule(source, loss, reference=another(str(model)), **common)
     return PPOModule(
         source,
         [WeightedReward(LengthReward(target=3))],
@@ -50,6 +54,8 @@ def module_for(stage, model):
 
 def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=()):
     module = module_for(stage, model)
+    if stage == "kto, cached":
+        module.reference_cache = str(folder / "reference")
     data = RLHFDataModule(
         train=write_jsonl(f"{stage}.jsonl", records(stage)),
         pretraining=write_jsonl("texts.jsonl", records("sft")),
@@ -82,10 +88,12 @@ def everything(module, trainer):
     if isinstance(module, PPOModule):
         state["kl_coef"] = torch.tensor(module.shaper.kl_coef, dtype=torch.float64)
         state["score_std"] = torch.tensor(module.shaper.score_moments.std, dtype=torch.float64)
+    if isinstance(module, KTOModule):
+        state["rewards"] = torch.tensor(module._rewards.sums, dtype=torch.float64)
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "kto", "kto, cached", "bco", "ppo"])
 def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(
         dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False

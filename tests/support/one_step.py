@@ -16,15 +16,22 @@ from torch import Tensor
 from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.reward_model import BradleyTerry
+from rlhf_lightning.losses.unpaired import BCO, KTO
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec, assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import KTOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
+
+UNPAIRED = {
+    "kto": KTO(desirable_weight=1.0, undesirable_weight=1.5),
+    "kto, cached": KTO(beta=0.5),
+    "bco": BCO(beta=0.5),
+}
 
 
 def words(count: int, start: int) -> str:
@@ -43,9 +50,19 @@ def records(stage: str) -> list[dict[str, Any]]:
             made.append(
                 {"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i}
             )
+        elif stage in UNPAIRED:
+            made.append({"prompt": prompt, "completion": words(n, i + 1), "label": i % 3 != 1})
         else:
             made.append({"prompt": prompt, "length": n, "row": i})
     return made
+
+
+def another(model: str) -> ModelSpec:
+    """A model of the same shape and tokenizer with other weights: a reference that the policy differs from."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape += ("num_key_value_heads", "max_position_embeddings", "initializer_range")
+    return ModelSpec(config={name: config[name] for name in shape}, tokenizer=model, seed=7)
 
 
 class CannedPPO(PPOModule):
@@ -83,6 +100,8 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
         return SFTModule(source, optimizer=sgd)
     if stage == "reward":
         return RewardModule(source, loss=BradleyTerry(label_smoothing=0.1, centring_coef=0.1), optimizer=sgd, seed=3)
+    if stage in UNPAIRED:
+        return KTOModule(source, UNPAIRED[stage], reference=another(model), optimizer=sgd)
     return CannedPPO(
         source,
         [WeightedReward(LengthReward(target=4))],
@@ -110,6 +129,8 @@ def step(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of one optimiser step over all records of `path`."""
     module = module_for(stage, model, **(spec or {}))
+    if stage.endswith("cached"):  # each number of processes measures its own
+        module.reference_cache = str(Path(path).parent / f"reference_{trainer.get('devices', 1)}")
     for name, value in (attributes or {}).items():
         setattr(module, name, value)
     keep = Keep()
