@@ -112,6 +112,7 @@ def joined(first: TokenBatch, second: TokenBatch, *, pad_id: int) -> TokenBatch:
         mask=stack("mask", False),
         positions=stack("positions", 0),
         segments=None,
+        ref_logprobs=None if first.ref_logprobs is None else stack("ref_logprobs", 0),
         totals=None,
     )
 

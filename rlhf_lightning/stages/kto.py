@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, TokenBatch, UnpairedBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import UnpairedLoss
+from rlhf_lightning.core.interfaces import CompletionScores, UnpairedLoss
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.items import UnpairedItem
 from rlhf_lightning.losses.unpaired import KTO
@@ -144,18 +144,18 @@ class KTOModule(RLHFModule):
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
-    def logprobs(self, completions: TokenBatch) -> tuple[Tensor, Tensor]:
-        """log pi(y|x) and log pi_ref(y|x) of every completion, summed over its tokens [batch]."""
+    def forward(self, completions: TokenBatch) -> CompletionScores:
+        """What policy and reference say of every completion."""
         assert self.policy is not None
-        return self.policy(completions).logprobs.sum(-1), self.reference(completions).logprobs.sum(-1)
+        logprobs = self.policy(completions).logprobs
+        return CompletionScores(logprobs, completions.mask, self.reference(completions).logprobs)
 
     @torch.no_grad()
     def _mismatched_log_ratios(self, batch: UnpairedBatch) -> Tensor:
         assert self.policy is not None
         assert batch.mismatched is not None
         with evaluating(self.policy):
-            policy, reference = self.logprobs(batch.mismatched)
-        return policy - reference
+            return self(batch.mismatched).log_ratio
 
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """The sum behind the step's KL, from the policy as it is before the step."""
@@ -184,14 +184,14 @@ class KTOModule(RLHFModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: UnpairedBatch, batch_idx: int) -> Tensor:
-        policy, reference = self.logprobs(batch.completions)
+        scores = self(batch.completions)
         baseline = self.baseline(batch)
-        per_completion = self.loss(policy - reference, batch.labels, baseline)
+        per_completion = self.loss(scores.log_ratio, batch.labels, baseline)
         loss = per_completion.sum() / batch.total("sequences")
-        rewards = self.loss.beta * (policy - reference).detach()
+        rewards = self.loss.beta * scores.log_ratio.detach()
         self.step_means.add({"train/loss": per_completion}, torch.ones_like(batch.labels))
         for name, of_kind in (("chosen", batch.labels), ("rejected", ~batch.labels)):
-            self.step_means.add({f"rewards/{name}": rewards, f"logps/{name}": policy}, of_kind)
+            self.step_means.add({f"rewards/{name}": rewards, f"logps/{name}": scores.total}, of_kind)
         if self.loss.baseline == "mean_reward":
             self._rewards.add(rewards, batch.labels)
         if self.ends_step(batch_idx):
@@ -233,8 +233,7 @@ class KTOModule(RLHFModule):
         self._evaluate(batch)
 
     def _evaluate(self, batch: UnpairedBatch) -> None:
-        policy, reference = self.logprobs(batch.completions)
-        ratios = policy - reference
+        ratios = self(batch.completions).log_ratio
         mismatched = self._mismatched_log_ratios(batch) if batch.mismatched is not None else torch.zeros_like(ratios)
         self._evaluated.append(torch.stack((ratios, batch.labels.to(ratios), mismatched)).float())
 
