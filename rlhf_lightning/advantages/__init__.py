@@ -16,12 +16,15 @@ from rlhf_lightning.advantages.group import (
     informative_answers,
 )
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL, KLControl
+from rlhf_lightning.advantages.pairs import PairRule, Pairs
 from rlhf_lightning.advantages.shaping import (
     RunningMoments,
     clip_scores,
     kl_shaped_rewards,
     missing_eos_penalty,
+    overlong_mask,
     scale_scores,
+    soft_overlong_punishment,
 )
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "LeaveOneOut",
     "MaxRl",
     "Opo",
+    "PairRule",
+    "Pairs",
     "PassAtK",
     "ReMax",
     "RunningMoments",
@@ -45,5 +50,7 @@ __all__ = [
     "informative_answers",
     "kl_shaped_rewards",
     "missing_eos_penalty",
+    "overlong_mask",
     "scale_scores",
+    "soft_overlong_punishment",
 ]

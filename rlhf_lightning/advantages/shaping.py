@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
@@ -66,6 +66,39 @@ def missing_eos_penalty(
     """
     unfinished = scores - subtract if replace_by is None else torch.full_like(scores, replace_by)
     return torch.where(finished, scores, unfinished)
+
+
+def soft_overlong_punishment(lengths: Int[Tensor, " batch"], *, max_length: int, cache: int) -> Float[Tensor, " batch"]:
+    """What an answer near the length limit loses: nothing at first, then linearly more, 1 at the limit.
+
+        0 if length <= max_length - cache, else (max_length - cache - length) / cache, but not below -1
+
+    To be added to the score. verl's version is not bounded below, and has a factor.
+
+    Args:
+        lengths: of the answers, in tokens.
+        max_length: the length at which the whole point is lost (DAPO: 20480).
+        cache: how many tokens before that the punishment begins (DAPO: 4096).
+    References:
+        Yu et al., DAPO, 2025, eq. 13. arXiv:2503.14476
+    """
+    if not 0 < cache <= max_length:
+        raise UserError(f"cache={cache} is no stretch before max_length={max_length}: give 1 to {max_length}")
+    return ((max_length - cache - lengths.float()) / cache).clamp(-1, 0)
+
+
+def overlong_mask(mask: Bool[Tensor, "batch time"], finished: Bool[Tensor, " batch"]) -> Bool[Tensor, "batch time"]:
+    """The tokens that carry a loss when answers that were cut off do not: their advantage says nothing about them.
+
+    They stay in their group for the credit, as in DAPO and in TRL's `mask_truncated_completions`.
+
+    Args:
+        mask: True on the tokens of the answers.
+        finished: True where the answer ended by itself.
+    References:
+        Yu et al., DAPO (overlong filtering), 2025. arXiv:2503.14476
+    """
+    return mask & finished.unsqueeze(-1)
 
 
 def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:

@@ -1,5 +1,6 @@
 """Pure losses, per token or per comparison, and the frozen dataclasses that choose them in YAML."""
 
+from rlhf_lightning.losses.correction import CorrectionOutput, SamplerCorrection, off_policy_sequence_mask
 from rlhf_lightning.losses.divergence import AlphaDivergence, ChiSquaredKL, ForwardKL, JensenShannon, ReverseKL
 from rlhf_lightning.losses.entropy import top_entropy_mask
 from rlhf_lightning.losses.policy import Cispo, ClippedSurrogate, Gspo, Reinforce, Sapo, clipped_surrogate
@@ -64,6 +65,7 @@ __all__ = [
     "ClipCov",
     "ClippedSurrogate",
     "ClippedValue",
+    "CorrectionOutput",
     "DiscoPOP",
     "Dppo",
     "EXOPair",
@@ -82,6 +84,7 @@ __all__ = [
     "ReverseKL",
     "RobustDPO",
     "SPPOHard",
+    "SamplerCorrection",
     "Sapo",
     "SimPO",
     "Vespo",
@@ -93,6 +96,7 @@ __all__ = [
     "clipped_surrogate",
     "clipped_value",
     "kto",
+    "off_policy_sequence_mask",
     "plackett_luce",
     "regression",
     "token_nll",

@@ -12,7 +12,9 @@ from rlhf_lightning.advantages.shaping import (
     clip_scores,
     kl_shaped_rewards,
     missing_eos_penalty,
+    overlong_mask,
     scale_scores,
+    soft_overlong_punishment,
 )
 from rlhf_lightning.core.errors import UserError
 
@@ -128,3 +130,20 @@ def test_scaling_divides_by_the_spread_and_shifts_on_request():
 
 def test_scores_that_are_all_the_same_keep_their_scale():
     assert scale_scores(SCORES, RunningMoments.of(torch.tensor([3.0, 3.0]))).tolist() == [10, 20]
+
+
+def test_soft_overlong_punishment_by_hand():
+    lengths = torch.tensor([0, 80, 81, 90, 100, 101, 500])
+    punishment = soft_overlong_punishment(lengths, max_length=100, cache=20)
+    assert punishment.tolist() == pytest.approx([0, 0, -0.05, -0.5, -1, -1, -1])
+
+
+@pytest.mark.parametrize("cache", [0, 101])
+def test_a_punishment_needs_a_stretch_to_grow_on(cache):
+    with pytest.raises(UserError, match=f"cache={cache}"):
+        soft_overlong_punishment(torch.tensor([1]), max_length=100, cache=cache)
+
+
+def test_overlong_mask_drops_answers_that_were_cut_off():
+    kept = overlong_mask(MASK, torch.tensor([False, True]))
+    assert kept.tolist() == [[False] * 6, MASK[1].tolist()]

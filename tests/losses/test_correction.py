@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.losses.correction import SamplerCorrection, off_policy_sequence_mask
+
+#                       ratios 4, 0.25, 1.5; product 1.5, geometric mean 1.145 | 3, 3; 9, 3
+RATIOS = torch.tensor([[4.0, 0.25, 1.5, 1.0], [3.0, 3.0, 1.0, 1.0]], dtype=torch.float64)
+MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
+OLD = torch.full((2, 4), -1.0, dtype=torch.float64)
+SAMPLER = torch.where(MASK, OLD - RATIOS.log(), math.inf)
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights"),
+    [
+        (SamplerCorrection(), [[2.0, 0.25, 1.5], [2.0, 2.0]]),
+        (SamplerCorrection(floor=0.5), [[2.0, 0.5, 1.5], [2.0, 2.0]]),
+        (SamplerCorrection(cap=None), [[4.0, 0.25, 1.5], [3.0, 3.0]]),
+        (SamplerCorrection(weight="sequence"), [[1.5] * 3, [2.0] * 2]),
+        (SamplerCorrection(cap=None, keep="token", high=3.5), [[0.0, 0.25, 1.5], [3.0, 3.0]]),
+        (SamplerCorrection(cap=None, keep="token", low=0.5, high=5.0), [[4.0, 0.0, 1.5], [3.0, 3.0]]),
+        (SamplerCorrection(weight="sequence", cap=None, keep="sequence", high=3.5), [[1.5] * 3, [0.0] * 2]),
+        (SamplerCorrection(cap=None, keep="geometric", low=0.5, high=2.0), [[4.0, 0.25, 1.5], [0.0] * 2]),
+        (SamplerCorrection(weight="none", keep="token", high=3.5), [[0.0, 1.0, 1.0], [1.0, 1.0]]),
+        (SamplerCorrection(cap=2.0, keep="token", low=0.5), [[2.0, 0.0, 1.5], [2.0, 2.0]]),
+    ],
+    ids=repr,
+)
+def test_weights_by_hand(correction, weights):
+    out = correction(OLD, SAMPLER, MASK)
+    assert out.weights[MASK].tolist() == pytest.approx([w for row in weights for w in row])
+    assert (out.weights[~MASK] == 0).all()
+
+
+def test_what_is_logged():
+    metrics = SamplerCorrection(cap=2.0, keep="token", low=0.5)(OLD, SAMPLER, MASK).metrics
+    logged = {name: values[MASK].tolist() for name, values in metrics.items()}
+    assert logged["ratio"] == pytest.approx(RATIOS[MASK].tolist())
+    assert logged["kept_frac"] == [1.0, 0.0, 1.0, 1.0, 1.0]
+    assert logged["truncated_frac"] == [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert logged["kl"] == pytest.approx([r - 1 - math.log(r) for r in RATIOS[MASK].tolist()])
+
+
+def test_a_weight_makes_the_samplers_expectation_the_trainers():
+    trainer, sampler = torch.randn(2, 1, 9, generator=torch.Generator().manual_seed(0)).double().log_softmax(-1)
+    weights = SamplerCorrection(cap=None)(trainer, sampler, torch.ones(1, 9, dtype=torch.bool)).weights
+    torch.testing.assert_close(sampler.exp() * weights, trainer.exp())
+
+
+def test_the_same_numbers_change_nothing():
+    correction = SamplerCorrection(keep="geometric", low=0.5, high=5.0)
+    assert torch.equal(correction(OLD, OLD, MASK).weights, MASK.double())
+
+
+def test_an_unknown_log_probability_counts_as_exact():
+    sampler = SAMPLER.clone()
+    sampler[1, 0] = math.nan
+    out = SamplerCorrection(weight="sequence", cap=None, keep="sequence", high=3.5)(OLD, sampler, MASK)
+    assert out.weights[1].tolist() == pytest.approx([3.0, 3.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cap": 0.5}, r"correction\.cap=0\.5"),
+        ({"floor": 2.0}, r"correction\.floor=2\.0"),
+        ({"keep": "token", "low": 1.5}, r"correction\.low=1\.5"),
+        ({"keep": "token", "high": 0.5}, r"correction\.high=0\.5"),
+        ({"keep": "token"}, r"correction\.keep='token' needs a bound"),
+        ({"high": 3.0}, r"high=3\.0 bound nothing while keep is 'all'"),
+    ],
+)
+def test_options_that_contradict_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        SamplerCorrection(**options)
+
+
+def test_bad_answers_that_the_policy_has_left_are_dropped():
+    # the sampler's log-probabilities are .2 and .6 nats per token above the policy's
+    logprobs = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [-1.0, 5.0]])
+    sampler = torch.tensor([[-0.8, -0.8], [-0.5, -0.3], [-0.5, -0.3], [-0.4, 9.0]])
+    advantages = torch.tensor([[-1.0], [-1.0], [1.0], [-1.0]]).expand(4, 2)
+    mask = torch.tensor([[True, True]] * 3 + [[True, False]])
+    kept = off_policy_sequence_mask(logprobs, sampler, advantages, mask, threshold=0.5)
+    assert kept.tolist() == [[True, True], [False, False], [True, True], [False, False]]
+    with pytest.raises(UserError, match=r"threshold=0\.0"):
+        off_policy_sequence_mask(logprobs, sampler, advantages, mask, threshold=0.0)
