@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "SFTModule": "rlhf_lightning.stages.sft",
+    "DPOModule": "rlhf_lightning.stages.dpo",
     "RewardModule": "rlhf_lightning.stages.reward",
     "PPOModule": "rlhf_lightning.stages.ppo",
     "RLHFModule": "rlhf_lightning.stages.base",

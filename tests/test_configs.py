@@ -27,6 +27,8 @@ RECORDS = {
     "PlackettLuce": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
     "Regression": {"prompt": "the film", "completion": "was", "rating": 0.5},
     "PPOModule": {"prompt": "the film"},
+    "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
+    "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
 }
 
 
@@ -110,9 +112,8 @@ def tiny_reward(tmp_path_factory, tiny_model) -> str:
 
 def record_kind(run: dict[str, Any]) -> str:
     name = run["model"]["class_path"]
-    return (
-        run["model"]["init_args"].get("loss", {}).get("class_path", "BradleyTerry") if name == "RewardModule" else name
-    )
+    loss = run["model"]["init_args"].get("loss", {}).get("class_path", "BradleyTerry")
+    return loss if loss in RECORDS and name in ("RewardModule", "DPOModule") else name
 
 
 def write_records(path: Path, record: dict[str, Any]) -> str:

@@ -17,13 +17,22 @@ import pytest
 import torch
 import yaml
 
+from rlhf_lightning import losses
 from rlhf_lightning.__main__ import SUBCOMMANDS, main
 from rlhf_lightning.advantages import AdaptiveKL, FixedKL, Gae
 from rlhf_lightning.cli.app import check_command_line
-from rlhf_lightning.core.interfaces import PolicyLoss, PolicyLossOutput, RewardFn, Sample
+from rlhf_lightning.core.interfaces import (
+    PolicyLoss,
+    PolicyLossOutput,
+    PreferenceLoss,
+    RankedPreferenceLoss,
+    RewardFn,
+    Sample,
+)
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.readers import Source
 from rlhf_lightning.losses import BradleyTerry, ClippedSurrogate, ClippedValue, PlackettLuce, Regression
+from rlhf_lightning.losses.divergence import Divergence
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -31,15 +40,22 @@ from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import DPOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
-STAGE_PAGES = {"docs/sft.md": SFTModule, "docs/reward.md": RewardModule, "docs/ppo.md": PPOModule}
-METRIC = re.compile(r"(?:train|val|test|rollout|reward|policy|value|kl|ptx|time|throughput)/[\w<>]+")
+STAGE_PAGES = {
+    "docs/sft.md": SFTModule,
+    "docs/reward.md": RewardModule,
+    "docs/dpo.md": DPOModule,
+    "docs/ppo.md": PPOModule,
+}
+METRIC = re.compile(
+    r"(?:train|val|test|rollout|rewards|reward|logps|displacement|policy|value|kl|ptx|time|throughput)/[\w<>]+"
+)
 
 
 def page(name: str) -> str:
@@ -76,9 +92,16 @@ def nested(cls: type) -> dict[str, list[str]]:
     return options
 
 
+PREFERENCE_LOSSES = [
+    cls
+    for name in losses.__all__
+    if isinstance(cls := getattr(losses, name), type)
+    and issubclass(cls, PreferenceLoss | RankedPreferenceLoss | Divergence)
+]
 PROMISES = [
     *((name, cls) for name, cls in STAGE_PAGES.items()),
     *(("docs/reward.md", cls) for cls in (BradleyTerry, PlackettLuce, Regression)),
+    *(("docs/dpo.md", cls) for cls in PREFERENCE_LOSSES),
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
     *(("docs/rewards.md", cls) for cls in (WeightedReward, Ensemble, PythonFunction)),
@@ -114,6 +137,7 @@ def test_every_option_on_a_page_exists(name, cls):
 
 RECORDS = {
     SFTModule: {"prompt": "the film", "completion": "was good"},
+    DPOModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     RewardModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     PPOModule: {"prompt": "the film"},
 }

@@ -97,26 +97,6 @@ class TokenBatch(Batch):
         return int(self.segments.amax(1).sum())
 
 
-def joined(first: TokenBatch, second: TokenBatch, *, pad_id: int) -> TokenBatch:
-    """Two batches as one, rows of the first before rows of the second, padded on the right to the longer width."""
-    width = max(first.tokens.shape[1], second.tokens.shape[1])
-
-    def stack(name: str, fill: int | bool) -> Tensor:
-        parts = (getattr(first, name), getattr(second, name))
-        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in parts])
-
-    return replace(
-        first,
-        tokens=stack("tokens", pad_id),
-        attention_mask=stack("attention_mask", False),
-        mask=stack("mask", False),
-        positions=stack("positions", 0),
-        segments=None,
-        ref_logprobs=None if first.ref_logprobs is None else stack("ref_logprobs", 0),
-        totals=None,
-    )
-
-
 @dataclass(frozen=True)
 class PairBatch(Batch):
     """Pairs of completions of the same prompt, the first preferred. Row i of both belongs to pair i."""
@@ -271,7 +251,7 @@ class Rollouts(Batch):
         return _select(self, rows)
 
 
-RowsT = TypeVar("RowsT", Generated, Rollouts)
+RowsT = TypeVar("RowsT", TokenBatch, Generated, Rollouts)
 
 
 def _select(batch: RowsT, rows: Int[Tensor, " rows"]) -> RowsT:
@@ -282,13 +262,13 @@ def _select(batch: RowsT, rows: Int[Tensor, " rows"]) -> RowsT:
 
 
 def concatenate_rows(parts: Sequence[RowsT], *, pad_id: int) -> RowsT:
-    """The sequences of all parts as one batch, padded on the right to the widest.
+    """The rows of all parts as one batch, part after part, padded on the right to the widest.
 
     Raises:
         ValueError: one part has an optional tensor that another lacks.
     """
     width = max(part.tokens.shape[1] for part in parts)
-    joined: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     for f in fields(parts[0]):
         tensors = [getattr(part, f.name) for part in parts]
         given = {isinstance(tensor, Tensor) for tensor in tensors}
@@ -299,8 +279,8 @@ def concatenate_rows(parts: Sequence[RowsT], *, pad_id: int) -> RowsT:
         if tensors[0].dim() > 1:
             value = pad_id if f.name == "tokens" else 0
             tensors = [_pad_time(tensor, width, value) for tensor in tensors]
-        joined[f.name] = torch.cat(tensors)
-    return replace(parts[0], **joined)
+        whole[f.name] = torch.cat(tensors)
+    return replace(parts[0], **whole)
 
 
 def _pad_time(x: Tensor, width: int, value: int) -> Tensor:

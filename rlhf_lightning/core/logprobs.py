@@ -5,12 +5,14 @@ tokens[t]*, so nothing else ever shifts.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from rlhf_kernels import linear_token_logprobs
+from rlhf_kernels import linear_exact_kl, linear_token_logprobs
 from torch import Tensor
 
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kept import kept_logprobs
 
 
@@ -120,3 +122,44 @@ def _kept_scores(
         is_argmax=torch.zeros_like(scored).masked_scatter(scored, is_argmax),
         kept_mass=blank.masked_scatter(scored, mass),
     )
+
+
+def token_kl(
+    hidden: Float[Tensor, "batch time hidden"],
+    ref_hidden: Float[Tensor, "batch time ref_hidden"],
+    mask: Bool[Tensor, "batch time"],
+    head: LMHead,
+    ref_head: LMHead,
+    *,
+    direction: Literal["reverse", "forward"] = "reverse",
+) -> Float[Tensor, "batch time"]:
+    """KL divergence, over the whole vocabulary, between what policy and reference expected at each token; exact.
+
+        reverse  KL(policy || reference)        forward  KL(reference || policy)
+
+    Args:
+        mask: True = wanted. Index 0 has no predictor: it is 0, whatever the mask says.
+        direction: see above. The gradient goes to the policy alone.
+    Raises:
+        UserError: a head caps its logits, which the operation does not know.
+    """
+    if head.softcap is not None or ref_head.softcap is not None:
+        raise UserError(
+            "an exact KL over the vocabulary is not available for models that cap their logits "
+            f"(final_logit_softcapping={head.softcap or ref_head.softcap}): use another loss than TDPO"
+        )
+    if mask.shape[1] < 2:  # one token a row: nothing has a predictor, but the graph stays whole
+        return 0.0 * hidden.sum(-1).float()
+    scored = mask.clone()
+    scored[:, 0] = False
+    kl = linear_exact_kl(
+        hidden[:, :-1] * head.logit_scale,
+        head.weight,
+        ref_hidden[:, :-1] * ref_head.logit_scale,
+        ref_head.weight,
+        bias=None if head.bias is None else head.bias * head.logit_scale,
+        ref_bias=None if ref_head.bias is None else ref_head.bias * ref_head.logit_scale,
+        mask=scored[:, 1:].contiguous(),
+        direction=direction,
+    )
+    return torch.cat((torch.zeros_like(kl[:, :1]), kl), dim=1)

@@ -1,10 +1,13 @@
 """The frozen model that a policy is held close to: outside every checkpoint, optimiser and gradient reduction."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
@@ -33,8 +36,36 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, batch: HasTokens, *, temperature: float = 1.0) -> TokenScores:
-        with evaluating(self.policy), self.policy.adapter_disabled() if self.shared else nullcontext():
+        with self._as_it_was():
             return self.policy(batch, temperature=temperature)
+
+    @torch.no_grad()
+    def hidden_states(self, batch: HasTokens) -> Tensor:
+        """Hidden states as the output head reads them [batch, time, hidden]; the head itself is `policy.head()`."""
+        with self._as_it_was():
+            return self.policy.hidden_states(
+                batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
+            )
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        with evaluating(self.policy), self.policy.adapter_disabled() if self.shared else nullcontext():
+            yield
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, share: float) -> None:
+        """Move every weight towards the policy's: ref <- share policy + (1 - share) ref.
+
+        Args:
+            policy: of the same shape; see `make_reference(follows=True)`.
+            share: 1 copies.
+        """
+        assert not self.shared, "a reference that is the policy without its adapter has nothing to move"
+        for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
+            if share == 1:
+                mine.copy_(theirs)
+            else:
+                mine.lerp_(theirs.to(mine), share)
 
     def to(self, device: Any) -> None:
         """Move the weights; does nothing where they are the policy's own."""
@@ -55,12 +86,37 @@ class MeasuredReference:
         """Nothing: there are no weights."""
 
 
-def make_reference(policy: Policy, spec: ModelSpec | None = None) -> Reference:
+@dataclass(frozen=True)
+class ReferenceSync:
+    """A reference that follows the policy.
+
+        ref <- share policy + (1 - share) ref,  every so many optimiser steps
+
+    Args:
+        every: optimiser steps from one move to the next (TR-DPO: 256 to 1024 hard, 1 soft; TRL: 512).
+        share: 1 copies the policy (hard); below 1 mixes (soft; TR-DPO: 0.5 to 0.6; TRL: 0.6).
+
+    References:
+        Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, 2024, eqs. 3 and 4. arXiv:2404.09656
+    """
+
+    every: int = 512
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"every={self.every}: the reference follows every 1 or more optimiser steps")
+        if not 0 < self.share <= 1:
+            raise UserError(f"share={self.share} is the policy's share in the new reference: give above 0, to 1")
+
+
+def make_reference(policy: Policy, spec: ModelSpec | None = None, *, follows: bool = False) -> Reference:
     """What `policy` is now, frozen; or another model.
 
     Args:
         spec: another model to use; None: the policy without its adapter if it has one (no second copy of the weights),
             else a copy of it.
+        follows: the reference is to be moved towards the policy later on: it gets weights of its own in any case.
     """
     if spec is not None:
         other = load_policy(spec)
@@ -70,7 +126,16 @@ def make_reference(policy: Policy, spec: ModelSpec | None = None) -> Reference:
                 f"the reference {spec.path or spec.config!r} knows {theirs} tokens and the policy {ours}: "
                 "a KL needs one vocabulary; use the model that the policy was started from"
             )
+        if follows and _shapes(policy) != _shapes(other):
+            raise UserError(
+                f"the reference {spec.path or spec.config!r} is to follow the policy, whose weights have other names "
+                "or shapes: leave reference out, or reference_sync"
+            )
         return Reference(other)
-    if policy.has_adapter:
+    if policy.has_adapter and not follows:
         return Reference(policy, shared=True)
     return Reference(copy.deepcopy(policy))
+
+
+def _shapes(policy: Policy) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in policy.named_parameters()]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, TokenBatch, joined
+from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, TokenBatch, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardLoss, RewardLossOutput
 from rlhf_lightning.losses.reward_model import BradleyTerry
@@ -99,7 +99,7 @@ class RewardModule(RLHFModule):
     def scores(self, batch: Batch) -> Tensor:
         """Scores of every completion of a batch: of pairs all chosen, then all rejected."""
         if isinstance(batch, PairBatch):
-            return self(joined(batch.chosen, batch.rejected, pad_id=self.tokenizer.pad_token_id))
+            return self(concatenate_rows((batch.chosen, batch.rejected), pad_id=self.tokenizer.pad_token_id))
         assert isinstance(batch, RankedBatch | RatedBatch)
         return self(batch.completions)
 

@@ -16,7 +16,6 @@ from rlhf_lightning.core.batches import (
     TokenBatch,
     UnpairedBatch,
     concatenate_rows,
-    joined,
 )
 
 
@@ -141,17 +140,6 @@ def test_batches_cannot_be_changed():
 def test_a_field_of_another_shape_is_refused():
     with pytest.raises(TypeCheckError):
         TokenBatch(tokens=PAIR.tokens, attention_mask=PAIR.mask, mask=PAIR.mask[:1], positions=PAIR.positions)
-
-
-def test_two_batches_of_different_widths_are_joined_without_touching_what_is_real():
-    def batch(width):
-        ones = torch.ones(1, width, dtype=torch.bool)
-        return TokenBatch(torch.full((1, width), width), ones, ones, torch.arange(width)[None])
-
-    both = joined(batch(2), batch(3), pad_id=0)
-    assert both.tokens.tolist() == [[2, 2, 0], [3, 3, 3]]
-    assert both.attention_mask.tolist() == [[True, True, False], [True, True, True]]
-    assert both.mask.tolist() == both.attention_mask.tolist()
 
 
 def test_rows_of_several_widths_are_joined_behind_padding():

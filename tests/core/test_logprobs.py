@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rlhf_lightning.core.logprobs import LMHead, about_tokens, token_scores
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.logprobs import LMHead, about_tokens, token_kl, token_scores
 
 
 def example(dtype=torch.float32):
@@ -83,3 +84,34 @@ def test_a_batch_one_token_wide_has_nothing_to_score_and_a_gradient_of_zero():
     assert not scores.is_argmax.any()
     (gradient,) = torch.autograd.grad(scores.logprobs.sum(), hidden)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_kl_at_token_t_is_of_what_was_expected_there(direction):
+    hidden, weight, _, mask = example(torch.float64)
+    ref_hidden, ref_weight = example(torch.float64)[0].flip(0) + 0.1, weight.flip(1)
+    bias = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    heads = LMHead(weight, bias=bias, logit_scale=0.5), LMHead(ref_weight, logit_scale=2.0)
+    hidden.requires_grad_()
+    kl = token_kl(hidden, ref_hidden, mask, *heads, direction=direction)
+    p = ((hidden @ weight.T + bias) * 0.5).log_softmax(-1)
+    q = (ref_hidden @ ref_weight.T * 2.0).log_softmax(-1)
+    by_hand = (p.exp() * (p - q)).sum(-1) if direction == "reverse" else (q.exp() * (q - p)).sum(-1)
+    expected = torch.where(mask & (torch.arange(5) > 0), about_tokens(by_hand), 0.0)
+    torch.testing.assert_close(kl, expected)
+    gradients = [torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (kl, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_kl_of_a_batch_one_token_wide_is_0():
+    hidden = torch.randn(2, 1, 8, requires_grad=True)
+    head = LMHead(torch.randn(11, 8))
+    kl = token_kl(hidden, hidden.detach(), torch.ones(2, 1, dtype=torch.bool), head, head)
+    assert not kl.any()
+    assert not torch.autograd.grad(kl.sum(), hidden)[0].any()
+
+
+def test_a_head_that_caps_its_logits_has_no_exact_kl():
+    hidden, weight, _, mask = example()
+    with pytest.raises(UserError, match=r"cap their logits \(final_logit_softcapping=30.0\): use another loss"):
+        token_kl(hidden, hidden, mask, LMHead(weight, softcap=30.0), LMHead(weight))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_step import records, step
+from one_step import PREFERENCES, records, step
 
 SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
 LOSS = {"sft": "train/loss", "reward": "train/loss", "ppo": "policy/loss"}
+LOSS |= dict.fromkeys(PREFERENCES, "train/loss")
 LOSS |= {"kto": "train/loss", "kto, cached": "train/loss", "bco": "train/loss"}
 # an on-policy stage cuts its rollouts itself: a batch is always the 12 prompts of the step
 CUTS = {
@@ -23,13 +24,13 @@ CUTS = {
 CASES = [("sft", name, how) for name, how in CUTS.items()]
 CASES += [("reward", name, how) for name, how in CUTS.items()]
 CASES += [("kto", name, how) for name, how in CUTS.items()]
-CASES += [
-    (stage, "micro-batches of 5, 5 and 2", CUTS["micro-batches of 5, 5 and 2"]) for stage in ("kto, cached", "bco")
-]
-CASES += [(stage, "reversed order", {"reverse": True}) for stage in ("kto, cached", "bco")]
+CASES += [("dpo", name, how) for name, how in CUTS.items()]
+OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, ranked")
+CASES += [(stage, "micro-batches of 5, 5 and 2", CUTS["micro-batches of 5, 5 and 2"]) for stage in OTHERS]
+CASES += [(stage, "reversed order", {"reverse": True}) for stage in OTHERS]
 CASES += [
     (stage, "padding on the left", {"data": {"padding_side": "left"}})
-    for stage in ("sft", "reward", "kto", "kto, cached")
+    for stage in ("sft", "reward", "kto", "kto, cached", "dpo", "dpo, cached", "dpo, ranked")
 ]
 CASES += [
     ("sft", "packing", {"data": {"packing": True, "max_length": 24}}),

@@ -12,13 +12,17 @@ from one_step import another, records
 
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.preference_batch import BetaDPO
+from rlhf_lightning.losses.preference_mixed import WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_pointwise import BCOPair
 from rlhf_lightning.losses.unpaired import BCO, KTO
+from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -35,6 +39,11 @@ def module_for(stage, model):
         return SFTModule(source, **common)
     if stage == "reward":
         return RewardModule(source, normalise_on="train", **common)
+    if stage == "dpo":
+        loss = WeightedLosses([WeightedLoss(BetaDPO(beta=0.5)), WeightedLoss(BCOPair(beta=0.5, shift_decay=0.7))])
+        return DPOModule(source, loss, reference_sync=ReferenceSync(every=2, share=0.6), **common)
+    if stage == "dpo, cached":
+        return DPOModule(source, **common)
     if stage in ("kto", "kto, cached", "bco"):
         loss = BCO(beta=1.0) if stage == "bco" else KTO(beta=1.0)
         return KTOModule(source, loss, reference=another(str(model)), **common)
@@ -54,7 +63,7 @@ def module_for(stage, model):
 
 def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=()):
     module = module_for(stage, model)
-    if stage == "kto, cached":
+    if stage.endswith("cached"):
         module.reference_cache = str(folder / "reference")
     data = RLHFDataModule(
         train=write_jsonl(f"{stage}.jsonl", records(stage)),
@@ -88,12 +97,16 @@ def everything(module, trainer):
     if isinstance(module, PPOModule):
         state["kl_coef"] = torch.tensor(module.shaper.kl_coef, dtype=torch.float64)
         state["score_std"] = torch.tensor(module.shaper.score_moments.std, dtype=torch.float64)
+    if isinstance(module, DPOModule):
+        state |= {f"running mean {name}": torch.as_tensor(value) for name, value in module._running.items()}
+        if module.reference_sync is not None:
+            state |= {f"reference {name}": value for name, value in module.reference.policy.state_dict().items()}
     if isinstance(module, KTOModule):
         state["rewards"] = torch.tensor(module._rewards.sums, dtype=torch.float64)
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "kto", "kto, cached", "bco", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo, cached", "kto", "kto, cached", "bco", "ppo"])
 def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(
         dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False

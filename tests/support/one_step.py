@@ -15,6 +15,13 @@ from torch import Tensor
 
 from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.preference import DPO
+from rlhf_lightning.losses.preference_batch import BetaDPO
+from rlhf_lightning.losses.preference_free import ChosenNLL
+from rlhf_lightning.losses.preference_guarded import TDPO
+from rlhf_lightning.losses.preference_length import LDDPO
+from rlhf_lightning.losses.preference_mixed import WPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_ranked import ListwiseDPO
 from rlhf_lightning.losses.reward_model import BradleyTerry
 from rlhf_lightning.losses.unpaired import BCO, KTO
 from rlhf_lightning.models.spec import ModelSpec
@@ -22,7 +29,7 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec, assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
@@ -31,6 +38,21 @@ UNPAIRED = {
     "kto": KTO(desirable_weight=1.0, undesirable_weight=1.5),
     "kto, cached": KTO(beta=0.5),
     "bco": BCO(beta=0.5),
+}
+DPO_WITH_OFFSET = DPO(beta=0.5, label_smoothing=0.1, margin="offset")
+PREFERENCES = {
+    # everything that a loss can read: margins, chosen tokens, an exact KL, sum of squares, means over the step
+    "dpo": WeightedLosses(
+        [
+            WeightedLoss(DPO_WITH_OFFSET),
+            WeightedLoss(ChosenNLL(), 0.5),
+            WeightedLoss(TDPO(beta=0.5, version=1)),
+            WeightedLoss(WPO(LDDPO(alpha=0.3, loss=DPO(beta=1.0))), 20.0),
+            WeightedLoss(BetaDPO(beta=0.5)),
+        ]
+    ),
+    "dpo, cached": DPO_WITH_OFFSET,
+    "dpo, ranked": ListwiseDPO(beta=0.5),
 }
 
 
@@ -46,7 +68,10 @@ def records(stage: str) -> list[dict[str, Any]]:
         prompt = words(1 + i % 4, i)
         if stage == "sft":
             made.append({"prompt": prompt, "completion": words(n, i + 1)})
-        elif stage == "reward":
+        elif stage == "dpo, ranked":
+            answers = [words(n, i + k) + " film" * k for k in range(2 + i % 3)]
+            made.append({"prompt": prompt, "completions": answers, "ranks": [3, 1, 2, 2][: len(answers)]})
+        elif stage == "reward" or stage in PREFERENCES:
             made.append(
                 {"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i}
             )
@@ -100,6 +125,8 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
         return SFTModule(source, optimizer=sgd)
     if stage == "reward":
         return RewardModule(source, loss=BradleyTerry(label_smoothing=0.1, centring_coef=0.1), optimizer=sgd, seed=3)
+    if stage in PREFERENCES:
+        return DPOModule(source, PREFERENCES[stage], reference=another(model), optimizer=sgd)
     if stage in UNPAIRED:
         return KTOModule(source, UNPAIRED[stage], reference=another(model), optimizer=sgd)
     return CannedPPO(
@@ -130,7 +157,7 @@ def step(
     """Metrics and gradients of one optimiser step over all records of `path`."""
     module = module_for(stage, model, **(spec or {}))
     if stage.endswith("cached"):  # each number of processes measures its own
-        module.reference_cache = str(Path(path).parent / f"reference_{trainer.get('devices', 1)}")
+        module.reference_cache = str(Path(path).parent / f"{stage} {trainer.get('devices', 1)}")
     for name, value in (attributes or {}).items():
         setattr(module, name, value)
     keep = Keep()
