@@ -337,7 +337,7 @@ class Gdpo(OutcomeCredit):
     Args:
         weights: of the reward functions, by the name that the metrics give them; 1 for those that are not named.
         ddof: 1 divides squares by n - 1, 0 by n.
-        floor: added to the standard deviations.
+        floor: added to the standard deviations, of the weighted scores the first time.
     References:
         GDPO: Group reward-Decoupled Normalization Policy Optimization, 2026. arXiv:2601.05242
     """

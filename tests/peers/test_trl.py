@@ -15,6 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlhf-light
 import torch
 from datasets import Dataset
 from torch import Tensor
+from trl_peers import TOLERANCE, gradients_of, options
 
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.masked import reduce_tokens
@@ -28,7 +29,6 @@ from rlhf_lightning.models.scalar_head import init_head
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages import RewardModule, SFTModule
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float32, sums of a few dozen terms in another order
 PAIRS = [
     {"prompt": "the film was", "chosen": " very good", "rejected": " bad", "margin": 0.5},
     {"prompt": "a", "chosen": " great plot and actors", "rejected": " dull but not long", "margin": 0.0},
@@ -41,13 +41,6 @@ ANSWERS = [
 ]
 
 
-def options(config: type, folder: Any, **more: Any) -> Any:
-    """A TRL config for one batch on the CPU in float32."""
-    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_num_workers": 0}
-    return config(output_dir=str(folder), per_device_train_batch_size=3, **quiet, **plain, **more)
-
-
 def their_batch(trainer: Any) -> dict[str, Any]:
     [batch] = list(trainer.get_train_dataloader())
     return dict(batch)
@@ -57,10 +50,6 @@ def our_batch(batch_format: str, model: Any, records: str) -> Any:
     data = RLHFDataModule(records, batch_size=3, max_length=64, shuffle=False)
     [batch] = list(data.setup_for(batch_format, str(model)).train_dataloader())
     return batch
-
-
-def gradients_of(loss: Tensor, parameter: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, parameter)[0]
 
 
 @pytest.fixture(autouse=True)
