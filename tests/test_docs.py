@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from rlhf_lightning import losses
+from rlhf_lightning import losses, rewards
 from rlhf_lightning.__main__ import SUBCOMMANDS, main
 from rlhf_lightning.advantages import AdaptiveKL, FixedKL, Gae
 from rlhf_lightning.cli.app import check_command_line
@@ -36,7 +36,6 @@ from rlhf_lightning.losses.divergence import Divergence
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
-from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
@@ -98,13 +97,14 @@ PREFERENCE_LOSSES = [
     if isinstance(cls := getattr(losses, name), type)
     and issubclass(cls, PreferenceLoss | RankedPreferenceLoss | Divergence)
 ]
+REWARDS = [cls for cls in vars(rewards).values() if isinstance(cls, type) and issubclass(cls, RewardFn)]
 PROMISES = [
     *((name, cls) for name, cls in STAGE_PAGES.items()),
     *(("docs/reward.md", cls) for cls in (BradleyTerry, PlackettLuce, Regression)),
     *(("docs/dpo.md", cls) for cls in PREFERENCE_LOSSES),
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
-    *(("docs/rewards.md", cls) for cls in (WeightedReward, Ensemble, PythonFunction)),
+    *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
     ("docs/sft.md", Schedule),
     ("docs/models.md", ModelSpec),
     ("docs/models.md", LoraSpec),

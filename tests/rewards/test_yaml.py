@@ -1,9 +1,13 @@
 """Reward functions as a YAML file names them."""
 
+import json
+import pickle
+
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from rlhf_lightning.core.interfaces import Sample
+from rlhf_lightning import rewards
+from rlhf_lightning.core.interfaces import RewardFn, Sample
 from rlhf_lightning.rewards import WeightedReward, score_samples
 
 CONFIG = """
@@ -28,6 +32,18 @@ rewards:
       init_args: {path: somewhere, batch_size: 4}
     weight: 0.0
 """
+
+
+NEEDED = {
+    "Ensemble": {"members": [{"reward": {"class_path": "LengthReward"}}]},
+    "FactTable": {"path": "FILE.csv", "pattern": r"(?P<a>\w)(?P<b>\w)", "value_column": "b"},
+    "Keyword": {"wanted": ["good"]},
+    "PythonFunction": {"path": "os.path.join"},
+    "RegexFormat": {"pattern": ".*"},
+    "RewardModelScore": {"path": "somewhere"},
+}
+"""What a reward cannot be made without."""
+CLASSES = [c.__name__ for c in vars(rewards).values() if isinstance(c, type) and issubclass(c, RewardFn)]
 
 
 @pytest.fixture
@@ -72,3 +88,13 @@ def test_a_misspelt_key_is_an_error(parser, config):
     config.write_text(config.read_text().replace("repetition_penalty", "repetition_penalti"))
     with pytest.raises(ArgumentError, match="repetition_penalti"):
         parser.parse_args([f"--config={config}"])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_reward_can_be_named_and_survives_pickling(name, parser, tmp_path):
+    (tmp_path / "facts.csv").write_text("a,b\n1,2\n")
+    needed = json.loads(json.dumps(NEEDED.get(name, {})).replace("FILE", str(tmp_path / "facts")))
+    config = json.dumps([{"reward": {"class_path": name, "init_args": needed}}])
+    (made,) = parser.instantiate(parser.parse_args([f"--rewards={config}"])).rewards
+    assert type(made.reward).__name__ == name
+    assert type(pickle.loads(pickle.dumps(made.reward))) is type(made.reward)
