@@ -10,6 +10,7 @@ _HOMES = {
     "DPOModule": "rlhf_lightning.stages.dpo",
     "RewardModule": "rlhf_lightning.stages.reward",
     "PPOModule": "rlhf_lightning.stages.ppo",
+    "GRPOModule": "rlhf_lightning.stages.grpo",
     "RLHFModule": "rlhf_lightning.stages.base",
     "RLHFDataModule": "rlhf_lightning.data.datamodule",
     "ModelSpec": "rlhf_lightning.models.spec",

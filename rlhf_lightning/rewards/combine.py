@@ -78,6 +78,48 @@ class ScoredSamples:
         weights = {name: self.weights.get(name, 1.0) for name in self.breakdown}
         return {name: weights[name] * scores for name, scores in self.breakdown.items() if weights[name]}
 
+    def select(self, rows: Sequence[int]) -> "ScoredSamples":
+        """What was said about the samples at `rows`."""
+        at = list(rows)
+        return replace(
+            self,
+            total=self.total[at],
+            at_end=self.at_end[at],
+            per_token=None if self.per_token is None else [self.per_token[row] for row in at],
+            breakdown={name: scores[at] for name, scores in self.breakdown.items()},
+            parts={name: numbers[at] for name, numbers in self.parts.items()},
+            valid=None if self.valid is None else self.valid[at],
+            samples=[self.samples[row] for row in at] if self.samples else (),
+        )
+
+    @staticmethod
+    def joined(batches: Sequence["ScoredSamples"]) -> "ScoredSamples":
+        """What the same functions said about several batches of samples."""
+        first = batches[0]
+        return replace(
+            first,
+            total=torch.cat([batch.total for batch in batches]),
+            at_end=torch.cat([batch.at_end for batch in batches]),
+            per_token=None if first.per_token is None else [row for batch in batches for row in batch.per_token or ()],
+            breakdown={name: torch.cat([batch.breakdown[name] for batch in batches]) for name in first.breakdown},
+            parts={name: torch.cat([batch.parts[name] for batch in batches]) for name in first.parts},
+            valid=torch.cat([batch.counts for batch in batches]) if any(b.valid is not None for b in batches) else None,
+            samples=[sample for batch in batches for sample in batch.samples],
+        )
+
+    def dropped(self) -> "ScoredSamples":
+        """The same samples, none of which counts."""
+        nothing = torch.zeros_like(self.total)
+        return replace(
+            self,
+            total=nothing,
+            at_end=nothing,
+            per_token=None if self.per_token is None else [row[:0] for row in self.per_token],
+            breakdown={name: torch.zeros_like(scores) for name, scores in self.breakdown.items()},
+            parts={name: torch.zeros_like(numbers) for name, numbers in self.parts.items()},
+            valid=torch.zeros_like(self.total, dtype=torch.bool),
+        )
+
     def plus(self, scores: Tensor) -> "ScoredSamples":
         """With one more number per sample [batch], given at the end; dropped samples stay at 0."""
         scores = torch.where(self.counts, scores.to(self.total), 0.0)

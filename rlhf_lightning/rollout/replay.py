@@ -77,7 +77,10 @@ class ReplayBuffer:
         staying[torch.cat(dull[: len(drawn)])] = False
         first_free = int(rollouts.groups.max()) + 1
         replayed = [
-            replace(group.to(rollouts.tokens.device), groups=torch.full_like(group.groups, first_free + i).to(staying.device))
+            replace(
+                group.to(rollouts.tokens.device),
+                groups=torch.full_like(group.groups, first_free + i).to(staying.device),
+            )
             for i, group in enumerate(drawn)
         ]
         kept = [rollouts.select(staying.nonzero()[:, 0])] if staying.any() else []

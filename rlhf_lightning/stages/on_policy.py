@@ -43,8 +43,20 @@ class Answered:
     scored: ScoredSamples
     groups: Tensor
     """Which prompt each answer is to [batch]: answers with one number are compared with each other."""
+    baseline: Tensor | None = None
+    """Score that each answer is compared with [batch], where the credit wants one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """How they were come by."""
+
+    def select(self, rows: Tensor, *, first_group: int) -> "Answered":
+        """The answers at `rows`, their groups numbered from `first_group` on."""
+        return replace(
+            self,
+            answers=self.answers.select(rows),
+            scored=self.scored.select(rows.tolist()),
+            groups=self.groups[rows].unique(return_inverse=True)[1] + first_group,
+            baseline=None if self.baseline is None else self.baseline[rows],
+        )
 
 
 class OnPolicyModule(RLHFModule):
@@ -327,7 +339,11 @@ class OnPolicyModule(RLHFModule):
             means[name] = total / max(tokens, 1)
         variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
         means["rollout/score_std"] = max(variance, 0.0) ** 0.5
-        sizes = {"rollout/sequences": sequences, "rollout/tokens": tokens, "rollout/valid_frac": sequences / sampled}
+        sizes = {
+            "rollout/sequences": sequences,
+            "rollout/tokens": tokens,
+            "rollout/valid_frac": sequences / max(sampled, 1),
+        }
         return means | sizes | dict(shaped.metrics)
 
     def log_pending(self) -> None:

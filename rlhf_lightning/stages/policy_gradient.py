@@ -40,6 +40,7 @@ class PolicyGradientModule(OnPolicyModule):
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
+        use_reference, renormalise_truncated: likewise.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
     """
 
@@ -64,9 +65,23 @@ class PolicyGradientModule(OnPolicyModule):
         schedule: Schedule,
         lr_scheduler: LRSchedulerCallable | None,
         seed: int | None,
+        *,
+        use_reference: bool = True,
+        renormalise_truncated: bool = True,
     ) -> None:
         super().__init__(
-            policy, rewards, reference, generation, updates, rows_at_once, optimizer, schedule, lr_scheduler, seed
+            policy,
+            rewards,
+            reference,
+            generation,
+            updates,
+            rows_at_once,
+            optimizer,
+            schedule,
+            lr_scheduler,
+            seed,
+            use_reference=use_reference,
+            renormalise_truncated=renormalise_truncated,
         )
         for name, value in (("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
             if not value >= 0:
@@ -179,10 +194,13 @@ class PolicyGradientModule(OnPolicyModule):
         )
         return terms
 
-    def takes_part(self, batch: Rollouts) -> bool:
-        """Note what is to be trained on; False where this piece of a rollout takes no step any more."""
-        self.log_pending()
+    def on_train_batch_start(self, batch: Rollouts, batch_idx: int) -> None:
+        # here, because Lightning's optimiser step is entered before the training step inside it
         self._step_is_empty = batch.totals is not None and batch.totals["tokens"] == 0
+
+    def takes_part(self) -> bool:
+        """Log what was collected; False where this piece of a rollout takes no step any more."""
+        self.log_pending()
         return not self._is_stopped
 
     def zero_loss(self) -> Tensor:

@@ -120,6 +120,11 @@ class PPOModule(PolicyGradientModule):
         )
         if not value_coef >= 0:
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")
+        if credit.baseline == "greedy":
+            raise UserError(
+                f"credit={type(credit).__name__} compares with the greedy answer, and PPOModule with its critic: use "
+                "GRPOModule, or credit=Gae"
+            )
         self.save_hyperparameters()
         self.critic_spec = critic
         self.value_loss = value_loss
@@ -177,7 +182,7 @@ class PPOModule(PolicyGradientModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Tensor:
-        if not self.takes_part(batch):
+        if not self.takes_part():
             return self.zero_loss()
         assert self.policy is not None
         assert self.critic is not None

@@ -7,6 +7,7 @@ import torch
 from fits import fit
 from one_step import records
 
+from rlhf_lightning.advantages.group import ReMax
 from rlhf_lightning.advantages.kl_control import FixedKL
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
@@ -397,6 +398,8 @@ def test_options_that_cannot_work_say_what_to_do(tiny_model, tiny_config, tiny_t
         ppo(tiny_model, generation=GenerationSpec(temperature=0.0))
     with pytest.raises(UserError, match=r"rewards is empty: name at least one"):
         PPOModule(ModelSpec(path=str(tiny_model)), [])
+    with pytest.raises(UserError, match=r"credit=ReMax compares with the greedy answer.*use GRPOModule, or credit=Gae"):
+        ppo(tiny_model, credit=ReMax())
     with pytest.raises(UserError, match=r"critic.model is given but critic.kind is shared"):
         CriticSpec(kind="shared", model=ModelSpec(path="x"))
     other = ModelSpec(config=tiny_config | {"vocab_size": 50}, tokenizer=str(tiny_tokenizer))

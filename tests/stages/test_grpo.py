@@ -1,0 +1,360 @@
+"""GRPO: groups, filters and prefixes by their effect."""
+
+import pytest
+import torch
+from fits import fit
+from one_step import records
+
+from rlhf_lightning.advantages import BatchNormalised, Centred, FixedKL, Gae, LeaveOneOut, ReMax
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import RewardFn
+from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.prefix import PrefixSpec
+from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.stages import GRPOModule
+from rlhf_lightning.stages.grpo import DynamicSampling
+from rlhf_lightning.stages.reward_shaping import KLSpec
+
+NO_KL = KLSpec(control=FixedKL(0.0))
+
+
+def grpo(model, reward=None, **options) -> GRPOModule:
+    defaults = {
+        "generation": GenerationSpec(max_new_tokens=5, num_samples=4),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2),
+        "seed": 1,
+    }
+    rewards = [WeightedReward(reward or LengthReward(target=3), name="reward")]
+    return GRPOModule(ModelSpec(path=str(model)), rewards, **(defaults | options))
+
+
+def prompts(write_jsonl, count: int = 12, **columns) -> str:
+    return write_jsonl("prompts.jsonl", [{"prompt": row["prompt"], **columns} for row in records("ppo")[:count]])
+
+
+class Keep:
+    """Rollouts of a run, as they are given to training."""
+
+    def __init__(self, module: GRPOModule) -> None:
+        self.rollouts, collect = [], module.collect
+
+        def keeping(draw):
+            self.rollouts.append(collect(draw))
+            return self.rollouts[-1]
+
+        module.collect = keeping
+
+
+class FirstToken(RewardFn):
+    """1 for answers that begin with one of these tokens, else 0."""
+
+    def __init__(self, *wanted: int) -> None:
+        self.wanted = wanted
+
+    def __call__(self, samples):
+        return [float(bool(sample.tokens) and sample.tokens[0] in self.wanted) for sample in samples]
+
+
+class Constant(RewardFn):
+    def __call__(self, samples):
+        return [1.0] * len(samples)
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def largest_change(before, module) -> float:
+    return max(float((p.detach() - before[name]).abs().max()) for name, p in module.named_parameters())
+
+
+# ---- the first minibatch, and learning -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", [{}, {"temperature": 0.7}, {"top_p": 0.7}, {"top_k": 4, "min_p": 0.05}])
+def test_the_ratio_of_the_first_minibatch_is_1_whatever_the_sampler_cuts_off(
+    generation, tiny_model, write_jsonl, tmp_path
+):
+    module = grpo(tiny_model, generation=GenerationSpec(max_new_tokens=5, num_samples=4, **generation))
+    metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
+    assert metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-6)
+    assert metrics["policy/clip_frac"].item() == 0
+    assert metrics["rollout/kl"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_second_step_on_truncated_samples_has_the_ratio_of_the_renormalised_policies(
+    tiny_model, write_jsonl, tmp_path
+):
+    """By hand from full logits: after a step, at one fixed set, and not what the whole vocabulary would give."""
+    module = grpo(tiny_model, generation=GenerationSpec(max_new_tokens=5, num_samples=4, top_k=3))
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    [rollouts] = keep.rollouts
+    module.eval()
+    with torch.no_grad():
+        hidden = module.policy.hidden_states(rollouts.tokens, rollouts.attention_mask, rollouts.positions)
+        now = module.policy_scores(rollouts, hidden).logprobs
+        logits = module.policy.causal_lm(
+            input_ids=rollouts.tokens,
+            attention_mask=rollouts.attention_mask,
+            position_ids=rollouts.positions,
+            use_cache=False,
+        ).logits
+    bits = rollouts.kept[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    inside = bits.flatten(-2)[..., : logits.shape[-1]].bool()
+    assert inside[rollouts.mask].sum(-1).tolist() == [3] * int(rollouts.mask.sum())
+    by_hand = logits[:, :-1].masked_fill(~inside[:, 1:], -torch.inf).log_softmax(-1)
+    by_hand = by_hand.gather(-1, rollouts.tokens[:, 1:, None])[..., 0]
+    real = rollouts.mask[:, 1:]
+    torch.testing.assert_close(now[:, 1:][real], by_hand[real], rtol=1e-5, atol=1e-5)
+    ratio = (now - rollouts.old_logprobs)[rollouts.mask].exp()
+    assert (ratio - 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("credit", [LeaveOneOut(), ReMax(), BatchNormalised()], ids=lambda c: type(c).__name__)
+def test_it_learns_what_is_rewarded(credit, tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, FirstToken(4, 5, 6, 7), credit=credit, kl=NO_KL, use_reference=False)
+    scores = []
+    module.log_pending = lambda: scores.append(module._pending_metrics["rollout/score"])
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}, max_epochs=12)
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
+
+
+def test_without_a_reference_there_is_no_second_model_and_no_kl(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, kl=NO_KL, use_reference=False)
+    metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
+    assert module.reference is None
+    assert not [name for name in metrics if name.startswith("rollout/kl")]
+
+
+# ---- groups that teach nothing ---------------------------------------------------------------------------------------
+
+
+def test_answers_that_are_all_cut_off_change_no_parameter(tiny_model, write_jsonl, tmp_path):
+    generation = GenerationSpec(max_new_tokens=1, num_samples=4)  # no room for an end token besides
+
+    class NeverEnds(GRPOModule):
+        def generate(self, prompts, seed):
+            from dataclasses import replace
+
+            answers = super().generate(prompts, seed)
+            return replace(answers, finished=torch.zeros_like(answers.finished))
+
+    module = NeverEnds(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=3))],
+        generation=generation,
+        mask_truncated=True,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1),
+    )
+    module.configure_model()
+    before = weights(module)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 4}, max_epochs=2)
+    assert largest_change(before, module) == 0.0
+    assert trainer.callback_metrics["groups/trained_sequences"].item() == 0
+
+
+def test_uninformative_groups_change_only_the_normaliser(tiny_model, write_jsonl, tmp_path):
+    """Kept they add zeros to the sum; dropped they leave the denominator: the gradients differ by one factor."""
+    gradients, counts = [], []
+    for drop in (False, True):
+        module = grpo(
+            tiny_model,
+            FirstToken(4, 5, 6),
+            drop_uninformative=drop,
+            kl=NO_KL,
+            reduction="token_mean",
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
+        )
+        keep = Keep(module)
+        seen = {}
+        module.on_before_optimizer_step = lambda optimizer, m=module, seen=seen: seen.update(
+            {n: p.grad.clone() for n, p in m.named_parameters()}
+        )
+        fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+        gradients.append(seen)
+        counts.append(float(keep.rollouts[0].mask.sum()))
+    assert 0 < counts[1] < counts[0], "some groups must be informative and some not"
+    for name, kept in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], kept * counts[0] / counts[1], rtol=1e-4, atol=1e-6)
+
+
+def test_dynamic_sampling_fills_the_rollout_with_informative_groups(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, FirstToken(4, 5), dynamic_sampling=DynamicSampling(max_batches=30), kl=NO_KL)
+    keep = Keep(module)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6})
+    for rollouts in keep.rollouts:
+        assert len(rollouts.scores) == 6 * 4
+        for group in range(6):
+            scores = rollouts.scores[rollouts.groups == group]
+            assert len(scores) == 4
+            assert 0 < scores.sum() < 4
+    assert trainer.global_step == 2, "an epoch is as many rollouts as there are batches of prompts"
+    metrics = trainer.callback_metrics
+    assert metrics["sampling/batches"].item() > 1
+    assert metrics["sampling/used_frac"].item() <= metrics["sampling/informative_frac"].item() < 1
+
+
+def test_dynamic_sampling_is_bounded_and_trains_on_nothing_if_it_finds_nothing(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, Constant(), dynamic_sampling=DynamicSampling(max_batches=3))
+    module.configure_model()
+    before = weights(module)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6})
+    assert trainer.callback_metrics["sampling/batches"].item() == 3
+    assert trainer.callback_metrics["sampling/informative_frac"].item() == 0
+    assert trainer.callback_metrics["sampling/score"].item() == 1
+    assert largest_change(before, module) == 0.0
+
+
+def test_replay_puts_earlier_groups_in_the_place_of_unanimous_ones(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, FirstToken(4, 5), replay=ReplaySpec(capacity=8), kl=NO_KL)
+    keep = Keep(module)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6}, max_epochs=2)
+    assert trainer.callback_metrics["groups/replayed"].item() > 0
+    last = keep.rollouts[-1]
+    assert len(last.scores) == 24, "as many answers as ever"
+    unanimous = [g for g in last.groups.unique() if last.scores[last.groups == g].std() == 0]
+    assert len(unanimous) < 6
+    fresh = [g for g in last.groups.unique() if g < 6]
+    replayed = [g for g in last.groups.unique() if g >= 6]
+    assert len(fresh) + len(replayed) == 6
+    for group in replayed:
+        rows = last.groups == group
+        assert any(
+            torch.equal(early.old_logprobs[early.mask], last.old_logprobs[rows][last.mask[rows]])
+            for before in keep.rollouts[:-1]
+            for early in [before.select((before.groups == g).nonzero()[:, 0]) for g in before.groups.unique()]
+        ), "a replayed group keeps the log-probabilities that it was sampled with"
+
+
+def test_only_the_tokens_of_highest_entropy_carry_the_loss(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, entropy_top_frac=0.25)
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    [rollouts] = keep.rollouts
+    share = rollouts.weights[rollouts.mask].mean().item()
+    assert share == pytest.approx(0.25, abs=0.02)
+    assert set(rollouts.weights.unique().tolist()) == {0.0, 1.0}
+
+
+# ---- prefixes --------------------------------------------------------------------------------------------------------
+
+
+class Begins(RewardFn):
+    """Remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def __call__(self, samples):
+        self.seen.extend(samples)
+        return [float(len(sample.tokens)) for sample in samples]
+
+
+@pytest.mark.parametrize("in_completion", [True, False])
+def test_a_prefix_is_read_but_carries_no_loss(in_completion, tiny_model, write_jsonl, tmp_path):
+    reward = Begins()
+    module = grpo(tiny_model, reward, prefix=PrefixSpec(share=1.0, in_completion=in_completion))
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl, prefix="was dull but"), "batch_size": 12})
+    [rollouts] = keep.rollouts
+    begun = module.tokenizer.encode(" was dull but", add_special_tokens=False)
+    assert begun
+    for row in range(len(rollouts.scores)):
+        first = int(rollouts.mask[row].int().argmax())
+        assert rollouts.tokens[row, first - len(begun) : first].tolist() == begun
+    for sample in reward.seen:
+        text = sample.completion if in_completion else sample.prompt
+        assert text.strip().startswith("was dull but") if in_completion else text.endswith("was dull but")
+    # the gradient with respect to the logits that predict the prefix is exactly 0
+    hidden = module.policy.hidden_states(rollouts.tokens, rollouts.attention_mask, rollouts.positions)
+    logits = (hidden @ module.policy.head().weight.T).detach().requires_grad_()
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, rollouts.tokens[:, 1:, None])[..., 0]
+    logprobs = torch.nn.functional.pad(logprobs, (1, 0))
+    output = module.loss(logprobs, rollouts.old_logprobs, rollouts.advantages, rollouts.mask)
+    module._mean(output.per_token, rollouts).backward()
+    predicts_answer = torch.nn.functional.pad(rollouts.mask[:, 1:], (0, 1))
+    assert logits.grad[predicts_answer].abs().max() > 0
+    assert not logits.grad[~predicts_answer].any()
+
+
+def test_a_share_of_the_prompts_gets_its_prefix_and_evaluation_none(tiny_model, write_jsonl, tmp_path):
+    reward = Begins()
+    module = grpo(tiny_model, reward, prefix=PrefixSpec(share=0.5))
+    path = prompts(write_jsonl, prefix="was dull but")
+    fit(module, tmp_path, data={"train": path, "batch_size": 12}, max_epochs=4)
+    begun = [sample.completion.strip().startswith("was dull but") for sample in reward.seen]
+    assert 0.25 < sum(begun) / len(begun) < 0.75
+    reward.seen.clear()
+    fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 12, "eval_batch_size": 12}, max_epochs=1)
+    assert not all(sample.record.get("prefilled") for sample in reward.seen)
+    assert any("prefilled" not in sample.record for sample in reward.seen)
+
+
+# ---- export, bad input -----------------------------------------------------------------------------------------------
+
+
+def test_the_policy_is_exported(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    ours = module.policy.state_dict()
+    for name, value in load_policy(ModelSpec(path=str(module.export(tmp_path / "hf")))).state_dict().items():
+        torch.testing.assert_close(value, ours[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generation": GenerationSpec(num_samples=1)}, r"num_samples=1 gives groups of one.*credit=GroupNormalised"),
+        (
+            {"generation": GenerationSpec(num_samples=1), "credit": ReMax(), "replay": ReplaySpec()},
+            r"num_samples=1 gives groups of one answer, and replay compares",
+        ),
+        ({"credit": Gae()}, r"credit=Gae compares with a critic.*use PPOModule"),
+        ({"use_reference": False}, r"kl.loss_coef=0.04 needs a reference, and use_reference is false"),
+        (
+            {"use_reference": False, "kl": KLSpec(control=FixedKL(0.1))},
+            r"kl.control's coefficient=0.1 needs a reference, and use_reference is false",
+        ),
+        (
+            {"use_reference": False, "reference": ModelSpec(path="x"), "kl": NO_KL},
+            r"reference='x' with use_reference=false",
+        ),
+        ({"entropy_top_frac": 0.0}, r"entropy_top_frac=0.0 is no share of the tokens"),
+    ],
+)
+def test_options_that_cannot_work_say_what_to_do(options, message, tiny_model):
+    with pytest.raises(UserError, match=message):
+        grpo(tiny_model, **options)
+
+
+def test_specs_that_cannot_work_say_what_to_do():
+    with pytest.raises(UserError, match=r"dynamic_sampling.max_batches=1 leaves nothing to draw again"):
+        DynamicSampling(max_batches=1)
+    with pytest.raises(UserError, match=r"replay.capacity=0 keeps nothing"):
+        ReplaySpec(capacity=0)
+    with pytest.raises(UserError, match=r"replay.max_age=0 forgets at once"):
+        ReplaySpec(max_age=0)
+    with pytest.raises(UserError, match=r"prefix.share=0.0: give a share"):
+        PrefixSpec(share=0.0)
+
+
+def test_names_that_the_data_or_the_rewards_lack_are_refused(tiny_model, write_jsonl, tmp_path):
+    data = {"train": prompts(write_jsonl), "batch_size": 12}
+    with pytest.raises(
+        UserError, match=r"prefix.column='thoughts' is not in the prompt data, whose columns are 'prompt'"
+    ):
+        fit(grpo(tiny_model, prefix=PrefixSpec(column="thoughts")), tmp_path, data=data)
+    with pytest.raises(UserError, match=r"dynamic_sampling.by='correct' is none of the rewards, .* are 'reward'"):
+        fit(grpo(tiny_model, dynamic_sampling=DynamicSampling(by="correct")), tmp_path, data=data)
+
+
+def test_options_without_effect_are_named(tiny_model):
+    module = grpo(tiny_model, dynamic_sampling=DynamicSampling(), drop_uninformative=True, renormalise_truncated=False)
+    assert set(dict(module.inert_options())) == {"drop_uninformative", "renormalise_truncated"}
+    assert not dict(grpo(tiny_model, credit=Centred(), updates=UpdateSpec(inner_epochs=2)).inert_options())
