@@ -11,14 +11,18 @@ from torch import Tensor
 
 from rlhf_lightning.advantages.group import GroupNormalised, informative_answers
 from rlhf_lightning.advantages.kl_control import FixedKL
+from rlhf_lightning.advantages.shaping import overlong_mask
 from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, concatenate_rows
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Credit, PolicyLoss, Sample
+from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, Sample
+from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction
 from rlhf_lightning.core.seeding import counter_seed
+from rlhf_lightning.losses.correction import SamplerCorrection, off_policy_sequence_mask
 from rlhf_lightning.losses.entropy import top_entropy_mask
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
@@ -71,6 +75,7 @@ class GRPOModule(PolicyGradientModule):
         rewards: functions that score answers, with their weights: a verifier, a trained reward model, rules.
         reference: the model that KL is measured against; None: the policy as it was at the start.
         use_reference: false builds no reference (DAPO, Dr.GRPO): no second copy of the weights, and no KL is measured.
+        reference_sync: let the reference follow the policy (Gorbatovski et al., 2024); None: it stays.
         generation: how answers are sampled; num_samples is the size of a group.
         updates: inner epochs and minibatches.
         loss: the policy's loss per token.
@@ -87,6 +92,9 @@ class GRPOModule(PolicyGradientModule):
             count, with an advantage of 0.
         mask_truncated: answers cut off at the length limit carry no loss (Yu et al., 2025: overlong filtering).
         replay: groups kept to stand in for those that teach nothing; None: no buffer.
+        correction: weights for answers whose sampler was not quite the policy; needs generation.keep_logprobs; None: none.
+        off_policy_threshold: bad answers that the policy has moved away from by more than this (nats per token, mean)
+            carry no loss (DeepSeek-AI, 2025: DeepSeek-V3.2); None: they do.
         prefix: let a share of the answers begin with given words that carry no loss; None: answers begin themselves.
         renormalise_truncated: of a sampler that truncates (top_p, top_k, min_p), take log-probabilities over what it
             kept, which makes ratios exact; false: over the whole vocabulary, as other libraries do.
@@ -110,6 +118,7 @@ class GRPOModule(PolicyGradientModule):
         rewards: list[WeightedReward],
         reference: ModelSpec | None = None,
         use_reference: bool = True,
+        reference_sync: ReferenceSync | None = None,
         generation: GenerationSpec = GenerationSpec(num_samples=8),
         updates: UpdateSpec = UpdateSpec(inner_epochs=1),
         loss: PolicyLoss = ClippedSurrogate(),
@@ -124,6 +133,8 @@ class GRPOModule(PolicyGradientModule):
         drop_uninformative: bool = False,
         mask_truncated: bool = False,
         replay: ReplaySpec | None = None,
+        correction: SamplerCorrection | None = None,
+        off_policy_threshold: float | None = None,
         prefix: PrefixSpec | None = None,
         renormalise_truncated: bool = True,
         target_kl: float | None = None,
@@ -155,11 +166,19 @@ class GRPOModule(PolicyGradientModule):
             lr_scheduler,
             seed,
             use_reference=use_reference,
+            reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
         )
         if not 0 < entropy_top_frac <= 1:
             raise UserError(f"entropy_top_frac={entropy_top_frac} is no share of the tokens: give 0.2, or 1 for all")
         self.save_hyperparameters()
+        if correction is not None and not generation.keep_logprobs:
+            raise UserError(
+                "correction compares the policy with what the sampler said about its own tokens, and "
+                "generation.keep_logprobs is false: set it to true"
+            )
+        if off_policy_threshold is not None and not off_policy_threshold > 0:
+            raise UserError(f"off_policy_threshold={off_policy_threshold}: give a positive number, as 0.5, or null")
         _check_groups(credit, generation, dynamic_sampling, drop_uninformative, replay)
         _check_reference(use_reference, kl)
         self.entropy_top_frac = entropy_top_frac
@@ -167,6 +186,8 @@ class GRPOModule(PolicyGradientModule):
         self.drop_uninformative = drop_uninformative
         self.mask_truncated = mask_truncated
         self.replay_spec = replay
+        self.correction = correction
+        self.off_policy_threshold = off_policy_threshold
         self.prefix = prefix
         self.replay: ReplayBuffer | None = None
         self._saved_replay: Sequence[Mapping[str, Any]] | None = None
@@ -275,11 +296,9 @@ class GRPOModule(PolicyGradientModule):
         mask, counted = rollouts.mask, rollouts.mask.any(-1)
         informative = informative_answers(rollouts.scores, rollouts.groups) & counted
         everything = float(counted.sum())
-        if self.entropy_top_frac < 1:
-            top = top_entropy_mask(entropy, mask, self.entropy_top_frac, add_over_ranks=self.add_over_ranks)
-            rollouts = replace(rollouts, weights=top.to(rollouts.advantages))
+        rollouts, metrics = self._weighted(rollouts, answered, entropy)
         if self.mask_truncated:
-            mask = mask & rollouts.finished[:, None]
+            mask = overlong_mask(mask, rollouts.finished)
         if self.drop_uninformative:
             mask = mask & informative[:, None]
         rollouts = replace(rollouts, mask=mask)
@@ -291,12 +310,41 @@ class GRPOModule(PolicyGradientModule):
         answers, informed, trained, replayed_everywhere = self.add_over_ranks(
             torch.tensor(here, dtype=torch.float64)
         ).tolist()
-        metrics = {"groups/informative_frac": informed / max(answers, 1), "groups/trained_sequences": trained}
+        metrics |= {"groups/informative_frac": informed / max(answers, 1), "groups/trained_sequences": trained}
         if self.replay is not None:
             metrics["groups/replayed"] = replayed_everywhere
         return rollouts, metrics
 
+    def _weighted(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
+        """What the loss of each token is multiplied by: its part in the policy gradient, and its sampler's mistake."""
+        mask, metrics = rollouts.mask, {}
+        weights = []
+        if self.entropy_top_frac < 1:
+            top = top_entropy_mask(entropy, mask, self.entropy_top_frac, add_over_ranks=self.add_over_ranks)
+            weights.append(top.to(rollouts.advantages))
+        if self.correction is not None:
+            assert answered.answers.sampler_logprobs is not None
+            corrected = self.correction(rollouts.old_logprobs, answered.answers.sampler_logprobs, mask)
+            weights.append(corrected.weights)
+            sums = [torch.where(mask, x, 0.0).sum().double() for x in corrected.metrics.values()]
+            *sums, tokens = self.add_over_ranks(torch.stack((*sums, mask.sum().double()))).tolist()
+            names = [f"correction/{name}" for name in corrected.metrics]
+            metrics = {name: total / max(tokens, 1) for name, total in zip(names, sums, strict=True)}
+        if weights:
+            rollouts = replace(rollouts, weights=torch.stack(weights).prod(0))
+        return rollouts, metrics
+
     # ---- training --------------------------------------------------------------------------------------------------
+
+    def policy_loss(self, batch: Rollouts, scores: TokenScores) -> PolicyLossOutput:
+        output = super().policy_loss(batch, scores)
+        if self.off_policy_threshold is None:
+            return output
+        kept = off_policy_sequence_mask(
+            scores.logprobs, batch.old_logprobs, batch.advantages, batch.mask, threshold=self.off_policy_threshold
+        )
+        self.step_means.add({"policy/off_policy_frac": (~kept).float()}, batch.mask)
+        return replace(output, per_token=torch.where(kept, output.per_token, 0.0))
 
     def training_step(self, batch: Rollouts, batch_idx: int) -> Tensor:
         if not self.takes_part():

@@ -22,7 +22,7 @@ from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy
-from rlhf_lightning.models.reference import Reference, make_reference
+from rlhf_lightning.models.reference import Reference, ReferenceSync, make_reference
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
@@ -75,6 +75,7 @@ class OnPolicyModule(RLHFModule):
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
         use_reference: whether a reference is built at all; without one no KL is measured.
+        reference_sync: let the reference follow the policy; None: it stays.
         renormalise_truncated: of a sampler that truncates, take log-probabilities over what it kept.
     """
 
@@ -94,6 +95,7 @@ class OnPolicyModule(RLHFModule):
         seed: int | None,
         *,
         use_reference: bool = True,
+        reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
     ) -> None:
         super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
@@ -106,7 +108,10 @@ class OnPolicyModule(RLHFModule):
         if not use_reference and reference is not None:
             raise UserError(f"reference={reference.path or reference.config!r} with use_reference=false: drop one")
         self.rewards = rewards
+        if not use_reference and reference_sync is not None:
+            raise UserError("reference_sync moves a reference, and use_reference is false: drop one")
         self.use_reference = use_reference
+        self.reference_sync = reference_sync
         self.renormalise_truncated = renormalise_truncated
         self.reference_spec = reference
         self.generation = generation
@@ -125,7 +130,8 @@ class OnPolicyModule(RLHFModule):
         if self.policy is None:
             self.policy = load_policy(self.model_spec)
             if self.use_reference:
-                self._frozen["reference"] = make_reference(self.policy, self.reference_spec)
+                follows = self.reference_sync is not None
+                self._frozen["reference"] = make_reference(self.policy, self.reference_spec, follows=follows)
             self.engine = HFGenerate(self.generation, self.tokenizer)
 
     @property

@@ -14,6 +14,7 @@ from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, masked_moments, masked_whiten, reduce_tokens
 from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
@@ -40,7 +41,7 @@ class PolicyGradientModule(OnPolicyModule):
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
-        use_reference, renormalise_truncated: likewise.
+        use_reference, reference_sync, renormalise_truncated: likewise.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
     """
 
@@ -67,6 +68,7 @@ class PolicyGradientModule(OnPolicyModule):
         seed: int | None,
         *,
         use_reference: bool = True,
+        reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
     ) -> None:
         super().__init__(
@@ -81,6 +83,7 @@ class PolicyGradientModule(OnPolicyModule):
             lr_scheduler,
             seed,
             use_reference=use_reference,
+            reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
         )
         for name, value in (("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
@@ -91,7 +94,7 @@ class PolicyGradientModule(OnPolicyModule):
         self.loss = loss
         self.credit = credit
         self.kl = kl
-        self.shaper = RewardShaper(shaping, kl, self.add_over_ranks)
+        self.shaper = RewardShaper(shaping, kl, self.add_over_ranks, max_length=generation.max_new_tokens)
         self.entropy_coef = entropy_coef
         self.whiten_advantages = whiten_advantages
         self.reduction = reduction
@@ -114,6 +117,8 @@ class PolicyGradientModule(OnPolicyModule):
             yield "kl.estimator", "the coefficient of the KL in the reward is 0"
         if self.shaper.shaping.missing_eos_score is not None and self.shaper.shaping.missing_eos_penalty:
             yield "shaping.missing_eos_penalty", "missing_eos_score replaces the score it would be subtracted from"
+        if self.shaper.shaping.overlong_cache is None and self.shaper.shaping.overlong_factor != 1:
+            yield "shaping.overlong_factor", "shaping.overlong_cache is not set"
 
     def extra_loader(self) -> Iterable[TokenBatch] | None:
         if not self.ptx_coef:
@@ -241,6 +246,11 @@ class PolicyGradientModule(OnPolicyModule):
             closure()
             return
         super().optimizer_step(*args, **kwargs)
+        if self.reference_sync is not None and (self.trainer.global_step + 1) % self.reference_sync.every == 0:
+            # what was collected keeps what the reference said then; the next rollout hears the new one
+            assert self.policy is not None
+            assert self.reference is not None
+            self.reference.follow(self.policy, self.reference_sync.share)
         if self.target_kl is not None:
             total, count = self.add_over_ranks(torch.tensor(self._step_kl, dtype=torch.float64)).tolist()
             self._step_kl = [0.0, 0.0]
@@ -256,6 +266,9 @@ class PolicyGradientModule(OnPolicyModule):
             "stopped_rollout": self._stopped_rollout,
             "pending_metrics": dict(self._pending_metrics),
         }
+        if self.reference_sync is not None and self.reference is not None:
+            # it is no longer what it was loaded as
+            checkpoint["reference"] = {k: v.cpu() for k, v in self.reference.policy.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -264,3 +277,5 @@ class PolicyGradientModule(OnPolicyModule):
             self.shaper.load_state_dict(state["shaper"])
             self._stopped_rollout = state["stopped_rollout"]
             self._pending_metrics = dict(state["pending_metrics"])
+        if "reference" in checkpoint and self.reference_sync is not None and self.reference is not None:
+            self.reference.policy.load_state_dict(checkpoint["reference"])

@@ -14,6 +14,7 @@ from rlhf_lightning.advantages.shaping import (
     kl_shaped_rewards,
     missing_eos_penalty,
     scale_scores,
+    soft_overlong_punishment,
 )
 from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.errors import UserError
@@ -29,6 +30,9 @@ class RewardShaping:
     Args:
         missing_eos_penalty: subtracted from answers that hit the length limit (Huang et al., 2024).
         missing_eos_score: the score of such answers, whatever the reward functions said (Ziegler et al., 2019: -1).
+        overlong_cache: tokens before the length limit over which an answer loses more and more of a whole point (Yu et
+            al., 2025: 4096 of 20480).
+        overlong_factor: how many points that is.
         scale_by_running_std: divide by the standard deviation of all scores so far (Engstrom et al., 2020).
         clip: clip scores to [-clip, clip] (Engstrom et al., 2020: 10).
         whiten_rewards: scale rewards per token, KL included, to standard deviation 1, keeping their mean (Ziegler et
@@ -37,6 +41,8 @@ class RewardShaping:
 
     missing_eos_penalty: float = 0.0
     missing_eos_score: float | None = None
+    overlong_cache: int | None = None
+    overlong_factor: float = 1.0
     scale_by_running_std: bool = False
     clip: float | None = None
     whiten_rewards: bool = False
@@ -84,11 +90,25 @@ class RewardShaper:
         shaping: what happens to scores.
         kl: the KL penalty.
         add_over_ranks: adds a vector over all ranks.
+        max_length: tokens at which an answer is cut off.
     """
 
-    def __init__(self, shaping: RewardShaping, kl: KLSpec, add_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        shaping: RewardShaping,
+        kl: KLSpec,
+        add_over_ranks: Callable[[Tensor], Tensor],
+        *,
+        max_length: int,
+    ) -> None:
+        if shaping.overlong_cache is not None and not 0 < shaping.overlong_cache <= max_length:
+            raise UserError(
+                f"shaping.overlong_cache={shaping.overlong_cache} is no stretch before generation.max_new_tokens="
+                f"{max_length}: give 1 to {max_length}"
+            )
         self.shaping = shaping
         self.kl = kl
+        self.max_length = max_length
         self.kl_coef = kl.control.initial_coef
         """The price of a nat in the next rollout."""
         self.score_moments = RunningMoments()
@@ -109,6 +129,11 @@ class RewardShaper:
             subtract=shaping.missing_eos_penalty,
             replace_by=shaping.missing_eos_score,
         )
+        if shaping.overlong_cache is not None:
+            punishment = soft_overlong_punishment(
+                answers.mask.sum(-1), max_length=self.max_length, cache=shaping.overlong_cache
+            )
+            scores = scores + shaping.overlong_factor * punishment
         if shaping.scale_by_running_std:
             self.score_moments = self.score_moments.merge(self._moments(scores, counts))
             scores = scale_scores(scores, self.score_moments)

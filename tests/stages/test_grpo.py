@@ -1,5 +1,8 @@
 """GRPO: groups, filters and prefixes by their effect."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from fits import fit
@@ -8,7 +11,9 @@ from one_step import records
 from rlhf_lightning.advantages import BatchNormalised, Centred, FixedKL, Gae, LeaveOneOut, ReMax
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn
+from rlhf_lightning.losses import SamplerCorrection
 from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
@@ -18,7 +23,7 @@ from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
 from rlhf_lightning.stages import GRPOModule
 from rlhf_lightning.stages.grpo import DynamicSampling
-from rlhf_lightning.stages.reward_shaping import KLSpec
+from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 NO_KL = KLSpec(control=FixedKL(0.0))
 
@@ -140,8 +145,6 @@ def test_answers_that_are_all_cut_off_change_no_parameter(tiny_model, write_json
 
     class NeverEnds(GRPOModule):
         def generate(self, prompts, seed):
-            from dataclasses import replace
-
             answers = super().generate(prompts, seed)
             return replace(answers, finished=torch.zeros_like(answers.finished))
 
@@ -242,6 +245,68 @@ def test_only_the_tokens_of_highest_entropy_carry_the_loss(tiny_model, write_jso
     assert set(rollouts.weights.unique().tolist()) == {0.0, 1.0}
 
 
+def test_a_sampler_that_was_exact_has_weights_of_1(tiny_model, write_jsonl, tmp_path):
+    generation = GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True, top_p=0.9)
+    module = grpo(tiny_model, generation=generation, correction=SamplerCorrection(cap=2.0))
+    keep = Keep(module)
+    metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
+    [rollouts] = keep.rollouts
+    torch.testing.assert_close(rollouts.weights[rollouts.mask], torch.ones(int(rollouts.mask.sum())), atol=1e-4, rtol=0)
+    assert metrics["correction/ratio"].item() == pytest.approx(1, abs=1e-4)
+    assert metrics["correction/truncated_frac"].item() == 0
+
+
+def test_a_sampler_that_was_wrong_is_weighed_by_the_ratio(tiny_model, write_jsonl, tmp_path):
+    class OffByHalf(GRPOModule):
+        def generate(self, prompts, seed):
+            answers = super().generate(prompts, seed)
+            return replace(answers, sampler_logprobs=answers.sampler_logprobs - math.log(1.5))
+
+    module = OffByHalf(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True),
+        correction=SamplerCorrection(cap=2.0),
+    )
+    keep = Keep(module)
+    metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
+    weights = keep.rollouts[0].weights[keep.rollouts[0].mask]
+    torch.testing.assert_close(weights, torch.full_like(weights, 1.5), rtol=1e-4, atol=0)
+    assert metrics["rollout/logprob_gap"].item() == pytest.approx(math.log(1.5), rel=1e-4)
+
+
+def test_long_answers_lose_a_point_bit_by_bit(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, Constant(), shaping=RewardShaping(overlong_cache=2, overlong_factor=0.5), kl=NO_KL)
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    [rollouts] = keep.rollouts
+    # limit 5: free up to 3 tokens, half a point at 4, all of it at 5
+    expected = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1 - 0.25, 5: 1 - 0.5}
+    lengths = rollouts.mask.sum(-1).tolist()
+    assert {4, 5} & set(lengths)
+    assert rollouts.rewards.sum(-1).tolist() == pytest.approx([expected[length] for length in lengths])
+
+
+def test_the_reference_follows_the_policy_and_is_in_the_checkpoint(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, reference_sync=ReferenceSync(every=3, share=1.0))
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 4})
+    assert trainer.global_step == 3
+    ours, reference = module.policy.state_dict(), module.reference.policy.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in reference.items())
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    other = grpo(tiny_model, reference_sync=ReferenceSync(every=3))
+    other.configure_model()
+    other.on_load_checkpoint(checkpoint)
+    assert all(torch.equal(ours[name], value) for name, value in other.reference.policy.state_dict().items())
+
+
+def test_bad_answers_that_the_policy_has_left_carry_no_loss(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, off_policy_threshold=1e-6, updates=UpdateSpec(inner_epochs=2))
+    metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
+    assert 0 < metrics["policy/off_policy_frac"].item() < 1
+
+
 # ---- prefixes --------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +389,16 @@ def test_the_policy_is_exported(tiny_model, write_jsonl, tmp_path):
         (
             {"use_reference": False, "reference": ModelSpec(path="x"), "kl": NO_KL},
             r"reference='x' with use_reference=false",
+        ),
+        (
+            {"correction": SamplerCorrection()},
+            r"correction compares .* keep_logprobs is false: set it to true",
+        ),
+        ({"off_policy_threshold": 0.0}, r"off_policy_threshold=0.0: give a positive number"),
+        ({"use_reference": False, "kl": NO_KL, "reference_sync": ReferenceSync()}, r"reference_sync moves a reference"),
+        (
+            {"shaping": RewardShaping(overlong_cache=9)},
+            r"shaping.overlong_cache=9 is no stretch before generation.max_new_tokens=5: give 1 to 5",
         ),
         ({"entropy_top_frac": 0.0}, r"entropy_top_frac=0.0 is no share of the tokens"),
     ],
