@@ -26,6 +26,7 @@ RECORDS = {
     "BradleyTerry": {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     "PlackettLuce": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
     "Regression": {"prompt": "the film", "completion": "was", "rating": 0.5},
+    "KTOModule": {"prompt": "the film", "completion": "was", "label": True},
     "PPOModule": {"prompt": "the film"},
     "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
     "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
@@ -117,8 +118,11 @@ def record_kind(run: dict[str, Any]) -> str:
 
 
 def write_records(path: Path, record: dict[str, Any]) -> str:
-    """A dozen records that differ in their prompt."""
-    path.write_text("".join(json.dumps(record | {"prompt": f"{record['prompt']} {word}"}) + "\n" for word in WORDS))
+    """A dozen records that differ in their prompt, and, where there are labels, have both in turn."""
+    records = [record | {"prompt": f"{record['prompt']} {word}"} for word in WORDS]
+    if "label" in record:
+        records = [made | {"label": i % 2 == 0} for i, made in enumerate(records)]
+    path.write_text("".join(json.dumps(made) + "\n" for made in records))
     return str(path)
 
 

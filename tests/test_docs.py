@@ -31,7 +31,16 @@ from rlhf_lightning.core.interfaces import (
 )
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.readers import Source
-from rlhf_lightning.losses import BradleyTerry, ClippedSurrogate, ClippedValue, PlackettLuce, Regression
+from rlhf_lightning.losses import (
+    BCO,
+    KTO,
+    APOZeroUnpaired,
+    BradleyTerry,
+    ClippedSurrogate,
+    ClippedValue,
+    PlackettLuce,
+    Regression,
+)
 from rlhf_lightning.losses.divergence import Divergence
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
@@ -39,7 +48,7 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,6 +59,7 @@ STAGE_PAGES = {
     "docs/sft.md": SFTModule,
     "docs/reward.md": RewardModule,
     "docs/dpo.md": DPOModule,
+    "docs/kto.md": KTOModule,
     "docs/ppo.md": PPOModule,
 }
 METRIC = re.compile(
@@ -105,6 +115,7 @@ PROMISES = [
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
     *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
+    *(("docs/kto.md", cls) for cls in (KTO, APOZeroUnpaired, BCO)),
     ("docs/sft.md", Schedule),
     ("docs/models.md", ModelSpec),
     ("docs/models.md", LoraSpec),
@@ -139,17 +150,23 @@ RECORDS = {
     SFTModule: {"prompt": "the film", "completion": "was good"},
     DPOModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     RewardModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
+    KTOModule: {"prompt": "the film", "completion": "was good"},
     PPOModule: {"prompt": "the film"},
 }
+VARIANTS: dict[type, list[dict[str, Any]]] = {KTOModule: [{}, {"loss": {"class_path": "BCO"}}]}
+"""Options of a stage under which it logs what it does not by default."""
 
 
-def logged(cls: type, folder: Path, model: Path) -> set[str]:
+def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set[str]:
     """Names of all metrics of one training step and one evaluation, reward functions' names taken out."""
     records = [RECORDS[cls] | {"prompt": f"the film {word}"} for word in ("was", "good", "bad", "long")]
+    if cls is KTOModule:
+        records = [record | {"label": i % 2 == 0} for i, record in enumerate(records)]
+    folder.mkdir()
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     texts = folder / "texts.jsonl"
     texts.write_text(json.dumps({"text": "the film was good"}) + "\n")
-    init_args: dict[str, Any] = {arguments(cls)[0]: {"path": str(model)}}
+    init_args: dict[str, Any] = {arguments(cls)[0]: {"path": str(model)}} | options
     data: dict[str, Any] = {
         "train": str(folder / "records.jsonl"),
         "val": str(folder / "records.jsonl"),
@@ -177,7 +194,8 @@ def logged(cls: type, folder: Path, model: Path) -> set[str]:
 
 @pytest.mark.parametrize(("name", "cls"), STAGE_PAGES.items())
 def test_every_metric_is_on_its_page_and_none_but_these(name, cls, tmp_path, tiny_model):
-    real = logged(cls, tmp_path, tiny_model)
+    variants = enumerate(VARIANTS.get(cls, [{}]))
+    real = {metric for i, options in variants for metric in logged(cls, tmp_path / str(i), tiny_model, options)}
     said = {metric for span in code_spans(page(name)) for metric in METRIC.findall(span)}
     assert real - said == set(), f"{name} lacks metrics"
     of_tests = {metric.replace("val/", "test/") for metric in real}

@@ -142,6 +142,9 @@ class KTOModule(RLHFModule):
     def on_test_start(self) -> None:
         self.reference.to(self.device)
 
+    def on_predict_start(self) -> None:
+        self.reference.to(self.device)
+
     # ---- measuring -------------------------------------------------------------------------------------------------
 
     def forward(self, completions: TokenBatch) -> CompletionScores:
@@ -161,12 +164,12 @@ class KTOModule(RLHFModule):
         """The sum behind the step's KL, from the policy as it is before the step."""
         if self.loss.baseline != "mismatched_kl":
             return {}
-        total = torch.zeros((), dtype=torch.float64)
+        sums = []
         with self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 assert isinstance(batch, UnpairedBatch)
-                total += self._mismatched_log_ratios(batch.to(self.device)).double().sum().cpu()
-        return {"mismatched_log_ratio": float(total)}
+                sums.append(self._mismatched_log_ratios(batch.to(self.device)).sum())
+        return {"mismatched_log_ratio": float(torch.stack(sums).sum())}  # the step's one wait for the device
 
     def baseline(self, batch: UnpairedBatch) -> Tensor:
         """What the loss compares completions with, the same for the whole optimiser step []."""
@@ -274,6 +277,10 @@ class KTOModule(RLHFModule):
             metrics[f"{split}/kl"] = kl
         # equal on all ranks already; sync_dist only tells Lightning so
         self.log_dict(metrics, prog_bar=split == "val", sync_dist=True)
+
+    def predict_step(self, batch: UnpairedBatch, batch_idx: int) -> Tensor:
+        """The reward that the policy implies, of every completion [batch]."""
+        return self.loss.beta * self(batch.completions).log_ratio
 
     # ---- export ----------------------------------------------------------------------------------------------------
 

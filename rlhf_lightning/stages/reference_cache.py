@@ -56,7 +56,7 @@ def measure_reference(trainer: L.Trainer, spec: ModelSpec, folder: str | Path) -
     reference: Reference | None = None
     for name in data.names:
         rows = data.rows(name)
-        path = Path(folder) / f"{name}.safetensors"
+        path = Path(folder).expanduser() / f"{name}.safetensors"
         measured_with = _measured_with(trainer, spec, rows)
         if not trainer.strategy.broadcast(path.is_file()):
             if reference is None:
