@@ -111,7 +111,7 @@ class KlCov(PolicyLoss):
 def _covariance(
     logprobs: Float[Tensor, "batch time"], advantages: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, "batch time"]:
-    logprobs = logprobs.detach()
+    """Each token's part in the covariance of log-probability and advantage; used to compare tokens, never as a loss."""
     return (advantages - masked_mean(advantages, mask)) * (logprobs - masked_mean(logprobs, mask))
 
 

@@ -8,7 +8,7 @@ from rlhf_lightning.core.errors import UserError
 SCORES = torch.tensor([0.1, 0.9, 0.4, 0.7, -1.0, 2.0, 1.5, 3.0, 1.0, 1.0])
 GROUPS = torch.tensor([5, 5, 5, 5, 2, 2, 2, 7, 9, 9])
 LENGTHS = torch.tensor([1, 10, 1, 1, 1, 1, 9, 1, 1, 4])
-LOTS = torch.tensor([0.3, 0.1, 0.8, 0.2, 0.4, 0.9, 0.5, 0.6, 0.2, 0.7])
+LOTS = torch.tensor([0.8, 0.1, 0.3, 0.2, 0.4, 0.9, 0.5, 0.6, 0.2, 0.7])
 
 
 def pairs(rule, **more):
@@ -21,8 +21,8 @@ def pairs(rule, **more):
     [
         ("max_min", {}, [(5, 4, 3.0), (1, 0, 0.8)]),
         ("max_max", {}, [(5, 6, 0.5), (1, 3, 0.2)]),
-        ("max_random", {}, [(5, 6, 0.5), (1, 2, 0.5)]),
-        ("random", {}, [(5, 6, 0.5), (2, 0, 0.3)]),
+        ("max_random", {}, [(5, 6, 0.5), (1, 0, 0.8)]),
+        ("random", {}, [(5, 6, 0.5), (2, 0, 0.3)]),  # 0 is drawn before 2
         # scores less a tenth of the length: 0 -.1 .3 .6 | -1.1 1.9 .6 | . | .9 .6
         ("max_min_p", {"length_penalty": 0.1}, [(5, 4, 3.0), (3, 1, 0.7), (8, 9, 0.3)]),
     ],

@@ -41,6 +41,8 @@ def test_what_is_logged():
     assert logged["ratio"] == pytest.approx(RATIOS[MASK].tolist())
     assert logged["kept_frac"] == [1.0, 0.0, 1.0, 1.0, 1.0]
     assert logged["truncated_frac"] == [1.0, 0.0, 0.0, 1.0, 1.0]
+    dropped = SamplerCorrection(cap=2.0, keep="token", high=3.5)(OLD, SAMPLER, MASK).metrics
+    assert dropped["truncated_frac"][MASK].tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]  # what is dropped is not truncated
     assert logged["kl"] == pytest.approx([r - 1 - math.log(r) for r in RATIOS[MASK].tolist()])
 
 

@@ -36,6 +36,13 @@ def test_equal_entropies_are_kept_together():
     every = torch.ones(1, 4, dtype=torch.bool)
     assert top_entropy_mask(entropy, every, 0.1).tolist() == [[False, False, True, True]]
     assert top_entropy_mask(torch.zeros(1, 4), every, 0.1).all()
+    assert top_entropy_mask(torch.tensor([[0.0, -0.0, -0.0, 0.0]]), every, 0.1).all()
+
+
+def test_a_share_that_has_no_exact_float():
+    # (1 - .7) * 10 is a little more than 3
+    entropy, every = torch.arange(11.0)[None], torch.ones(1, 11, dtype=torch.bool)
+    assert int(top_entropy_mask(entropy, every, 0.7).sum()) == 8
 
 
 def test_ranks_share_one_threshold():

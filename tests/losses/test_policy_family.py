@@ -251,6 +251,15 @@ def test_clip_cov_spares_as_many_candidates_as_it_may():
         assert torch.equal(gradient == 0, spared)
 
 
+def test_clip_cov_leaves_what_is_clipped_to_the_clip():
+    logprobs, advantages, mask = by_hand()
+    old = logprobs.detach().clone()
+    old[0, 0] -= 1  # the token of largest covariance has left the bounds already
+    out = ClipCov(frac=0.01, cov_low=0.95)(logprobs, old, advantages, mask)
+    assert out.clipped.nonzero().tolist() == [[0, 0], [0, 1]]
+    assert out.per_token[0].tolist() == pytest.approx([-3 * 1.2, 0.0, -3.0, -3.0, -3.0])
+
+
 def test_clip_cov_draws_every_candidate_alike():
     counts = torch.zeros(3)
     for seed in range(600):
