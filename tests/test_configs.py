@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.y*ml"))
 WORDS = ("good", "bad", "long", "short", "great", "dull", "film", "plot", "actors", "end", "was", "very")
 SETTINGS = {"trainer.max_steps": 1, "trainer.limit_val_batches": 1, "trainer.log_every_n_steps": 1}
+ON_POLICY = ("PPOModule", "GRPOModule")
 RECORDS = {
     "SFTModule": {"prompt": "the film", "completion": "was"},
     "BradleyTerry": {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
@@ -28,6 +29,7 @@ RECORDS = {
     "Regression": {"prompt": "the film", "completion": "was", "rating": 0.5},
     "KTOModule": {"prompt": "the film", "completion": "was", "label": True},
     "PPOModule": {"prompt": "the film"},
+    "GRPOModule": {"prompt": "the film", "answer": "good"},
     "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
     "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
 }
@@ -149,8 +151,10 @@ def stand_ins(run: dict[str, Any], folder: Path, model: str, tokenizer: str, rew
                 else weighted
                 for weighted in value
             ]
-    if run["model"]["class_path"] == "PPOModule":
+    if run["model"]["class_path"] in ON_POLICY:
         options["model.init_args.generation.max_new_tokens"] = 4
+    if run["model"]["init_args"].get("shaping", {}).get("overlong_cache"):
+        options["model.init_args.shaping.overlong_cache"] = 2
     records = write_records(folder / "records.jsonl", RECORDS[record_kind(run)])
     options |= {f"data.{name}": records for name in ("train", "val") if name in run["data"]}
     if "pretraining" in run["data"]:
@@ -176,7 +180,7 @@ def test_a_stage_takes_a_step_and_exports(config, tmp_path, tiny_model, tiny_tok
     run = content(config)
     options = stand_ins(run, tmp_path, str(tiny_model), str(tiny_tokenizer), tiny_reward)
     metrics = run_one_step(["--config", config, *options], tmp_path)
-    loss = "policy/loss" if run["model"]["class_path"] == "PPOModule" else "train/loss"
+    loss = "policy/loss" if run["model"]["class_path"] in ON_POLICY else "train/loss"
     assert math.isfinite(metrics[loss])
     assert all(math.isfinite(value) for value in metrics.values())
     assert (tmp_path / "run" / "hf" / "config.json").is_file()

@@ -17,11 +17,12 @@ import pytest
 import torch
 import yaml
 
-from rlhf_lightning import losses, rewards
+from rlhf_lightning import advantages, losses, rewards
 from rlhf_lightning.__main__ import SUBCOMMANDS, main
 from rlhf_lightning.advantages import AdaptiveKL, FixedKL, Gae
 from rlhf_lightning.cli.app import check_command_line
 from rlhf_lightning.core.interfaces import (
+    Credit,
     PolicyLoss,
     PolicyLossOutput,
     PreferenceLoss,
@@ -40,15 +41,20 @@ from rlhf_lightning.losses import (
     ClippedValue,
     PlackettLuce,
     Regression,
+    SamplerCorrection,
 )
 from rlhf_lightning.losses.divergence import Divergence
+from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.rollout.prefix import PrefixSpec
+from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages.grpo import DynamicSampling
 from rlhf_lightning.stages.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -61,9 +67,11 @@ STAGE_PAGES = {
     "docs/dpo.md": DPOModule,
     "docs/kto.md": KTOModule,
     "docs/ppo.md": PPOModule,
+    "docs/grpo.md": GRPOModule,
 }
 METRIC = re.compile(
-    r"(?:train|val|test|rollout|rewards|reward|logps|displacement|policy|value|kl|ptx|time|throughput)/[\w<>]+"
+    r"(?:train|val|test|rollout|rewards|reward|logps|displacement|policy|value|kl|sampling|groups|correction|ptx|time"
+    r"|throughput)/[\w<>]+"
 )
 
 
@@ -107,6 +115,9 @@ PREFERENCE_LOSSES = [
     if isinstance(cls := getattr(losses, name), type)
     and issubclass(cls, PreferenceLoss | RankedPreferenceLoss | Divergence)
 ]
+POLICY_LOSSES = [cls for cls in vars(losses).values() if isinstance(cls, type) and issubclass(cls, PolicyLoss)]
+CREDITS = [cls for cls in vars(advantages).values() if isinstance(cls, type) and issubclass(cls, Credit)]
+CREDITS.remove(Gae)  # needs a critic: docs/ppo.md
 REWARDS = [cls for cls in vars(rewards).values() if isinstance(cls, type) and issubclass(cls, RewardFn)]
 PROMISES = [
     *((name, cls) for name, cls in STAGE_PAGES.items()),
@@ -114,6 +125,8 @@ PROMISES = [
     *(("docs/dpo.md", cls) for cls in PREFERENCE_LOSSES),
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
+    *(("docs/grpo.md", cls) for cls in POLICY_LOSSES + CREDITS),
+    *(("docs/grpo.md", cls) for cls in (DynamicSampling, PrefixSpec, ReplaySpec, SamplerCorrection, ReferenceSync)),
     *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
     *(("docs/kto.md", cls) for cls in (KTO, APOZeroUnpaired, BCO)),
     ("docs/sft.md", Schedule),
@@ -152,6 +165,7 @@ RECORDS = {
     RewardModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     KTOModule: {"prompt": "the film", "completion": "was good"},
     PPOModule: {"prompt": "the film"},
+    GRPOModule: {"prompt": "the film"},
 }
 VARIANTS: dict[type, list[dict[str, Any]]] = {KTOModule: [{}, {"loss": {"class_path": "BCO"}}]}
 """Options of a stage under which it logs what it does not by default."""
@@ -172,7 +186,7 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
         "val": str(folder / "records.jsonl"),
         "batch_size": 4,
     }
-    if cls is PPOModule:
+    if cls in (PPOModule, GRPOModule):
         init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
         init_args |= {
             "generation": {"max_new_tokens": 3, "top_k": 5, "keep_logprobs": True},
@@ -181,6 +195,14 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
             "entropy_coef": 0.1,
         }
         data["pretraining"] = str(texts)
+    if cls is GRPOModule:
+        init_args["generation"]["num_samples"] = 4
+        init_args |= {
+            "dynamic_sampling": {"max_batches": 2},
+            "replay": {"capacity": 2},
+            "correction": {"cap": 2.0},
+            "off_policy_threshold": 0.5,
+        }
     trainer = {"default_root_dir": str(folder / "run"), "max_epochs": 1, "accelerator": "cpu"}
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
     model_config = {"class_path": cls.__name__, "init_args": init_args}

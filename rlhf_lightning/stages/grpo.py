@@ -92,7 +92,7 @@ class GRPOModule(PolicyGradientModule):
             count, with an advantage of 0.
         mask_truncated: answers cut off at the length limit carry no loss (Yu et al., 2025: overlong filtering).
         replay: groups kept to stand in for those that teach nothing; None: no buffer.
-        correction: weights for answers whose sampler was not quite the policy; needs generation.keep_logprobs; None: none.
+        correction: weights for answers whose sampler was not quite the policy, by generation.keep_logprobs; None: 1.
         off_policy_threshold: bad answers that the policy has moved away from by more than this (nats per token, mean)
             carry no loss (DeepSeek-AI, 2025: DeepSeek-V3.2); None: they do.
         prefix: let a share of the answers begin with given words that carry no loss; None: answers begin themselves.
@@ -194,9 +194,8 @@ class GRPOModule(PolicyGradientModule):
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
-        if self.generation.num_samples > 1 and self.drop_uninformative and self.dynamic_sampling is not None:
-            if self.dynamic_sampling.by is None and self.dynamic_sampling.at_least == 0:
-                yield "drop_uninformative", "dynamic_sampling keeps no such groups"
+        if self.drop_uninformative and self.dynamic_sampling is not None and self.dynamic_sampling.by is None:
+            yield "drop_uninformative", "dynamic_sampling keeps no such groups"
         if not self.renormalise_truncated and not self.generation.truncates:
             yield "renormalise_truncated", "generation cuts no tokens off: set top_p, top_k or min_p, or leave it out"
         if self.mask_truncated and self.shaper.shaping.missing_eos_penalty:
@@ -383,8 +382,8 @@ def _check_groups(
 ) -> None:
     if credit.baseline == "critic":
         raise UserError(
-            f"credit={type(credit).__name__} compares with a critic, which GRPOModule does not have: use PPOModule, or a "
-            "credit such as GroupNormalised"
+            f"credit={type(credit).__name__} compares with a critic, which GRPOModule does not have: use PPOModule, or "
+            "a credit such as GroupNormalised"
         )
     asking = [f"credit={type(credit).__name__}"] if credit.needs_groups else []
     asking += ["dynamic_sampling"] if dynamic_sampling is not None else []

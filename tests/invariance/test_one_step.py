@@ -10,7 +10,7 @@ import torch
 from one_step import PREFERENCES, records, step
 
 SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
-LOSS = {"sft": "train/loss", "reward": "train/loss", "ppo": "policy/loss"}
+LOSS = {"sft": "train/loss", "reward": "train/loss", "ppo": "policy/loss", "grpo": "policy/loss"}
 LOSS |= dict.fromkeys(PREFERENCES, "train/loss")
 LOSS |= {"kto": "train/loss", "kto, cached": "train/loss", "bco": "train/loss"}
 # an on-policy stage cuts its rollouts itself: a batch is always the 12 prompts of the step
@@ -36,13 +36,16 @@ CASES += [
     ("sft", "packing", {"data": {"packing": True, "max_length": 24}}),
     ("sft", "token budget", {"data": {"tokens_per_batch": 40}, "batch_size": 8, "accumulate": 100}),
     ("kto", "token budget", {"data": {"tokens_per_batch": 60}, "batch_size": 8, "accumulate": 100}),
-    ("ppo", "micro-batches of 3", {"accumulate": 4}),
-    ("ppo", "micro-batches of 3, 3, 2, 2 and 2", {"accumulate": 5}),
-    ("ppo", "gradient checkpointing", {"spec": {"gradient_checkpointing": True}}),
-    ("ppo", "reversed order", {"reverse": True}),
-    ("ppo", "wider padding on the left", {"attributes": {"extra_left": 5}}),
-    ("ppo", "wider padding on the right", {"attributes": {"extra_right": 3}}),
 ]
+ON_POLICY = {
+    "micro-batches of 3": {"accumulate": 4},
+    "micro-batches of 3, 3, 2, 2 and 2": {"accumulate": 5},
+    "gradient checkpointing": {"spec": {"gradient_checkpointing": True}},
+    "reversed order": {"reverse": True},
+    "wider padding on the left": {"attributes": {"extra_left": 5}},
+    "wider padding on the right": {"attributes": {"extra_right": 3}},
+}
+CASES += [(stage, name, how) for stage in ("ppo", "grpo") for name, how in ON_POLICY.items()]
 
 
 @pytest.fixture(scope="module")

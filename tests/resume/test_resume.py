@@ -12,6 +12,7 @@ from one_step import another, records
 
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses import SamplerCorrection
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_mixed import WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_pointwise import BCOPair
@@ -22,9 +23,13 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages.grpo import DynamicSampling
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
+
+ON_POLICY = ("ppo", "grpo")
 
 
 def adamw(parameters):
@@ -47,6 +52,19 @@ def module_for(stage, model):
     if stage in ("kto", "kto, cached", "bco"):
         loss = BCO(beta=1.0) if stage == "bco" else KTO(beta=1.0)
         return KTOModule(source, loss, reference=another(str(model)), **common)
+    if stage == "grpo":
+        return GRPOModule(
+            source,
+            [WeightedReward(LengthReward(target=3))],
+            generation=GenerationSpec(max_new_tokens=4, num_samples=2, top_p=0.9, keep_logprobs=True),
+            updates=UpdateSpec(inner_epochs=2),
+            dynamic_sampling=DynamicSampling(max_batches=3),
+            replay=ReplaySpec(capacity=4),
+            correction=SamplerCorrection(),
+            entropy_top_frac=0.7,
+            reference_sync=ReferenceSync(every=2, share=0.6),
+            **common,
+        )
     return PPOModule(
         source,
         [WeightedReward(LengthReward(target=3))],
@@ -68,7 +86,7 @@ def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=()):
     data = RLHFDataModule(
         train=write_jsonl(f"{stage}.jsonl", records(stage)),
         pretraining=write_jsonl("texts.jsonl", records("sft")),
-        batch_size=4 if stage == "ppo" else 2,
+        batch_size=4 if stage in ON_POLICY else 2,
         pretraining_batch_size=2,
     )
     with warnings.catch_warnings():
@@ -94,6 +112,11 @@ def everything(module, trainer):
     state = {name: value.clone() for name, value in module.state_dict().items()}
     for index, moments in enumerate(trainer.optimizers[0].state.values()):
         state |= {f"optimiser {index} {name}": value.clone() for name, value in moments.items()}
+    if isinstance(module, GRPOModule):
+        kept = module.replay.state_dict()
+        state["born"] = torch.tensor(kept["born"])
+        state |= {f"replay {i} {name}": value for i, g in enumerate(kept["groups"]) for name, value in g.items()}
+        state |= {f"reference {name}": value for name, value in module.reference.policy.state_dict().items()}
     if isinstance(module, PPOModule):
         state["kl_coef"] = torch.tensor(module.shaper.kl_coef, dtype=torch.float64)
         state["score_std"] = torch.tensor(module.shaper.score_moments.std, dtype=torch.float64)
@@ -106,7 +129,7 @@ def everything(module, trainer):
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo, cached", "kto", "kto, cached", "bco", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo, cached", "kto", "kto, cached", "bco", "ppo", "grpo"])
 def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(
         dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
@@ -117,7 +140,7 @@ def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_pa
     checkpoints = sorted((tmp_path / "all").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     assert len(checkpoints) == steps
     # on-policy: the first buffer, its end, the one after, the end of an epoch, and the last but one
-    chosen = {0, 1, 3, 4, steps // 2 - 1, steps // 2, steps - 2} if stage == "ppo" else range(0, steps - 1, 2)
+    chosen = {0, 1, 3, 4, steps // 2 - 1, steps // 2, steps - 2} if stage in ON_POLICY else range(0, steps - 1, 2)
     for index in sorted(chosen):
         torch.manual_seed(index)  # whatever the global generator holds must not matter
         resumed = everything(*fit(stage, tiny_model, write_jsonl, tmp_path, ckpt_path=str(checkpoints[index])))

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from rlhf_lightning.advantages import FixedKL, GroupNormalised
 from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.preference import DPO
@@ -29,7 +30,7 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec, assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
@@ -90,20 +91,31 @@ def another(model: str) -> ModelSpec:
     return ModelSpec(config={name: config[name] for name in shape}, tokenizer=model, seed=7)
 
 
-class CannedPPO(PPOModule):
-    """PPO whose answers are a function of the prompt's record, padded as asked; everything else is real."""
+class Canned:
+    """Answers that are a function of the prompt's record, padded as asked."""
 
     extra_left = 0
     extra_right = 0
 
     def generate(self, prompts: PromptBatch, seed: int) -> Generated:
+        copies = self.generation.num_samples
         pad = self.tokenizer.pad_token_id
-        left = torch.nn.functional.pad(prompts.tokens, (self.extra_left, 0), value=pad)
+        left = torch.nn.functional.pad(prompts.tokens, (self.extra_left, 0), value=pad).repeat_interleave(copies, 0)
         mask = torch.nn.functional.pad(prompts.attention_mask, (self.extra_left, 0), value=False)
-        longest = max(record["length"] for record in prompts.records) + self.extra_right
-        answers = torch.stack([torch.arange(longest) * 7 % 11 + 4 + record["row"] % 3 for record in prompts.records])
-        lengths = torch.tensor([left.shape[1] + record["length"] for record in prompts.records])
-        return assemble(torch.cat((left, answers), 1), mask, lengths, pad_id=pad)
+        asked = [(record, copy) for record in prompts.records for copy in range(copies)]
+        lengths = [min(record["length"] + copy, 10) for record, copy in asked]
+        longest = max(lengths) + self.extra_right
+        answers = torch.stack([torch.arange(longest) * (7 + copy) % 11 + 4 + r["row"] % 3 for r, copy in asked])
+        ends = left.shape[1] + torch.tensor(lengths)
+        return assemble(torch.cat((left, answers), 1), mask.repeat_interleave(copies, 0), ends, pad_id=pad)
+
+
+class CannedPPO(Canned, PPOModule):
+    """PPO on canned answers; everything else is real."""
+
+
+class CannedGRPO(Canned, GRPOModule):
+    """GRPO on canned answers; everything else is real."""
 
 
 class Keep(L.Callback):
@@ -129,6 +141,20 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
         return DPOModule(source, PREFERENCES[stage], reference=another(model), optimizer=sgd)
     if stage in UNPAIRED:
         return KTOModule(source, UNPAIRED[stage], reference=another(model), optimizer=sgd)
+    if stage == "grpo":
+        return CannedGRPO(
+            source,
+            [WeightedReward(LengthReward(target=4))],
+            reference=another(model),
+            generation=GenerationSpec(max_new_tokens=10, temperature=0.7, num_samples=3),
+            credit=GroupNormalised(std_over="batch"),
+            kl=KLSpec(control=FixedKL(0.02), loss_coef=0.3, loss_estimator="k3"),
+            drop_uninformative=True,
+            entropy_top_frac=0.5,
+            entropy_coef=0.05,
+            optimizer=sgd,
+            seed=3,
+        )
     return CannedPPO(
         source,
         [WeightedReward(LengthReward(target=4))],
@@ -180,7 +206,7 @@ def step(
 
 if __name__ == "__main__":
     stage, model, path, out = sys.argv[1:]
-    on_policy = stage == "ppo"
+    on_policy = stage in ("ppo", "grpo")
     metrics, gradients = step(
         stage,
         model,
