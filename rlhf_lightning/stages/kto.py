@@ -1,7 +1,7 @@
 """Learning from single completions that somebody called good or bad: KTO, BCO and unpaired APO-zero."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +305,7 @@ class RewardMean:
         parts = torch.stack([part.sum() for kind in kinds for part in (torch.where(kind, rewards, 0.0), kind.float())])
         self._step = parts.double() if self._step is None else self._step + parts
 
-    def take(self, add_over_ranks: Any) -> None:
+    def take(self, add_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """The step is over."""
         assert self._step is not None
         self.sums = [a + b for a, b in zip(self.sums, add_over_ranks(self._step).tolist(), strict=True)]

@@ -1,8 +1,20 @@
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from rlhf_lightning.data.collate import collate_packed, collate_prompts, collate_tokens
 from rlhf_lightning.data.encode import Encoded
-from rlhf_lightning.data.items import Collator, PairItem, RankedItem, ScoredItem, StepItem, UnpairedItem, compact
+from rlhf_lightning.data.items import (
+    Collator,
+    PairItem,
+    RankedItem,
+    ScoredItem,
+    StepItem,
+    UnpairedItem,
+    compact,
+    with_reference,
+)
 
 A = Encoded([11, 12, 13], [False, True, True])
 B = Encoded([21, 22], [True, True])
@@ -19,6 +31,19 @@ def test_padding_on_either_side():
     # real tokens in reading order have the same ids, positions and masks on both sides
     for name in ("tokens", "positions", "mask"):
         assert torch.equal(getattr(right, name)[right.attention_mask], getattr(left, name)[left.attention_mask])
+
+
+def test_what_the_reference_said_stands_at_its_tokens():
+    measured = [replace(A, ref_logprobs=np.float32([-1, -2])), replace(B, ref_logprobs=np.float32([-3]))]
+    right, left = (collate_tokens(measured, pad_id=0, padding_side=side).ref_logprobs for side in ("right", "left"))
+    assert right.tolist() == [[0, -1, -2], [0, -3, 0]]
+    assert left.tolist() == [[0, -1, -2], [0, 0, -3]]
+    assert collate_tokens([measured[0], B], pad_id=0).ref_logprobs is None
+    pair = with_reference(PairItem(A, B, 0.5), [measured[0].ref_logprobs, measured[1].ref_logprobs])
+    batch = Collator("pairs", pad_id=0)([pair])
+    assert (batch.chosen.ref_logprobs.tolist(), batch.rejected.ref_logprobs.tolist()) == ([[0, -1, -2]], [[0, -3]])
+    ranking = with_reference(RankedItem([A, B], [2, 1]), [measured[0].ref_logprobs, measured[1].ref_logprobs])
+    assert [row.ref_logprobs.tolist() for row in ranking.rows()] == [[-1, -2], [-3]]
 
 
 def test_padding_is_not_recognised_by_its_id():

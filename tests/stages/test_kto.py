@@ -10,6 +10,7 @@ from rlhf_lightning.losses.unpaired import BCO, KTO, APOZeroUnpaired
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.stages import KTOModule
+from rlhf_lightning.stages.kto import RewardMean
 
 GOOD = {"prompt": "the film was", "completion": "very good", "label": True}
 BAD = {"prompt": "a plot", "completion": "was dull", "label": False}
@@ -109,6 +110,28 @@ def test_the_shift_of_bco_is_the_mean_reward_of_the_steps_before(tiny_model, unp
     rewards, good = 0.2 * ratios, batch.labels
     expected = (rewards[good].mean() + rewards[~good].mean()) / 2 if balanced else rewards.mean()
     assert float(trainer.callback_metrics["rewards/shift"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_mean_reward_counts_every_rank_and_nothing_before_its_step_is_over():
+    rewards, labels = torch.tensor([4.0, 2.0, -1.0]), torch.tensor([True, True, False])
+    mean = RewardMean()
+    mean.add(rewards[:1], labels[:1])
+    mean.add(rewards[1:], labels[1:])
+    assert mean.mean(balanced=True) == mean.mean(balanced=False) == 0.0
+    mean.take(lambda sums: sums + torch.tensor([0.0, 0.0, -5.0, 2.0]))  # the other rank's undesirable completions
+    assert mean.sums == [6.0, 2.0, -6.0, 3.0]
+    assert mean.mean(balanced=True) == (3.0 - 2.0) / 2
+    assert mean.mean(balanced=False) == 0.0
+    mean.add(torch.tensor([5.0]), torch.tensor([True]))
+    mean.take(lambda sums: sums)
+    assert mean.mean(balanced=False) == pytest.approx(5 / 6)
+
+
+def test_predictions_are_rewards(tiny_model, batch):
+    kto = module(tiny_model, KTO(beta=0.2), reference=another(str(tiny_model)))
+    kto.configure_model()
+    _, ratios = log_ratios_by_hand(tiny_model, batch.completions)
+    torch.testing.assert_close(kto.predict_step(batch, 0).detach(), 0.2 * ratios, rtol=1e-4, atol=1e-5)
 
 
 def test_apo_zero_measures_no_kl(tiny_model, unpaired, tmp_path):
