@@ -1,8 +1,8 @@
-"""Answers to the same prompts before and after, as a table in the terminal and as samples.jsonl."""
+"""Answers to the same prompts before and after, as a table in the terminal; these and all rollouts in samples.jsonl."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlhf_lightning.core.batches import Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.data.collate import collate_prompts
+from rlhf_lightning.rewards.combine import ScoredSamples, score_samples
 from rlhf_lightning.rollout.generate import GenerationSpec
 
 TEXT_PROMPT_LENGTH = 8
@@ -36,6 +37,28 @@ class SampleRow:
     score_before: float | None = None
     """By the stage's reward functions; None for a stage without any."""
     score_after: float | None = None
+    breakdown_before: dict[str, float] | None = None
+    """Each reward function's score and what is behind it (`function/part`), before weighting."""
+    breakdown_after: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """One line of samples.jsonl: an answer that was trained on, or dropped."""
+
+    step: int
+    """Optimiser steps done when it was sampled."""
+    rollout: int
+    """Number of the rollout, from 0."""
+    prompt: str
+    completion: str
+    finished: bool
+    valid: bool
+    """False: a reward function could not score it, and it carried no loss."""
+    score: float
+    """Weighted sum of the reward functions, before shaping."""
+    breakdown: dict[str, float]
+    """Each reward function's score and what is behind it (`function/part`), before weighting."""
 
 
 class SampleLogger(Callback):
@@ -43,7 +66,8 @@ class SampleLogger(Callback):
 
     An on-policy stage is asked the prompts of its first rollout, any other stage with a policy those of its first
     batch; a stage without a policy (a reward model) is asked nothing. Rows are appended to `samples.jsonl` in the run
-    folder and, where the logger can, logged as a table or text.
+    folder and, where the logger can, logged as a table or text. Of an on-policy stage, every answer of every rollout is
+    appended there too, with the score of each reward function: what a policy was rewarded for can be read.
 
     Args:
         num_prompts: how many.
@@ -51,6 +75,7 @@ class SampleLogger(Callback):
         max_new_tokens: length of an answer of a stage that has no generation options of its own.
         file: name of the file in the run folder.
         show: print the table in the terminal.
+        rollouts: append every answer of every rollout (of the first rank; some hundred bytes each).
     """
 
     def __init__(
@@ -60,6 +85,7 @@ class SampleLogger(Callback):
         max_new_tokens: int = 48,
         file: str = "samples.jsonl",
         show: bool = True,
+        rollouts: bool = True,
     ) -> None:
         if num_prompts < 1:
             raise UserError(f"SampleLogger: num_prompts={num_prompts} shows nothing; use at least 1")
@@ -68,25 +94,48 @@ class SampleLogger(Callback):
         self.max_new_tokens = max_new_tokens
         self.file = file
         self.show = show
+        self.rollouts = rollouts
         self._prompt_ids: list[list[int]] = []
+        self._records: list[dict[str, Any]] = []
+        """Of the prompts: a verifier finds its key there."""
+        self._scored: list[ScoredSamples] = []
+        """What the reward functions said in this rollout."""
+        self._num_rollouts = 0
         self._before: list[SampleRow] = []
         self._asked_at = -1
 
     # --- what is asked, and the first answers
 
+    def on_rollout_scored(self, trainer: Trainer, module: LightningModule, scored: ScoredSamples) -> None:
+        self._scored.append(scored)
+
     def on_rollout_end(self, trainer: Trainer, module: LightningModule, rollouts: Rollouts) -> None:
-        if self._before or trainer.global_step > 0:
-            return
+        scored, self._scored = self._scored, []
+        if self.rollouts:
+            rows = [row for part in scored for row in _completion_rows(part, trainer.global_step, self._num_rollouts)]
+            self._append(trainer, rows)
+        self._num_rollouts += 1
+        if not self._before and trainer.global_step == 0:
+            self._choose(module, rollouts, scored)
+
+    def _choose(self, module: LightningModule, rollouts: Rollouts, scored: Sequence[ScoredSamples]) -> None:
+        """Remember the first answers to some of the first rollout's prompts."""
         chosen: dict[tuple[int, ...], int] = {}
         for row in range(rollouts.tokens.shape[0]):
             first = int(rollouts.mask[row].int().argmax())
             ids = rollouts.tokens[row, :first][rollouts.attention_mask[row, :first]].tolist()
-            chosen.setdefault(tuple(ids), row)
+            if ids:  # not of a row that was dropped
+                chosen.setdefault(tuple(ids), row)
             if len(chosen) == self.num_prompts:
                 break
         answers = [rollouts.tokens[row][rollouts.mask[row]].tolist() for row in chosen.values()]
+        asked = module.tokenizer.batch_decode([list(ids) for ids in chosen], skip_special_tokens=True)
+        known = {(s.prompt, tuple(s.tokens)): (s, row) for part in scored for s, row in _with_breakdown(part)}
+        found = [known.get((prompt, tuple(answer))) for prompt, answer in zip(asked, answers, strict=True)]
         scores = [float(rollouts.scores[row]) for row in chosen.values()]
-        self._remember(module, [list(ids) for ids in chosen], answers, scores)
+        breakdowns = [None if pair is None else pair[1] for pair in found]
+        self._records = [{} if pair is None else dict(pair[0].record) for pair in found]
+        self._remember(module, [list(ids) for ids in chosen], answers, scores, breakdowns)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         is_first = not self._before and trainer.global_step == 0 and isinstance(batch, TokenBatch)
@@ -95,19 +144,26 @@ class SampleLogger(Callback):
         ids = [_prompt_of(batch, row) for row in range(min(self.num_prompts, batch.tokens.shape[0]))]
         self._prompt_ids = [row for row in ids if row]
         if self._prompt_ids:
-            samples, scores = self._ask(trainer, module)
-            self._remember(module, self._prompt_ids, [list(sample.tokens) for sample in samples], scores)
+            self._records = [{} for _ in self._prompt_ids]
+            samples, scores, breakdowns = self._ask(trainer, module)
+            answers = [list(sample.tokens) for sample in samples]
+            self._remember(module, self._prompt_ids, answers, scores, breakdowns)
 
     def _remember(
-        self, module: LightningModule, prompts: list[list[int]], answers: list[list[int]], scores: list[Any]
+        self,
+        module: LightningModule,
+        prompts: list[list[int]],
+        answers: list[list[int]],
+        scores: list[Any],
+        breakdowns: list[Any],
     ) -> None:
         tokenizer = module.tokenizer
         self._prompt_ids = prompts
         asked = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         said = tokenizer.batch_decode(answers, skip_special_tokens=True)
         self._before = [
-            SampleRow(0, prompt, before, before, score, score)
-            for prompt, before, score in zip(asked, said, scores, strict=True)
+            SampleRow(0, prompt, before, before, score, score, breakdown, breakdown)
+            for prompt, before, score, breakdown in zip(asked, said, scores, breakdowns, strict=True)
         ]
 
     # --- the later answers
@@ -127,37 +183,49 @@ class SampleLogger(Callback):
         path = self._path(trainer)
         if trainer.global_step > 0 and path.exists() and trainer.is_global_zero:  # resumed: later rows will come again
             rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if json.loads(row)["step"] <= trainer.global_step]
+            kept = [row for row in rows if self._stays(json.loads(row), trainer.global_step)]
             path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+
+    def _stays(self, row: dict[str, Any], step: int) -> bool:
+        """Whether a resumed run will not come to this row again."""
+        return row["rollout"] < self._num_rollouts if "rollout" in row else row["step"] <= step
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._before:
             return
-        samples, scores = self._ask(trainer, module)  # on every rank: sharded weights answer together
+        samples, scores, breakdowns = self._ask(trainer, module)  # on every rank: sharded weights answer together
         self._asked_at = trainer.global_step
         if not trainer.is_global_zero:
             return
         rows = [
-            replace(row, step=trainer.global_step, after=sample.completion, score_after=score)
-            for row, sample, score in zip(self._before, samples, scores, strict=True)
+            replace(
+                row, step=trainer.global_step, after=sample.completion, score_after=score, breakdown_after=breakdown
+            )
+            for row, sample, score, breakdown in zip(self._before, samples, scores, breakdowns, strict=True)
         ]
-        if not trainer.fast_dev_run:
-            path = self._path(trainer)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        self._append(trainer, rows)
         if self.show:
             show_rows(rows)
         _to_loggers(trainer, rows)
 
-    def _ask(self, trainer: Trainer, module: LightningModule) -> tuple[list[Sample], list[float | None]]:
+    def _append(self, trainer: Trainer, rows: Sequence[SampleRow | CompletionRow]) -> None:
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+
+    def _ask(self, trainer: Trainer, module: LightningModule) -> tuple[list[Sample], list[Any], list[Any]]:
+        """Answers, their scores and breakdowns (None where there are none)."""
         spec = getattr(module, "generation", None) or GenerationSpec(max_new_tokens=self.max_new_tokens)
         ids, tokenizer = self._prompt_ids, module.tokenizer
-        records: list[dict[str, Any]] = [{} for _ in ids]
-        batch = collate_prompts(ids, tokenizer.batch_decode(ids), records, range(len(ids)), tokenizer.pad_token_id)
+        batch = collate_prompts(
+            ids, tokenizer.batch_decode(ids), self._records, range(len(ids)), tokenizer.pad_token_id
+        )
         with trainer.precision_plugin.forward_context():
             samples = answer_prompts(module, batch, replace(spec, num_samples=1), purpose="samples")
-            return samples, _scores(module, samples)
+            return samples, *_scores(module, samples)
 
     def _path(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.file
@@ -165,11 +233,18 @@ class SampleLogger(Callback):
     # --- a resumed run still knows what was said at the start
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompt_ids": self._prompt_ids, "before": [asdict(row) for row in self._before]}
+        return {
+            "prompt_ids": self._prompt_ids,
+            "records": json.dumps(self._records, default=str),  # a checkpoint holds plain types only
+            "before": [asdict(row) for row in self._before],
+            "num_rollouts": self._num_rollouts,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._prompt_ids = state_dict["prompt_ids"]
+        self._records = json.loads(state_dict["records"])
         self._before = [SampleRow(**row) for row in state_dict["before"]]
+        self._num_rollouts = state_dict["num_rollouts"]
 
 
 def _prompt_of(batch: TokenBatch, row: int) -> list[int]:
@@ -182,17 +257,39 @@ def _prompt_of(batch: TokenBatch, row: int) -> list[int]:
     return ids[:length] if length > 1 else ids[:TEXT_PROMPT_LENGTH]
 
 
-def _scores(module: LightningModule, samples: list[Sample]) -> list[float | None]:
-    """Scores of the stage's reward functions, if it has any that can do without the prompt's record."""
+def _scores(module: LightningModule, samples: list[Sample]) -> tuple[list[Any], list[Any]]:
+    """Scores and breakdowns by the stage's reward functions, if it has any that can do with what is known."""
+    nothing = [None] * len(samples)
     rewards = getattr(module, "rewards", None)
     if not rewards:
-        return [None] * len(samples)
-    from rlhf_lightning.rewards.combine import score_samples
-
+        return nothing, nothing
     try:
-        return [float(score) for score in score_samples(rewards, samples).total]
+        scored = score_samples(rewards, samples)
     except (UserError, KeyError):
-        return [None] * len(samples)
+        return nothing, nothing
+    return scored.total.tolist(), [breakdown for _, breakdown in _with_breakdown(scored)]
+
+
+def _with_breakdown(scored: ScoredSamples) -> Iterator[tuple[Sample, dict[str, float]]]:
+    """Each sample with its score from each function, and with what is behind that."""
+    columns = {name: values.tolist() for name, values in (scored.breakdown | scored.parts).items()}
+    for row, sample in enumerate(scored.samples):
+        yield sample, {name: values[row] for name, values in columns.items()}
+
+
+def _completion_rows(scored: ScoredSamples, step: int, rollout: int) -> Iterator[CompletionRow]:
+    totals, valid = scored.total.tolist(), scored.counts.tolist()
+    for row, (sample, breakdown) in enumerate(_with_breakdown(scored)):
+        yield CompletionRow(
+            step=step,
+            rollout=rollout,
+            prompt=sample.prompt,
+            completion=sample.completion,
+            finished=sample.finished,
+            valid=valid[row],
+            score=totals[row],
+            breakdown=breakdown,
+        )
 
 
 def show_rows(rows: Sequence[SampleRow]) -> None:
@@ -215,12 +312,18 @@ def _score(value: float | None, shape: str = "{}") -> str:
 
 
 def _to_loggers(trainer: Trainer, rows: Sequence[SampleRow]) -> None:
-    step, columns = trainer.global_step, list(asdict(rows[0]))
+    step = trainer.global_step
+    columns = [field.name for field in fields(SampleRow) if "breakdown" not in field.name]
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table("samples", columns=columns, data=[list(asdict(row).values()) for row in rows], step=step)
+            logger.log_table(
+                "samples",
+                columns=columns,
+                data=[[getattr(row, column) for column in columns] for row in rows],
+                step=step,
+            )
         elif isinstance(logger, MLFlowLogger):
-            table = {column: [asdict(row)[column] for row in rows] for column in columns}
+            table = {column: [getattr(row, column) for row in rows] for column in columns}
             logger.experiment.log_table(logger.run_id, table, artifact_file="samples.json")
         elif isinstance(logger, TensorBoardLogger):
             text = "\n\n".join(f"**{row.prompt}**\n\n{row.before}\n\n→ {row.after}" for row in rows)

@@ -1,6 +1,7 @@
 """The same prompts before and after."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from rlhf_lightning.callbacks import LastCheckpoint, SampleLogger
 from rlhf_lightning.callbacks.sample_logger import _prompt_of
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import DetailedScores, RewardFn
+from rlhf_lightning.rewards.combine import WeightedReward
 
 
-def read(folder) -> list[dict]:
-    return [json.loads(row) for row in (folder / "samples.jsonl").read_text().splitlines()]
+def read(folder, *, completions: bool = False) -> list[dict]:
+    """The rows of before and after, or those of the rollouts."""
+    rows = [json.loads(row) for row in (folder / "samples.jsonl").read_text().splitlines()]
+    return [row for row in rows if ("completion" in row) == completions]
 
 
 def test_sft_is_asked_the_prompts_of_its_first_batch(sft, trainer_of, tmp_path, capsys):
@@ -53,6 +58,63 @@ def test_a_resumed_run_keeps_the_first_answers_and_drops_later_rows(sft, trainer
     rows = read(tmp_path)
     assert [row["step"] for row in rows] == [2, 2, 4, 4]
     assert [row["before"] for row in rows[2:]] == [row["before"] for row in first]
+
+
+class Verifier(RewardFn):
+    """Needs a column; cannot score one prompt's answers; says what is behind a score."""
+
+    def __call__(self, samples):
+        keys = [float(sample.record["key"]) for sample in samples]
+        return DetailedScores([k if k else math.nan for k in keys], {"words": [float(len(s.tokens)) for s in samples]})
+
+
+def verified(ppo, tmp_path) -> tuple:
+    module, data = ppo
+    rows = [{"prompt": p, "key": k} for p, k in (("the film", 2), ("a plot", 0), ("the end", 3))]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module.rewards = [WeightedReward(Verifier(), weight=0.5, name="check", on_error="drop")]
+    return module, data
+
+
+def test_every_answer_of_every_rollout_is_written_with_all_that_was_said_about_it(ppo, trainer_of, tmp_path):
+    trainer_of(SampleLogger(show=False)).fit(*verified(ppo, tmp_path))
+    rows = read(tmp_path, completions=True)
+    assert [(row["prompt"], row["rollout"], row["step"]) for row in rows] == [
+        ("the film", 0, 0),
+        ("a plot", 0, 0),
+        ("the end", 1, 2),
+    ]
+    assert [row["valid"] for row in rows] == [True, False, True]
+    assert [row["score"] for row in rows] == [1.0, 0.0, 1.5]
+    assert [row["breakdown"]["check"] for row in rows] == [2, 0, 3]
+    assert all(row["breakdown"]["check/words"] > 0 for row in rows if row["valid"])
+    # a verifier finds its key again at the end; the dropped prompt was not chosen
+    (before_and_after,) = read(tmp_path)
+    assert before_and_after["prompt"] == "the film"
+    assert before_and_after["score_before"] == before_and_after["score_after"] == 1.0
+    assert before_and_after["breakdown_after"]["check"] == before_and_after["breakdown_before"]["check"] == 2
+
+
+def test_rollouts_can_be_left_out(ppo, trainer_of, tmp_path):
+    trainer_of(SampleLogger(show=False, rollouts=False)).fit(*ppo)
+    assert read(tmp_path, completions=True) == []
+    assert len(read(tmp_path)) == 2
+
+
+def test_a_resumed_run_writes_no_rollout_twice(ppo, trainer_of, tmp_path):
+    trainer = trainer_of(SampleLogger(show=False), LastCheckpoint(), max_epochs=1)
+    trainer.fit(*ppo)
+    path = tmp_path / "samples.jsonl"
+    with path.open("a") as file:  # a rollout begun after the checkpoint, at its very step
+        row = read(tmp_path, completions=True)[-1]
+        file.write(
+            json.dumps(row | {"rollout": 2, "step": trainer.global_step, "completion": "to be sampled again"}) + "\n"
+        )
+    again = trainer_of(SampleLogger(show=False), LastCheckpoint(), max_epochs=2)
+    again.fit(*ppo, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    rows = read(tmp_path, completions=True)
+    assert [row["rollout"] for row in rows] == [0, 0, 1, 2, 2, 3]
+    assert all(row["completion"] != "to be sampled again" for row in rows)
 
 
 def test_the_prompt_of_a_row_ends_where_training_begins():
