@@ -392,7 +392,7 @@ def test_the_policy_is_exported(tiny_model, write_jsonl, tmp_path):
         ),
         (
             {"correction": SamplerCorrection()},
-            r"correction compares .* keep_logprobs is false: set it to true",
+            r"correction compares .*keep_logprobs is false: set it to true",
         ),
         ({"off_policy_threshold": 0.0}, r"off_policy_threshold=0.0: give a positive number"),
         ({"use_reference": False, "kl": NO_KL, "reference_sync": ReferenceSync()}, r"reference_sync moves a reference"),
