@@ -81,8 +81,12 @@ class OutcomeCredit(Credit):
         breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
         add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        answers = answers_of(rewards, mask, groups, breakdown, add_over_ranks)
-        return _spread(self.of_answers(answers), mask, rewards), _spread(answers.scores, mask, rewards)
+        counted = mask.any(-1)  # of an answer that was dropped nothing counts: it must not enter a mean or a deviation
+        kept = {name: scores[counted] for name, scores in breakdown.items()}
+        answers = answers_of(rewards[counted], mask[counted], groups[counted], kept, add_over_ranks)
+        both = torch.zeros(2, len(counted), dtype=torch.float64, device=rewards.device)
+        both[:, counted] = torch.stack((self.of_answers(answers).double(), answers.scores))
+        return _spread(both[0], mask, rewards), _spread(both[1], mask, rewards)
 
 
 def answers_of(

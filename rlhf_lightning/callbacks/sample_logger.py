@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts
-from rlhf_lightning.core.batches import Rollouts, TokenBatch
+from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.data.collate import collate_prompts
@@ -98,44 +98,40 @@ class SampleLogger(Callback):
         self._prompt_ids: list[list[int]] = []
         self._records: list[dict[str, Any]] = []
         """Of the prompts: a verifier finds its key there."""
-        self._scored: list[ScoredSamples] = []
-        """What the reward functions said in this rollout."""
         self._num_rollouts = 0
         self._before: list[SampleRow] = []
         self._asked_at = -1
 
     # --- what is asked, and the first answers
 
-    def on_rollout_scored(self, trainer: Trainer, module: LightningModule, scored: ScoredSamples) -> None:
-        self._scored.append(scored)
+    def on_rollout_scored(
+        self, trainer: Trainer, module: LightningModule, answers: Generated, scored: ScoredSamples
+    ) -> None:
+        if self.rollouts:
+            self._append(trainer, list(_completion_rows(scored, trainer.global_step, self._num_rollouts)))
+        if not self._before and trainer.global_step == 0:
+            self._choose(module, answers, scored)
 
     def on_rollout_end(self, trainer: Trainer, module: LightningModule, rollouts: Rollouts) -> None:
-        scored, self._scored = self._scored, []
-        if self.rollouts:
-            rows = [row for part in scored for row in _completion_rows(part, trainer.global_step, self._num_rollouts)]
-            self._append(trainer, rows)
         self._num_rollouts += 1
-        if not self._before and trainer.global_step == 0:
-            self._choose(module, rollouts, scored)
 
-    def _choose(self, module: LightningModule, rollouts: Rollouts, scored: Sequence[ScoredSamples]) -> None:
-        """Remember the first answers to some of the first rollout's prompts."""
+    def _choose(self, module: LightningModule, answers: Generated, scored: ScoredSamples) -> None:
+        """Remember the first answers to some prompts."""
         chosen: dict[tuple[int, ...], int] = {}
-        for row in range(rollouts.tokens.shape[0]):
-            first = int(rollouts.mask[row].int().argmax())
-            ids = rollouts.tokens[row, :first][rollouts.attention_mask[row, :first]].tolist()
-            if ids:  # not of a row that was dropped
-                chosen.setdefault(tuple(ids), row)
+        for row in range(answers.tokens.shape[0]):
+            if not scored.counts[row] or not answers.mask[row].any():
+                continue  # dropped, or nothing was said
+            first = int(answers.mask[row].int().argmax())
+            ids = answers.tokens[row, :first][answers.attention_mask[row, :first]].tolist()
+            chosen.setdefault(tuple(ids), row)
             if len(chosen) == self.num_prompts:
                 break
-        answers = [rollouts.tokens[row][rollouts.mask[row]].tolist() for row in chosen.values()]
-        asked = module.tokenizer.batch_decode([list(ids) for ids in chosen], skip_special_tokens=True)
-        known = {(s.prompt, tuple(s.tokens)): (s, row) for part in scored for s, row in _with_breakdown(part)}
-        found = [known.get((prompt, tuple(answer))) for prompt, answer in zip(asked, answers, strict=True)]
-        scores = [float(rollouts.scores[row]) for row in chosen.values()]
-        breakdowns = [None if pair is None else pair[1] for pair in found]
-        self._records = [{} if pair is None else dict(pair[0].record) for pair in found]
-        self._remember(module, [list(ids) for ids in chosen], answers, scores, breakdowns)
+        rows = list(chosen.values())
+        said = [answers.tokens[row][answers.mask[row]].tolist() for row in rows]
+        known = list(_with_breakdown(scored))
+        self._records = [dict(known[row][0].record) for row in rows]
+        scores, breakdowns = [float(scored.total[row]) for row in rows], [known[row][1] for row in rows]
+        self._remember(module, [list(ids) for ids in chosen], said, scores, breakdowns)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         is_first = not self._before and trainer.global_step == 0 and isinstance(batch, TokenBatch)

@@ -221,7 +221,7 @@ class OnPolicyModule(RLHFModule):
                 answers = replace(answers, kept=None)
         with phase("score"):
             scored = self.score(prompts, answers)
-        tell(self, "on_rollout_scored", scored)
+        tell(self, "on_rollout_scored", answers, scored)
         groups = torch.arange(prompts.tokens.shape[0], device=self.device)
         groups = groups.repeat_interleave(self.generation.num_samples)
         # a dropped answer is compared with nothing, and nothing with it

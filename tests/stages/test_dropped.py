@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import one_step
 import pytest
@@ -73,3 +74,37 @@ def test_a_rollout_of_which_nothing_is_left_moves_no_weight(tiny_model, write_js
     assert trainer.global_step == 2
     assert all(torch.equal(before[name], p) for name, p in module.named_parameters())
     assert trainer.callback_metrics["rollout/valid_frac"] == 0
+
+
+GROUPS = [(0, 1, 2), (3, 4, 5), (6, 7), (8, 9, 10, 11)]
+"""Rows of the canned records that answer the same prompt."""
+
+
+class InGroups(one_step.CannedGRPO):
+    """Canned answers, compared within `GROUPS`."""
+
+    def answer(self, draw, phase):
+        answered = super().answer(draw, phase)
+        rows = [record["row"] for record in answered.prompts.records]
+        group = torch.tensor([next(i for i, g in enumerate(GROUPS) if row in g) for row in rows])
+        alone = len(GROUPS) + torch.arange(len(rows))  # what was dropped stays by itself
+        return replace(answered, groups=torch.where(answered.answers.mask.any(-1), group, alone))
+
+
+@pytest.mark.parametrize("ensemble", [False, True], ids=["alone", "in an ensemble"])
+def test_a_group_is_compared_without_what_was_dropped(ensemble, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(one_step, "CannedGRPO", InGroups)
+    rows = one_step.records("grpo")
+    kept = [row for row in rows if row["row"] not in BROKEN]
+    drops = WeightedReward(Sometimes(), name="length", on_error="drop")
+    if ensemble:
+        drops = WeightedReward(Ensemble([drops, WeightedReward(LengthReward(target=4))], mode="worst_case"))
+    single = {"generation": GenerationSpec(max_new_tokens=10, temperature=0.7)}
+    _, gradients = one_step.step(
+        "grpo", str(tiny_model), written(tmp_path, rows), attributes={"rewards": [drops], **single}
+    )
+    plain = {"rewards": [WeightedReward(LengthReward(target=4), name="length")], **single}
+    _, without = one_step.step("grpo", str(tiny_model), written(tmp_path, kept), batch_size=len(kept), attributes=plain)
+    assert any(gradient.abs().max() > 1e-4 for gradient in without.values())
+    for name, gradient in without.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
