@@ -173,16 +173,19 @@ class KTOModule(RLHFModule):
 
     def baseline(self, batch: UnpairedBatch) -> Tensor:
         """What the loss compares completions with, the same for the whole optimiser step []."""
-        value = 0.0
+        log_ratio = 0.0
+        if self.loss.baseline == "mismatched_kl" and batch.totals is not None:
+            log_ratio = batch.totals["mismatched_log_ratio"]
+        elif self.loss.baseline == "mismatched_kl":
+            log_ratio = float(self._mismatched_log_ratios(batch).sum())
+        return torch.tensor(self._baseline_at(log_ratio / batch.total("sequences")), device=batch.labels.device)
+
+    def _baseline_at(self, mean_log_ratio: float) -> float:
         if self.loss.baseline == "mismatched_kl":
-            if batch.totals is not None:
-                log_ratio = batch.totals["mismatched_log_ratio"]
-            else:
-                log_ratio = float(self._mismatched_log_ratios(batch).sum())
-            value = max(log_ratio / batch.total("sequences"), 0.0)
-        elif self.loss.baseline == "mean_reward":
-            value = self._rewards.mean(balanced=self.loss.balanced_baseline)
-        return torch.tensor(value, device=batch.labels.device)
+            return max(mean_log_ratio, 0.0)
+        if self.loss.baseline == "mean_reward":
+            return self._rewards.mean(balanced=self.loss.balanced_baseline)
+        return 0.0
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -256,10 +259,7 @@ class KTOModule(RLHFModule):
         count, log_ratio = self.add_over_ranks(
             torch.stack((torch.tensor(float(len(ratios))), mismatched.sum().cpu())).double()
         ).tolist()
-        kl = max(log_ratio / count, 0.0)
-        baseline = {"none": 0.0, "mismatched_kl": kl, "mean_reward": 0.0}[self.loss.baseline]
-        if self.loss.baseline == "mean_reward":
-            baseline = self._rewards.mean(balanced=self.loss.balanced_baseline)
+        baseline = self._baseline_at(log_ratio / count)
         desirable = labels > 0.5
         per_completion = self.loss(ratios, desirable, torch.tensor(baseline, device=ratios.device))
         rewards = self.loss.beta * ratios
@@ -274,7 +274,7 @@ class KTOModule(RLHFModule):
         if num_chosen and num_rejected:
             metrics[f"{split}/rewards_margins"] = chosen / num_chosen - rejected / num_rejected
         if self.loss.baseline == "mismatched_kl":
-            metrics[f"{split}/kl"] = kl
+            metrics[f"{split}/kl"] = baseline
         # equal on all ranks already; sync_dist only tells Lightning so
         self.log_dict(metrics, prog_bar=split == "val", sync_dist=True)
 
