@@ -96,7 +96,8 @@ class BetaDPO(PreferenceLoss):
         loss = -log sigma(beta' h)
 
     The mean is that of the whole optimiser step, over micro-batches and ranks: the stage measures it before the step,
-    at the price of one more forward pass. The paper also leaves out pairs far from M_0 by a random draw; that is not
+    at the price of one more forward pass. M is in units of reward; code that leaves beta out of it means by alpha what
+    is alpha / beta here. The paper also leaves out pairs far from M_0 by a random draw; that is not
     done.
 
     Args:

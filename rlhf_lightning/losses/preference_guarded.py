@@ -22,7 +22,7 @@ class DPOP(PreferenceLoss):
         penalty: the paper's lambda (5 to 50).
 
     References:
-        Pal et al., Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive, 2024, eq. 3.
+        Pal et al., Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive, 2024.
         arXiv:2402.13228
     """
 
@@ -52,7 +52,7 @@ class ChiPO(PreferenceLoss):
 
     References:
         Huang et al., Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization via
-        Chi-Squared Preference Optimization, 2024, algorithm 1. arXiv:2407.13399
+        Chi-Squared Preference Optimization, 2024. arXiv:2407.13399
     """
 
     beta: float = 0.1
@@ -86,7 +86,7 @@ class TDPO(PreferenceLoss):
         version: of the paper's two losses.
 
     References:
-        Zeng et al., Token-level Direct Preference Optimization, 2024, eqs. 16 and 17. arXiv:2404.11999
+        Zeng et al., Token-level Direct Preference Optimization, 2024. arXiv:2404.11999
     """
 
     beta: float = 0.1

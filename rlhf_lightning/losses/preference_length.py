@@ -24,7 +24,7 @@ class RDPO(PreferenceLoss):
         alpha: reward per token that labels are believed to give (0.005 to 0.05).
 
     References:
-        Park et al., Disentangling Length from Quality in Direct Preference Optimization, 2024, eq. 9. arXiv:2403.19159
+        Park et al., Disentangling Length from Quality in Direct Preference Optimization, 2024. arXiv:2403.19159
     """
 
     beta: float = 0.1

@@ -99,7 +99,7 @@ class RPO(LossAroundAnother):
             the step (`token_mean`: TRL's loss_type [sigmoid, sft]).
 
     References:
-        Pang et al., Iterative Reasoning Preference Optimization, 2024, eq. 1. arXiv:2404.19733
+        Pang et al., Iterative Reasoning Preference Optimization, 2024. arXiv:2404.19733
     """
 
     loss: PreferenceLoss = DPO()

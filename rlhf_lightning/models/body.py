@@ -30,13 +30,13 @@ def body_states(
     # of a packed row becomes a record of its own
     if segments is None:
         positions = positions.masked_fill(~attention_mask, 0)
-        return _run(body, tokens, positions, attention_mask)
+        return run_body(body, tokens, positions, attention_mask)
 
     positions = positions.masked_fill(segments == 0, 0)
     if attention_of(body).startswith("flash"):
         # flash attention in transformers finds packed records in a single row only
-        return _run(body, tokens.view(1, -1), positions.view(1, -1), None).view(*tokens.shape, -1)
-    return _run(body, tokens, positions, None)
+        return run_body(body, tokens.view(1, -1), positions.view(1, -1), None).view(*tokens.shape, -1)
+    return run_body(body, tokens, positions, None)
 
 
 def attention_of(body: nn.Module) -> str:
@@ -74,6 +74,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def _run(body: nn.Module, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+def run_body(body: nn.Module, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The decoder as it stands; `attention_mask` in any form that transformers takes."""
     output = body(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
     return output.last_hidden_state

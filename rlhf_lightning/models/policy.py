@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import LMHead, TokenScores, token_scores
 from rlhf_lightning.models.body import body_states, check_packing, evaluating
+from rlhf_lightning.models.branches import branch_states, check_branches
 
 
 class HasTokens(Protocol):
@@ -35,6 +36,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self._packing_checked = False
+        self._branches_checked = False
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -73,6 +75,23 @@ class Policy(nn.Module):
             check_packing(self.body, self.config.get_text_config().vocab_size)
             self._packing_checked = True
         return body_states(self.body, tokens, attention_mask, positions, segments)
+
+    def shared_prompt_states(
+        self,
+        tokens: Int[Tensor, "rows time"],
+        attention_mask: Bool[Tensor, "rows time"],
+        positions: Int[Tensor, "rows time"],
+        mask: Bool[Tensor, "rows time"],
+    ) -> Float[Tensor, "rows time hidden"]:
+        """`hidden_states` of pairs of rows, i and i + rows/2, whose common prompt is computed once.
+
+        Args:
+            mask: True on the completions.
+        """
+        if not self._branches_checked:
+            check_branches(self.body, self.config.get_text_config().vocab_size)
+            self._branches_checked = True
+        return branch_states(self.body, tokens, attention_mask, positions, mask)
 
     def head(self) -> LMHead:
         """The output head with the current weights, and what the family does to its logits."""

@@ -47,6 +47,12 @@ class Reference:
                 batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
             )
 
+    @torch.no_grad()
+    def shared_prompt_states(self, batch: HasTokens) -> Tensor:
+        """The same for pairs of rows, i and i + rows/2, whose common prompt is computed once."""
+        with self._as_it_was():
+            return self.policy.shared_prompt_states(batch.tokens, batch.attention_mask, batch.positions, batch.mask)
+
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         with evaluating(self.policy), self.policy.adapter_disabled() if self.shared else nullcontext():
@@ -97,7 +103,7 @@ class ReferenceSync:
         share: 1 copies the policy (hard); below 1 mixes (soft; TR-DPO: 0.5 to 0.6; TRL: 0.6).
 
     References:
-        Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, 2024, eqs. 3 and 4. arXiv:2404.09656
+        Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, 2024. arXiv:2404.09656
     """
 
     every: int = 512

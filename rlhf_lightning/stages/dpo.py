@@ -52,6 +52,8 @@ class DPOModule(RLHFModule):
         reference_sync: let the reference follow the policy (TR-DPO); None: it stays.
         reference_cache: folder where the reference's log-probabilities are kept: they are measured once, and training
             holds no second model; None: the reference is asked at every step.
+        share_prompts: compute each pair's prompt once for both answers: the same loss, and less work where prompts are
+            long.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -69,6 +71,7 @@ class DPOModule(RLHFModule):
         reference: ModelSpec | None = None,
         reference_sync: ReferenceSync | None = None,
         reference_cache: str | None = None,
+        share_prompts: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -90,6 +93,7 @@ class DPOModule(RLHFModule):
         self.reference_spec = reference
         self.reference_sync = reference_sync
         self.reference_cache = reference_cache
+        self.share_prompts = share_prompts
         self.policy: Policy | None = None
         self._frozen: dict[str, AnyReference] = {}
         """The reference, kept out of Module's registry: neither trained nor moved by Lightning."""
@@ -118,6 +122,8 @@ class DPOModule(RLHFModule):
                 given = self.reference_spec if name == "reference" else getattr(self, name)
                 if given is not None:
                     yield name, f"the loss {type(self.loss).__name__} needs no reference"
+        if self.share_prompts and isinstance(self.loss, RankedPreferenceLoss):
+            yield "share_prompts", "the loss reads rankings, not pairs"
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -168,7 +174,7 @@ class DPOModule(RLHFModule):
         """What policy and reference say about the pairs of a batch."""
         return self._pairs(batch)[0]
 
-    def _pairs(self, batch: PairBatch, *, ref_hidden: bool = False) -> tuple[PairScores, Measured]:
+    def _pairs(self, batch: PairBatch) -> tuple[PairScores, Measured]:
         assert self.policy is not None
         return measure_pairs(
             self.policy,
@@ -177,7 +183,7 @@ class DPOModule(RLHFModule):
             self.loss.needs,
             pad_id=self.tokenizer.pad_token_id,
             running=self._running,
-            ref_hidden=ref_hidden,
+            share_prompts=self.share_prompts,
         )
 
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
@@ -266,7 +272,7 @@ class DPOModule(RLHFModule):
         if isinstance(batch, RankedBatch):
             self._rank(batch, self._evaluation)
             return
-        pairs, measured = self._pairs(batch, ref_hidden=True)
+        pairs, measured = self._pairs(batch)
         _count(self._evaluation, pairs, self.pair_loss(batch, pairs))
         if measured.ref_hidden is not None and self._has_exact_kl:
             assert self.policy is not None

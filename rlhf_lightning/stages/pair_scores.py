@@ -25,11 +25,11 @@ class Measured:
     hidden: Tensor
     """The policy's hidden states [rows, time, hidden]."""
     ref_hidden: Tensor | None
-    """The reference's, where they were computed."""
+    """The reference's, if it is a model."""
 
 
 def measure(
-    policy: Policy, reference: AnyReference | None, rows: TokenBatch, needs: Set[Need], *, ref_hidden: bool = False
+    policy: Policy, reference: AnyReference | None, rows: TokenBatch, needs: Set[Need], *, share_prompts: bool = False
 ) -> Measured:
     """Scores of completions under policy (with gradient, where it is on) and reference (without).
 
@@ -37,32 +37,35 @@ def measure(
         reference: None: there is none, and nothing is said of it.
         rows: `mask` is True on the completions.
         needs: what the loss reads.
-        ref_hidden: also the reference's hidden states, if it is a model.
+        share_prompts: rows i and i + rows/2 begin with the same prompt, which is computed once.
     """
     mask = rows.mask.clone()
     mask[:, 0] = False  # nothing predicts the first token
-    hidden = policy.hidden_states(rows.tokens, rows.attention_mask, rows.positions)
+    hidden = (
+        policy.shared_prompt_states(rows.tokens, rows.attention_mask, rows.positions, rows.mask)
+        if share_prompts
+        else policy.hidden_states(rows.tokens, rows.attention_mask, rows.positions)
+    )
     scores = CompletionScores(policy.scores(hidden, rows.tokens, mask).logprobs, mask)
     if "log_collision" in needs:
         scores = replace(scores, log_collision=_log_collision(policy, hidden.detach(), rows, scores))
     if reference is None:
         return Measured(scores, hidden, None)
-    if not (isinstance(reference, Reference) and (ref_hidden or "ref_kl" in needs)):
+    if isinstance(reference, MeasuredReference):
         if "ref_kl" in needs:
             raise UserError(
                 "this loss reads the KL over the whole vocabulary, and reference_cache keeps the log-probabilities of "
                 "the records' own tokens alone: leave reference_cache out"
             )
         return Measured(replace(scores, ref_logprobs=reference(rows).logprobs), hidden, None)
-    ref_states = reference.hidden_states(rows)
-    ref_head = reference.policy.head()
+    ref_hidden = reference.shared_prompt_states(rows) if share_prompts else reference.hidden_states(rows)
     with torch.no_grad():
-        ref_logprobs = reference.policy.scores(ref_states, rows.tokens, mask).logprobs
+        ref_logprobs = reference.policy.scores(ref_hidden, rows.tokens, mask).logprobs
     scores = replace(scores, ref_logprobs=ref_logprobs)
     if "ref_kl" in needs:
-        kl = token_kl(hidden, ref_states, mask, policy.head(), ref_head, direction="forward")
-        scores = replace(scores, ref_kl=kl)
-    return Measured(scores, hidden, ref_states)
+        heads = policy.head(), reference.policy.head()
+        scores = replace(scores, ref_kl=token_kl(hidden, ref_hidden, mask, *heads, direction="forward"))
+    return Measured(scores, hidden, ref_hidden)
 
 
 @torch.no_grad()
@@ -85,20 +88,19 @@ def measure_pairs(
     *,
     pad_id: int,
     running: Mapping[str, float | Tensor] | None = None,
-    ref_hidden: bool = False,
+    share_prompts: bool = False,
 ) -> tuple[PairScores, Measured]:
     """Chosen and rejected completions scored in one forward pass of each model.
 
     Args:
-        reference, needs, ref_hidden: see `measure`.
+        reference, needs, share_prompts: see `measure`.
         pad_id: written where one side is shorter than the other.
         running: the loss's running means.
     Returns:
         The pairs, and all their completions as they were measured: chosen ones first.
     """
-    measured = measure(
-        policy, reference, concatenate_rows((batch.chosen, batch.rejected), pad_id=pad_id), needs, ref_hidden=ref_hidden
-    )
+    rows = concatenate_rows((batch.chosen, batch.rejected), pad_id=pad_id)
+    measured = measure(policy, reference, rows, needs, share_prompts=share_prompts)
     chosen, rejected = halves(measured.scores)
     return PairScores(chosen, rejected, batch.margins, running or {}), measured
 
