@@ -33,6 +33,7 @@ CASES += [
     for stage in ("sft", "reward", "kto", "kto, cached", "dpo", "dpo, cached", "dpo, ranked")
 ]
 CASES += [
+    ("dpo", "each prompt computed once", {"attributes": {"share_prompts": True}}),
     ("sft", "packing", {"data": {"packing": True, "max_length": 24}}),
     ("sft", "token budget", {"data": {"tokens_per_batch": 40}, "batch_size": 8, "accumulate": 100}),
     ("kto", "token budget", {"data": {"tokens_per_batch": 60}, "batch_size": 8, "accumulate": 100}),

@@ -263,6 +263,7 @@ def test_a_reference_that_the_loss_does_not_read_does_nothing(tiny_model):
     assert "the loss ORPO needs no reference" in dict(free.inert_options()).values()
     assert dict(module(tiny_model, ORPO(), reference_cache="x").inert_options()).keys() == {"reference_cache"}
     assert dict(module(tiny_model, reference_cache="x").inert_options()) == {}
+    assert dict(module(tiny_model, ListwiseDPO(), share_prompts=True).inert_options()).keys() == {"share_prompts"}
 
 
 def test_a_margin_that_no_record_has(tiny_model, write_jsonl, tmp_path):
