@@ -1,0 +1,357 @@
+"""Our GRPO, RLOO, PPO and DPO beside TRL's GRPO, RLOO and DPO: reward against KL, tokens per second, memory.
+
+    python benchmarks/bench_sentiment_frontier.py --data PATH [--seeds 1 2 3] [--runs FOLDER]
+
+PATH holds models/stories260k, a pretrained 260k-parameter storyteller. The gold score is the VADER sentiment of the
+answer, and it is what the online methods are rewarded with; DPO learns from 4096 noisy pairs. Both libraries start from
+the same weights and take the same prompts (pairs), seeds, optimiser, learning rates and numbers of steps, one process
+per run, ours and TRL's in turn; all policies are evaluated by the same code. A run that is on disk is not run again.
+Results: benchmarks/results/sentiment/family.json and family.png.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench_common import about
+from frontier import frontier_at, oracle
+
+from rlhf_lightning.pipelines.evaluate import EVALUATION_FILE, EvaluatePolicies
+from rlhf_lightning.pipelines.files import read_jsonl, write_json
+from rlhf_lightning.pipelines.label_pairs import LabelPairs
+from rlhf_lightning.pipelines.sampling import SamplePrompts
+from rlhf_lightning.rewards.sentiment import VaderSentiment
+from rlhf_lightning.rollout.generate import GenerationSpec
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "sentiment"
+PROMPTS, GROUP, ANSWER, ROLLOUTS = 16, 8, 32, 60
+PAIRS, PAIRS_PER_STEP = 4096, 32
+LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4}
+COEF = {"grpo": 0.1, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3}
+RUNS = [("ours", "grpo"), ("trl", "grpo"), ("ours", "rloo"), ("trl", "rloo"), ("ours", "dpo"), ("trl", "dpo")]
+RUNS += [("ours", "ppo")]
+COLOURS = {"ours": "#2563eb", "trl": "#dc2626"}
+MARKERS = {"grpo": "o", "rloo": "s", "ppo": "^", "dpo": "D"}
+
+
+# ---- one run, in a process of its own --------------------------------------------------------------------------------
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Took:
+    """What a run cost: wall and processor seconds, memory before and at its peak, tokens."""
+
+    def __init__(self) -> None:
+        self.before = peak_mb()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def figures(self, tokens: float) -> dict[str, float]:
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        return {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens, "peak_mb": peak_mb(), "before_mb": self.before}
+
+
+def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[str, float]:
+    import lightning as L
+    import torch
+
+    from rlhf_lightning import ModelSpec, RLHFDataModule
+    from rlhf_lightning.advantages import FixedKL, GroupNormalised, LeaveOneOut
+    from rlhf_lightning.losses import DPO, Reinforce
+    from rlhf_lightning.rewards import WeightedReward
+    from rlhf_lightning.rollout.loader import UpdateSpec
+    from rlhf_lightning.stages import DPOModule, GRPOModule, PPOModule
+    from rlhf_lightning.stages.critic import CriticSpec
+    from rlhf_lightning.stages.reward_shaping import KLSpec
+    from rlhf_lightning.stages.schedule import Schedule
+
+    common: dict[str, Any] = {
+        "policy": ModelSpec(path=model),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=LR[algorithm], weight_decay=0.0),
+        "schedule": Schedule("linear"),
+        "seed": seed,
+    }
+    on_policy: dict[str, Any] = {
+        "rewards": [WeightedReward(VaderSentiment(), name="gold")],
+        "generation": GenerationSpec(max_new_tokens=ANSWER, num_samples=GROUP),
+        "updates": UpdateSpec(inner_epochs=1),
+    }
+    coef = COEF[algorithm]
+    in_reward, in_loss = KLSpec(FixedKL(coef)), KLSpec(FixedKL(0.0), loss_coef=coef, loss_estimator="k3")
+    module: L.LightningModule
+    if algorithm == "grpo":
+        module = GRPOModule(**common, **on_policy, credit=GroupNormalised(floor=1e-4), kl=in_loss)
+    elif algorithm == "rloo":
+        module = GRPOModule(
+            **common, **on_policy, credit=LeaveOneOut(), loss=Reinforce(), kl=in_reward, reduction="length_weighted"
+        )
+    elif algorithm == "ppo":
+        module = PPOModule(**common, **on_policy, kl=in_reward, critic=CriticSpec(learning_rate=1e-3))
+    else:
+        module = DPOModule(**common, loss=DPO(beta=coef))
+    online = algorithm != "dpo"
+    seen: list[float] = []
+
+    class Count(L.Callback):
+        def on_rollout_end(self, trainer: Any, module: Any, rollouts: Any) -> None:
+            seen.append(float(rollouts.mask.sum()))
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if not online:
+                seen.append(float(batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum()))
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        max_steps=ROLLOUTS if online else -1,
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=[Count()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    train = data / ("prompts.jsonl" if online else "pairs.jsonl")
+    datamodule = RLHFDataModule(train=str(train), batch_size=PROMPTS if online else PAIRS_PER_STEP)
+    took = Took()
+    trainer.fit(module, datamodule=datamodule)
+    figures = took.figures(sum(seen))
+    module.export(out / "hf")
+    return figures
+
+
+def trl(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[str, float]:
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    from rlhf_lightning.core.interfaces import Sample
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    common: dict[str, Any] = {
+        "output_dir": str(out / "trainer"),
+        "learning_rate": LR[algorithm],
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "seed": seed,
+        "beta": COEF[algorithm],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "disable_tqdm": True,
+    }
+    judge = VaderSentiment()
+    tokens: list[float] = []
+
+    def gold(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        tokens.append(float(sum(map(len, completion_ids))))
+        return list(judge([Sample(p, c) for p, c in zip(prompts, completions, strict=True)]))
+
+    class CountPairs(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "num_tokens" in (logs or {}):
+                tokens[:] = [float(logs["num_tokens"])]
+
+    trainer: Any
+    if algorithm == "dpo":
+        rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in read_jsonl(data / "pairs.jsonl")]
+        arguments = trl.DPOConfig(
+            **common, per_device_train_batch_size=PAIRS_PER_STEP, num_train_epochs=1, max_length=512
+        )
+        dataset = Dataset.from_list(rows)
+        trainer = trl.DPOTrainer(
+            policy, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[CountPairs()]
+        )
+    else:
+        dataset = Dataset.from_list([{"prompt": row["prompt"]} for row in read_jsonl(data / "prompts.jsonl")])
+        online: dict[str, Any] = {
+            "per_device_train_batch_size": PROMPTS * GROUP,
+            "num_generations": GROUP,
+            "max_completion_length": ANSWER,
+            "temperature": 1.0,
+            "max_steps": ROLLOUTS,
+        }
+        if algorithm == "grpo":
+            arguments = trl.GRPOConfig(**common, **online, loss_type="grpo", scale_rewards="group")
+            trainer = trl.GRPOTrainer(policy, gold, arguments, dataset, processing_class=tokenizer)
+        else:
+            arguments = trl.RLOOConfig(**common, **online)
+            trainer = trl.RLOOTrainer(policy, gold, arguments, dataset, processing_class=tokenizer)
+    took = Took()
+    trainer.train()
+    figures = took.figures(sum(tokens))
+    trainer.model.save_pretrained(out / "hf")
+    tokenizer.save_pretrained(out / "hf")
+    return figures
+
+
+WORKERS: dict[str, Callable[..., dict[str, float]]] = {"ours": ours, "trl": trl}
+
+
+# ---- all runs --------------------------------------------------------------------------------------------------------
+
+
+def prepare(model: Path, folder: Path, seed: int) -> None:
+    if (folder / "pairs.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts, held_out = str(folder / "prompts.jsonl"), str(folder / "held_out.jsonl")
+    SamplePrompts(str(model), prompts, 2048, held_out, 512, seed=seed).run()
+    generation = GenerationSpec(max_new_tokens=ANSWER, num_samples=2)
+    LabelPairs(
+        str(model), prompts, VaderSentiment(), str(folder / "pairs.jsonl"), PAIRS, generation=generation, seed=seed
+    ).run()
+
+
+def evaluate(model: Path, folder: Path, runs: dict[str, Path], seed: int) -> dict[str, dict[str, Any]]:
+    done = folder / EVALUATION_FILE
+    if not done.is_file():
+        EvaluatePolicies(
+            models={"base": str(model)} | {name: str(path / "hf") for name, path in runs.items()},
+            reference="base",
+            scores={"gold": VaderSentiment()},
+            prompts=str(folder / "held_out.jsonl"),
+            out_dir=str(folder),
+            generation=GenerationSpec(max_new_tokens=ANSWER, num_samples=4),
+            limit=512,
+            prompts_at_once=256,
+            seed=seed,
+        ).run()
+    return json.loads(done.read_text())["models"]
+
+
+def run_seed(
+    options: argparse.Namespace, model: Path, seed: int, curve: list[dict[str, float]]
+) -> list[dict[str, Any]]:
+    folder = options.runs / f"seed_{seed}"
+    prepare(model, folder, seed)
+    curve.extend(oracle(model, folder / "held_out.jsonl") if not curve else [])
+    paths = {}
+    for library, algorithm in RUNS:
+        out = paths[f"{library} {algorithm}"] = folder / f"{library}_{algorithm}"
+        if not (out / "took.json").is_file():
+            print(f"seed {seed}: {library} {algorithm}", flush=True)
+            command = [sys.executable, __file__, "--worker", library, algorithm, str(model), str(folder), str(out)]
+            subprocess.run([*command, "--seeds", str(seed)], check=True, stdout=subprocess.DEVNULL)
+    measured = evaluate(model, folder, paths, seed)
+    points = []
+    for name, path in paths.items():
+        library, algorithm = name.split()
+        gold, kl = (measured[name]["figures"][figure] for figure in ("gold", "kl"))
+        bound = frontier_at(curve, kl["mean"])
+        took = json.loads((path / "took.json").read_text())
+        points.append(
+            {"seed": seed, "library": library, "algorithm": algorithm, "coef": COEF[algorithm], "gold": gold["mean"]}
+            | {"kl": kl["mean"], "oracle_gold": bound, "below": gold["mean"] <= bound}
+            | {"short_of_oracle": bound - gold["mean"], "objective": gold["mean"] - COEF[algorithm] * kl["mean"]}
+            | {"tokens_per_second": took["tokens"] / took["seconds"], **took}
+        )
+    return points
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+def compare(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours against TRL's, algorithm by algorithm: distance to the oracle, tokens per second and memory."""
+    rows = []
+    for algorithm in ("grpo", "rloo", "dpo"):
+        of = {name: [p for p in points if (p["library"], p["algorithm"]) == (name, algorithm)] for name in WORKERS}
+        short = {name: mean_and_error([p["short_of_oracle"] for p in ps]) for name, ps in of.items()}
+        error = (short["ours"][1] ** 2 + short["trl"][1] ** 2) ** 0.5
+        speed = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(of["ours"], of["trl"], strict=True)]
+        cpu = [
+            a["tokens"] / a["cpu_seconds"] / (b["tokens"] / b["cpu_seconds"])
+            for a, b in zip(of["ours"], of["trl"], strict=True)
+        ]
+        memory = {name: statistics.fmean(p["peak_mb"] for p in ps) for name, ps in of.items()}
+        rows.append(
+            {
+                "algorithm": algorithm,
+                "short_of_oracle": {name: value for name, (value, _) in short.items()},
+                "standard_error": error,
+                "not_below_trl": short["ours"][0] <= short["trl"][0] + error,
+                "speed_ratio": statistics.median(speed),
+                "speed_ratio_by_processor_time": statistics.median(cpu),
+                "peak_mb": memory,
+            }
+        )
+    return rows
+
+
+def draw(points: list[dict[str, Any]], curve: list[dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    axis.plot([p["kl"] for p in curve], [p["gold"] for p in curve], color="#6b7280", marker=".", label="oracle")
+    for library, algorithm in RUNS:
+        chosen = [p for p in points if (p["library"], p["algorithm"]) == (library, algorithm)]
+        axis.scatter(
+            [p["kl"] for p in chosen],
+            [p["gold"] for p in chosen],
+            color=COLOURS[library],
+            marker=MARKERS[algorithm],
+            label=f"{library} {algorithm}",
+            zorder=3,
+            alpha=0.8,
+        )
+    axis.set(xlabel="KL to the pretrained model (nats per answer)", ylabel="gold score", xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(RESULTS / "family.png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with models/stories260k")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench_family"), help="where the runs are kept")
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        library, algorithm, model, folder, out = options.worker
+        Path(out).mkdir(parents=True, exist_ok=True)
+        figures = WORKERS[library](algorithm, model, Path(folder), Path(out), options.seeds[0])
+        write_json(Path(out) / "took.json", figures)
+        return
+    if options.data is None or not (options.data / "models" / "stories260k").is_dir():
+        sys.exit("skipped: give --data a folder that holds models/stories260k")
+    model = (options.data / "models" / "stories260k").resolve()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    curve: list[dict[str, float]] = []
+    points = [point for seed in options.seeds for point in run_seed(options, model, seed, curve)]
+    draw(points, curve)
+    described = about()
+    described["versions"]["trl"] = version("trl")
+    result = {"about": described, "oracle": curve, "points": points, "all_below": all(p["below"] for p in points)}
+    write_json(RESULTS / "family.json", result | {"against_trl": compare(points)})
+    print(f"wrote {RESULTS / 'family.json'}")
+
+
+if __name__ == "__main__":
+    main()
