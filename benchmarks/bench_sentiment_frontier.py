@@ -85,12 +85,14 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
     }
     on_policy: dict[str, Any] = {
         "rewards": [WeightedReward(VaderSentiment(), name="gold")],
-        "generation": GenerationSpec(max_new_tokens=ANSWER, num_samples=GROUP),
+        "generation": GenerationSpec(max_new_tokens=ANSWER, num_samples=GROUP, keep_logprobs=algorithm != "ppo"),
         "updates": UpdateSpec(inner_epochs=1),
     }
     coef = COEF[algorithm]
     in_reward, in_loss = KLSpec(FixedKL(coef)), KLSpec(FixedKL(0.0), loss_coef=coef, loss_estimator="k3")
     module: L.LightningModule
+    if algorithm in ("grpo", "rloo"):
+        on_policy["old_logprobs"] = "sampler"  # one step per rollout: TRL does not measure its sampler either
     if algorithm == "grpo":
         module = GRPOModule(**common, **on_policy, credit=GroupNormalised(floor=1e-4), kl=in_loss)
     elif algorithm == "rloo":

@@ -195,6 +195,8 @@ class Generated(Batch):
     """Which of the vocabulary each token was drawn from, one bit each (see `core.kept`); None = from all of it."""
     sampler_logprobs: Float[Tensor, "batch time"] | None = None
     """What the engine itself gave each token (nats), where it says so; 0 where `mask` is False."""
+    sampler_entropy: Float[Tensor, "batch time"] | None = None
+    """Entropy of what the engine drew each token from (nats), where it says so; 0 where `mask` is False."""
 
     def counts(self) -> dict[str, float]:
         return {"tokens": float(self.mask.sum()), "sequences": float(self.tokens.shape[0])}

@@ -41,7 +41,8 @@ class GenerationSpec:
         stop_strings: an answer also ends, finished, when its text holds one of these; the string stays in the answer.
         rows_at_once: sequences generated in one batch; None: all of them.
         cache: KV cache: grows with the answer, or allocated once (faster where lengths are alike).
-        keep_logprobs: remember what the engine itself gave each token, to compare with the policy's own numbers.
+        keep_logprobs: remember what the engine itself gave each token, to compare with the policy's own numbers or to
+            use in their place.
     """
 
     max_new_tokens: int = 64
@@ -127,6 +128,7 @@ class _SamplingRecord(LogitsProcessor):
         self.keep_logprobs = spec.keep_logprobs
         self.sets: list[Tensor] = []
         self.logprobs: list[Tensor] = []
+        self.entropies: list[Tensor] = []
         self._distribution: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -136,6 +138,8 @@ class _SamplingRecord(LogitsProcessor):
             self.sets.append(pack_kept(warped > -torch.inf))
         if self.keep_logprobs:
             self._distribution = warped.log_softmax(-1)
+            # 0 log 0 is 0, not NaN, for what was cut off
+            self.entropies.append(torch.special.entr(self._distribution.exp()).sum(-1))
         return scores
 
     def _note_drawn(self, tokens: Tensor) -> None:
@@ -144,10 +148,14 @@ class _SamplingRecord(LogitsProcessor):
             self.logprobs.append(self._distribution.gather(-1, tokens[:, -1:])[:, 0])
             self._distribution = None
 
-    def finish(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Sets [rows, time, bytes] and log-probabilities [rows, time] about `tokens`; zeros over the prompt."""
+    def finish(self, tokens: Tensor) -> dict[str, Tensor | None]:
+        """Sets [rows, time, bytes], log-probabilities and entropies [rows, time] about `tokens`; 0 over the prompt."""
         self._note_drawn(tokens)
-        return _about(tokens, self.sets), _about(tokens, self.logprobs)
+        return {
+            "kept": _about(tokens, self.sets),
+            "sampler_logprobs": _about(tokens, self.logprobs),
+            "sampler_entropy": _about(tokens, self.entropies),
+        }
 
 
 def _about(tokens: Tensor, steps: list[Tensor]) -> Tensor | None:
@@ -193,12 +201,12 @@ class HFGenerate(RolloutEngine):
         finally:
             policy.train(was_training)
         pad = self.tokenizer.pad_token_id
-        assembled = [
-            replace(
-                assemble(drawn, mask, lengths, pad_id=pad), kept=kept, sampler_logprobs=_where_real(logprobs, lengths)
-            )
-            for (drawn, lengths, kept, logprobs), mask in zip(parts, attention_mask.split(rows), strict=True)
-        ]
+        assembled = []
+        for (drawn, lengths, noted), mask in zip(parts, attention_mask.split(rows), strict=True):
+            answers = assemble(drawn, mask, lengths, pad_id=pad)
+            # behind the end of a finished answer padding was drawn
+            real = {k: x if x is None or x.dim() > 2 else torch.where(answers.mask, x, 0.0) for k, x in noted.items()}
+            assembled.append(replace(answers, **real))
         return concatenate_rows(assembled, pad_id=pad)
 
     def _check_context(self, policy: Any, prompts: PromptBatch) -> None:
@@ -215,9 +223,9 @@ class HFGenerate(RolloutEngine):
 
     def _generate_rows(
         self, policy: Any, tokens: Tensor, attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Prompt and answer ids [rows, time], and the width at which each row finished, -1 where it was cut off; then
-        the sets that tokens were drawn from and the sampler's log-probabilities, where they are kept."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Prompt and answer ids [rows, time], the width at which each row finished, -1 where it was cut off, and what
+        the sampler was asked to note."""
         eos = _end_ids(policy, self.tokenizer)
         criteria: list[StoppingCriteria] = [EosTokenCriteria(eos_token_id=eos)]
         if self.spec.stop_strings:
@@ -241,8 +249,7 @@ class HFGenerate(RolloutEngine):
         finally:
             policy.model.generation_config = own
         assert recorder.lengths is not None
-        kept, logprobs = (None, None) if record is None else record.finish(output)
-        return output, recorder.lengths, kept, logprobs
+        return output, recorder.lengths, {} if record is None else record.finish(output)
 
     def _config(self, eos: list[int]) -> GenerationConfig:
         spec = self.spec
@@ -267,15 +274,6 @@ class HFGenerate(RolloutEngine):
             cache_implementation="static" if spec.cache == "static" else None,
             **sampling,
         )
-
-
-def _where_real(logprobs: Tensor | None, lengths: Tensor) -> Tensor | None:
-    """0 behind the end of finished answers, where padding was drawn."""
-    if logprobs is None:
-        return None
-    width = torch.where(lengths >= 0, lengths, logprobs.shape[1])
-    columns = torch.arange(logprobs.shape[1], device=logprobs.device)
-    return torch.where(columns < width[:, None], logprobs, 0.0)
 
 
 def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: int) -> Generated:

@@ -29,7 +29,7 @@ from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefix_as_completion, with_prefixes
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
-from rlhf_lightning.stages.on_policy import Answered
+from rlhf_lightning.stages.on_policy import Answered, OldLogprobs
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
@@ -98,6 +98,8 @@ class GRPOModule(PolicyGradientModule):
         prefix: let a share of the answers begin with given words that carry no loss; None: answers begin themselves.
         renormalise_truncated: of a sampler that truncates (top_p, top_k, min_p), take log-probabilities over what it
             kept, which makes ratios exact; false: over the whole vocabulary, as other libraries do.
+        old_logprobs: of the policy that sampled: recomputed by its own forward pass, or what the sampler said, which
+            saves that pass; in 16 bits the two differ (rollout/logprob_gap), and recomputed is the exact one.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far (nats per token).
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
@@ -137,6 +139,7 @@ class GRPOModule(PolicyGradientModule):
         off_policy_threshold: float | None = None,
         prefix: PrefixSpec | None = None,
         renormalise_truncated: bool = True,
+        old_logprobs: OldLogprobs = "recomputed",
         target_kl: float | None = None,
         ptx_coef: float = 0.0,
         rows_at_once: int | None = None,
@@ -168,6 +171,7 @@ class GRPOModule(PolicyGradientModule):
             use_reference=use_reference,
             reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
+            old_logprobs=old_logprobs,
         )
         if not 0 < entropy_top_frac <= 1:
             raise UserError(f"entropy_top_frac={entropy_top_frac} is no share of the tokens: give 0.2, or 1 for all")
@@ -198,6 +202,8 @@ class GRPOModule(PolicyGradientModule):
             yield "drop_uninformative", "dynamic_sampling keeps no such groups"
         if not self.renormalise_truncated and not self.generation.truncates:
             yield "renormalise_truncated", "generation cuts no tokens off: set top_p, top_k or min_p, or leave it out"
+        if self.old_logprobs == "sampler" and self.correction is not None:
+            yield "correction", "old_logprobs are the sampler's own: every ratio is 1"
         if self.mask_truncated and self.shaper.shaping.missing_eos_penalty:
             yield "shaping.missing_eos_penalty", "mask_truncated takes the loss off the answers that it punishes"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -32,6 +32,8 @@ from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell
 from rlhf_lightning.stages.reward_shaping import Shaped
 from rlhf_lightning.stages.schedule import Schedule
+
+OldLogprobs = Literal["recomputed", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class OnPolicyModule(RLHFModule):
         use_reference: whether a reference is built at all; without one no KL is measured.
         reference_sync: let the reference follow the policy; None: it stays.
         renormalise_truncated: of a sampler that truncates, take log-probabilities over what it kept.
+        old_logprobs: of the policy that sampled: recomputed by its own forward pass, or what the sampler said.
     """
 
     batch_format = "prompts"
@@ -97,6 +100,7 @@ class OnPolicyModule(RLHFModule):
         use_reference: bool = True,
         reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
+        old_logprobs: OldLogprobs = "recomputed",
     ) -> None:
         super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
         if not rewards:
@@ -112,7 +116,17 @@ class OnPolicyModule(RLHFModule):
             raise UserError("reference_sync moves a reference, and use_reference is false: drop one")
         self.use_reference = use_reference
         self.reference_sync = reference_sync
+        if old_logprobs == "sampler" and not generation.keep_logprobs:
+            raise UserError(
+                "old_logprobs='sampler' takes what the sampler said about its own tokens, and "
+                "generation.keep_logprobs is false: set it to true"
+            )
+        if old_logprobs == "sampler" and generation.truncates and not renormalise_truncated:
+            raise UserError(
+                "old_logprobs='sampler' is over what the sampler kept, and renormalise_truncated is false: drop one"
+            )
         self.renormalise_truncated = renormalise_truncated
+        self.old_logprobs = old_logprobs
         self.reference_spec = reference
         self.generation = generation
         self.updates = updates
@@ -267,6 +281,10 @@ class OnPolicyModule(RLHFModule):
     def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probabilities, entropy, and what there is to say about the sampler, by the names of the metrics."""
         assert self.policy is not None
+        if self.old_logprobs == "sampler":
+            assert answers.sampler_logprobs is not None
+            assert answers.sampler_entropy is not None
+            return answers.sampler_logprobs, answers.sampler_entropy, {}
         parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
         logprobs = torch.cat([part.logprobs for part in parts]).float()
         sampler = {}

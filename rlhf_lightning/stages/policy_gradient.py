@@ -19,7 +19,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages.on_policy import OnPolicyModule
+from rlhf_lightning.stages.on_policy import OldLogprobs, OnPolicyModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -41,7 +41,7 @@ class PolicyGradientModule(OnPolicyModule):
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
-        use_reference, reference_sync, renormalise_truncated: likewise.
+        use_reference, reference_sync, renormalise_truncated, old_logprobs: likewise.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
     """
 
@@ -70,6 +70,7 @@ class PolicyGradientModule(OnPolicyModule):
         use_reference: bool = True,
         reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
+        old_logprobs: OldLogprobs = "recomputed",
     ) -> None:
         super().__init__(
             policy,
@@ -85,6 +86,7 @@ class PolicyGradientModule(OnPolicyModule):
             use_reference=use_reference,
             reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
+            old_logprobs=old_logprobs,
         )
         for name, value in (("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
             if not value >= 0:

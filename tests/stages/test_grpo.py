@@ -256,6 +256,19 @@ def test_a_sampler_that_was_exact_has_weights_of_1(tiny_model, write_jsonl, tmp_
     assert metrics["correction/truncated_frac"].item() == 0
 
 
+@pytest.mark.parametrize("generation", [{"temperature": 0.7}, {"top_p": 0.8}])
+def test_what_the_sampler_said_saves_a_forward_pass(generation, tiny_model, write_jsonl, tmp_path):
+    spec = GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True, **generation)
+    both = []
+    for source in ("recomputed", "sampler"):
+        module = grpo(tiny_model, generation=spec, old_logprobs=source)
+        keep = Keep(module)
+        metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
+        both.append((keep.rollouts[0].old_logprobs, metrics["rollout/entropy"]))
+        assert metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(both[0], both[1], rtol=1e-5, atol=1e-5)
+
+
 def test_a_sampler_that_was_wrong_is_weighed_by_the_ratio(tiny_model, write_jsonl, tmp_path):
     class OffByHalf(GRPOModule):
         def generate(self, prompts, seed):
@@ -393,6 +406,15 @@ def test_the_policy_is_exported(tiny_model, write_jsonl, tmp_path):
         (
             {"correction": SamplerCorrection()},
             r"correction compares .*keep_logprobs is false: set it to true",
+        ),
+        ({"old_logprobs": "sampler"}, r"old_logprobs='sampler' takes .*keep_logprobs is false: set it to true"),
+        (
+            {
+                "old_logprobs": "sampler",
+                "generation": GenerationSpec(num_samples=4, keep_logprobs=True, top_k=3),
+                "renormalise_truncated": False,
+            },
+            r"old_logprobs='sampler' is over what the sampler kept, and renormalise_truncated is false",
         ),
         ({"off_policy_threshold": 0.0}, r"off_policy_threshold=0.0: give a positive number"),
         ({"use_reference": False, "kl": NO_KL, "reference_sync": ReferenceSync()}, r"reference_sync moves a reference"),
