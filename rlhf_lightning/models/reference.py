@@ -1,7 +1,7 @@
 """The frozen model that a policy is held close to: outside every checkpoint, optimiser and gradient reduction."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,14 @@ class Reference:
             else:
                 mine.lerp_(theirs.to(mine), share)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights, on the CPU: for the checkpoint of a run whose reference is no longer what it was loaded as."""
+        return {name: value.cpu() for name, value in self.policy.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up weights that `state_dict` gave."""
+        self.policy.load_state_dict(state)
+
     def to(self, device: Any) -> None:
         """Move the weights; does nothing where they are the policy's own."""
         if not self.shared:
@@ -114,6 +122,15 @@ class ReferenceSync:
             raise UserError(f"every={self.every}: the reference follows every 1 or more optimiser steps")
         if not 0 < self.share <= 1:
             raise UserError(f"share={self.share} is the policy's share in the new reference: give above 0, to 1")
+
+    def after_step(self, step: int, reference: Reference, policy: Policy) -> None:
+        """Move the reference if it is time.
+
+        Args:
+            step: optimiser steps taken, this one included.
+        """
+        if step % self.every == 0:
+            reference.follow(policy, self.share)
 
 
 def make_reference(policy: Policy, spec: ModelSpec | None = None, *, follows: bool = False) -> Reference:

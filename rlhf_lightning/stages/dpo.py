@@ -257,8 +257,8 @@ class DPOModule(RLHFModule):
             return
         assert self.policy is not None
         assert isinstance(self.reference, Reference)
-        if (self.trainer.global_step + 1) % self.reference_sync.every == 0:  # the trainer counts the step afterwards
-            self.reference.follow(self.policy, self.reference_sync.share)
+        # the trainer counts the step afterwards
+        self.reference_sync.after_step(self.trainer.global_step + 1, self.reference, self.policy)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -315,15 +315,14 @@ class DPOModule(RLHFModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["running_means"] = {name: float(value) for name, value in self._running.items()}
         if self.reference_sync is not None and isinstance(self.reference, Reference):
-            # it is no longer what it was loaded as
-            checkpoint["reference"] = {k: v.cpu() for k, v in self.reference.policy.state_dict().items()}
+            checkpoint["reference"] = self.reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         known = {name: torch.tensor(value) for name, value in checkpoint.get("running_means", {}).items()}
         self._running = {name: known.get(name, value) for name, value in self._running.items()}
         if "reference" in checkpoint and isinstance(self.reference, Reference) and self.reference_sync is not None:
-            self.reference.policy.load_state_dict(checkpoint["reference"])
+            self.reference.load_state_dict(checkpoint["reference"])
 
     def export(self, folder: str | Path) -> Path:
         assert self.policy is not None, "nothing to export before the model is built"

@@ -248,11 +248,11 @@ class PolicyGradientModule(OnPolicyModule):
             closure()
             return
         super().optimizer_step(*args, **kwargs)
-        if self.reference_sync is not None and (self.trainer.global_step + 1) % self.reference_sync.every == 0:
+        if self.reference_sync is not None:
             # what was collected keeps what the reference said then; the next rollout hears the new one
             assert self.policy is not None
             assert self.reference is not None
-            self.reference.follow(self.policy, self.reference_sync.share)
+            self.reference_sync.after_step(self.trainer.global_step + 1, self.reference, self.policy)
         if self.target_kl is not None:
             total, count = self.add_over_ranks(torch.tensor(self._step_kl, dtype=torch.float64)).tolist()
             self._step_kl = [0.0, 0.0]
@@ -269,8 +269,7 @@ class PolicyGradientModule(OnPolicyModule):
             "pending_metrics": dict(self._pending_metrics),
         }
         if self.reference_sync is not None and self.reference is not None:
-            # it is no longer what it was loaded as
-            checkpoint["reference"] = {k: v.cpu() for k, v in self.reference.policy.state_dict().items()}
+            checkpoint["reference"] = self.reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -280,4 +279,4 @@ class PolicyGradientModule(OnPolicyModule):
             self._stopped_rollout = state["stopped_rollout"]
             self._pending_metrics = dict(state["pending_metrics"])
         if "reference" in checkpoint and self.reference_sync is not None and self.reference is not None:
-            self.reference.policy.load_state_dict(checkpoint["reference"])
+            self.reference.load_state_dict(checkpoint["reference"])
