@@ -19,7 +19,7 @@ GENERATORS = {
 }
 
 
-@pytest.mark.parametrize(("divergence", "f"), GENERATORS.items(), ids=str)
+@pytest.mark.parametrize(("divergence", "f"), GENERATORS.items(), ids=[str(d) for d in GENERATORS])
 def test_the_score_is_the_derivative_of_f_up_to_a_constant(divergence, f):
     u = torch.tensor([0.1, 0.5, 1.0, 2.0, 7.0], dtype=torch.float64, requires_grad=True)
     derivative = torch.autograd.grad(f(u).sum(), u)[0]
