@@ -120,6 +120,66 @@ def sentiment() -> str:
     return "\n\n".join(parts)
 
 
+def family() -> str:
+    result = load("sentiment/family.json")
+    if result is None:
+        return ""
+    rows = [
+        [
+            p["seed"],
+            p["library"],
+            p["algorithm"],
+            p["coef"],
+            *(f"{p[k]:.3f}" for k in ("gold", "kl", "oracle_gold")),
+            "yes" if p["below"] else "no",
+            f"{p['tokens_per_second']:.0f}",
+            f"{p['peak_mb']:.0f}",
+        ]
+        for p in result["points"]
+    ]
+    against = [
+        [
+            row["algorithm"],
+            *(f"{row['short_of_oracle'][library]:.3f}" for library in ("ours", "trl")),
+            f"{row['standard_error']:.3f}",
+            "yes" if row["not_below_trl"] else "no",
+            f"{row['speed_ratio']:.2f}",
+            f"{row['speed_ratio_by_processor_time']:.2f}",
+            *(f"{row['peak_mb'][library]:.0f}" for library in ("ours", "trl")),
+        ]
+        for row in result["against_trl"]
+    ]
+    header = ["algorithm", "ours short of oracle", "TRL short of oracle", "standard error", "not below TRL"]
+    header += ["tokens/s, ours : TRL", "by processor time", "peak MB, ours", "peak MB, TRL"]
+    return "\n\n".join(
+        [
+            "## GRPO, RLOO, PPO, DPO, and TRL beside them",
+            "`python benchmarks/bench_sentiment_frontier.py --data PATH`: the same storyteller, prompts, pairs, seeds, "
+            " optimiser and number of steps for both libraries, one process per run. Targets: no point above the "
+            "oracle, ours no further from it than TRL's beyond one standard error, 1.5 times TRL's tokens per second and "
+            f"never slower. All points below the oracle: **{'yes' if result['all_below'] else 'no'}**.",
+            table(header, against),
+            "![Gold against KL, by algorithm and library](../benchmarks/results/sentiment/family.png)",
+            table(
+                [
+                    "seed",
+                    "library",
+                    "algorithm",
+                    "β",
+                    "gold",
+                    "KL",
+                    "oracle at this KL",
+                    "below",
+                    "tokens/s",
+                    "peak MB",
+                ],
+                rows,
+            ),
+            measured_with(result["about"]),
+        ]
+    )
+
+
 def verifiers() -> str:
     result = load("verifiers.json")
     if result is None:
@@ -145,7 +205,7 @@ def verifiers() -> str:
 
 
 def main() -> None:
-    parts = (INTRO, quickstart(), "", sentiment(), "", verifiers())
+    parts = (INTRO, quickstart(), "", sentiment(), "", family(), "", verifiers())
     page = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
     (HERE.parent / "docs" / "benchmarks.md").write_text(page)
     print("wrote docs/benchmarks.md")
