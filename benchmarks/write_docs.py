@@ -155,9 +155,9 @@ def family() -> str:
         [
             "## GRPO, RLOO, PPO, DPO, and TRL beside them",
             "`python benchmarks/bench_sentiment_frontier.py --data PATH`: the same storyteller, prompts, pairs, seeds, "
-            " optimiser and number of steps for both libraries, one process per run. Targets: no point above the "
-            "oracle, ours no further from it than TRL's beyond one standard error, 1.5 times TRL's tokens per second and "
-            f"never slower. All points below the oracle: **{'yes' if result['all_below'] else 'no'}**.",
+            "optimiser and number of steps for both, one process per run. Targets: no point above the oracle, "
+            "ours no further from it than TRL's beyond one standard error, 1.5 times TRL's tokens per second and never "
+            f"slower. All points below the oracle: **{'yes' if result['all_below'] else 'no'}**.",
             table(header, against),
             "![Gold against KL, by algorithm and library](../benchmarks/results/sentiment/family.png)",
             table(
