@@ -152,7 +152,7 @@ ESCAPES = {
     "try:\n    got = open(link).read()\nfinally:\n    os.unlink(link)",
     "writes to the host": "open(SECRET + '.new', 'w').write('x')\ngot = True",
     "environment": "got = 'VERY_SECRET' in os.environ",
-    "sees the runner": "got = os.path.exists(f'/proc/{RUNNER}/cmdline') and b'pytest' in "
+    "sees the runner": "got = os.path.exists(f'/proc/{RUNNER}/cmdline') and b'python' in "
     "open(f'/proc/{RUNNER}/cmdline', 'rb').read()",
     "loopback": "got = socket.create_connection(('127.0.0.1', PORT), 1)",
     "unix socket by name": "s = socket.socket(socket.AF_UNIX)\ns.connect(SOCKET)\ngot = True",
