@@ -443,3 +443,14 @@ def test_help_imports_neither_torch_nor_lightning():
 def test_help_of_fit_answers(config, capsys):
     assert main(["fit", "--help"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
+def test_a_short_name_is_one_of_ours_whoever_else_has_one_like_it():
+    """pyparsing, which matplotlib brings along, has an abstract class with a Keyword below it."""
+    import pyparsing
+
+    from rlhf_lightning.cli.options import known_classes
+    from rlhf_lightning.rewards import Keyword
+
+    assert pyparsing.Keyword.__name__ == "Keyword"
+    assert known_classes()["Keyword"] is Keyword

@@ -62,7 +62,9 @@ def known_classes(key: str = "") -> dict[str, type]:
     """Classes that a config may name without their module; under `key`, if it is the stage's or the callbacks'."""
     from rlhf_lightning.stages.base import RLHFModule
 
-    bases: list[type] = [v for v in vars(interfaces).values() if isinstance(v, type) and issubclass(v, ABC)]
+    # those that it defines: below ABC itself is half the world
+    own = [v for v in vars(interfaces).values() if isinstance(v, type) and v.__module__ == interfaces.__name__]
+    bases: list[type] = [cls for cls in own if issubclass(cls, ABC)]
     by_key: dict[str, list[type]] = {"model": [RLHFModule], "trainer.callbacks": [Callback], "trainer.logger": [Logger]}
     bases = by_key.get(key, [RLHFModule, Callback, Logger, *bases])
     found: dict[str, type] = {}
