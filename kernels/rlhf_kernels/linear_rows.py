@@ -9,28 +9,104 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf_kernels.rows import work_dtype
+from rlhf_kernels.rows import Rows, work_dtype
 
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Logits alive at a time, per device type. Few, large chunks: each adds once to the [V, H] gradient of the weight."""
-KEEP_BYTES = {"cpu": 384 << 20, "cuda": 1 << 30}
-"""Logits kept from forward to backward; the rest are computed twice."""
+KEEP_BLOCKS = {"cpu": (8, 128 << 20), "cuda": (1, 1 << 30)}
+"""Logits kept from forward to backward, as blocks of so many bytes; the rest are computed twice."""
+TILE_ROWS, TILE_BYTES = 2048, 64 << 20
+"""Logits alive at a time where some columns of many rows are enough."""
 _VOCAB_SLICE = 8192
 """Rows of the weight per product where slices save memory."""
 
 
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; None chooses by a memory budget")
+
+
 def chunk_rows_for(vocab: int, device: torch.device, chunk_rows: int | None, element_size: int = 4) -> int:
     """Rows of logits that fit in the budget, at least 1."""
-    if chunk_rows is not None:
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; None chooses by a memory budget")
-        return chunk_rows
-    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * element_size))
+    check_chunk_rows(chunk_rows)
+    return chunk_rows or max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * element_size))
 
 
-def keep_rows_for(num_rows: int, vocab: int, device: torch.device, element_size: int = 4) -> int:
-    """Rows whose logits are kept for the backward pass."""
-    return min(num_rows, KEEP_BYTES.get(device.type, KEEP_BYTES["cpu"]) // (vocab * element_size))
+def keep_for(num_rows: int, vocab: int, device: torch.device, element_size: int = 4) -> list[int]:
+    """Sizes of the blocks (in numbers, not bytes) of logits that are kept for the backward pass."""
+    count, size = KEEP_BLOCKS.get(device.type, KEEP_BLOCKS["cpu"])
+    block = size // element_size
+    return [max(0, min(block, num_rows * vocab - i * block)) for i in range(count)]
+
+
+class Tiles:
+    """The logits of all rows that count, cut into tiles: some columns of some rows at a time, in a fixed order.
+
+    A kernel reads whole rows. Plain torch is given some columns of many rows instead: the products are larger, and each
+    part of the weight's gradient is written once, not read and written again for every chunk of rows. The first tiles
+    live in the blocks of `kept` as long as there is room; the others share one buffer.
+    """
+
+    def __init__(
+        self, kept: list[Tensor], counting: Rows, vocab: int, size: tuple[int, int], *, release: bool = False
+    ) -> None:
+        self.kept, self.counting, self.vocab = kept, counting, vocab
+        self.rows, self.columns = size
+        self.release = release
+        """Give back a block when its last tile has been seen: the gradient of the weight grows into its memory."""
+        self.block, self.used = 0, 0
+        self.buffer: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor | slice, Iterator[tuple[range, Tensor, bool]]]]:
+        """Rows (numbers, or a slice), and their tiles: columns, memory, whether that is kept."""
+        self.block, self.used = 0, 0
+        for start, end, rows in self.counting.chunks(self.rows):
+            yield rows, self._columns(end - start)
+        while self.release and self.block < len(self.kept):
+            self._next_block()
+
+    def _columns(self, num_rows: int) -> Iterator[tuple[range, Tensor, bool]]:
+        for first in range(0, self.vocab, self.columns):
+            columns = range(first, min(first + self.columns, self.vocab))
+            shape = (num_rows, len(columns))
+            place = self._room(num_rows * len(columns))
+            yield columns, self.spare(shape) if place is None else place.view(shape), place is not None
+
+    def _room(self, size: int) -> Tensor | None:
+        """The next so many kept numbers, in one block; None where there is no room left."""
+        while self.block < len(self.kept):
+            block, start = self.kept[self.block], self.used
+            if start + size <= len(block):
+                self.used += size
+                return block[start : self.used]
+            self._next_block()
+        return None
+
+    def _next_block(self) -> None:
+        if self.release:  # all tiles of this one have been seen
+            self.kept[self.block].untyped_storage().resize_(0)
+        self.block, self.used = self.block + 1, 0
+
+    def spare(self, shape: tuple[int, int]) -> Tensor:
+        """Memory for one tile that is not kept."""
+        size = shape[0] * shape[1]
+        if self.buffer is None or len(self.buffer) < size:
+            self.buffer = self.kept[0].new_empty(size)
+        return self.buffer[:size].view(shape)
+
+
+def tile_for(
+    num_rows: int, vocab: int, device: torch.device, chunk_rows: int | None, element_size: int, *, whole_rows: bool
+) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    if whole_rows:
+        return chunk_rows_for(vocab, device, chunk_rows, element_size), vocab
+    rows = chunk_rows or TILE_ROWS
+    lines = max(1, TILE_BYTES // (max(1, min(rows, num_rows)) * element_size * 64))
+    if lines * 64 >= vocab:
+        return rows, vocab
+    # An odd number of 64s: rows a multiple of 4096 bytes apart compete for the same lines of the cache.
+    return rows, (lines - 1 | 1) * 64
 
 
 @contextlib.contextmanager
@@ -56,65 +132,82 @@ class Head:
         self.weight = weight
         self.bias = None if bias is None else bias.to(self.dtype)
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """[rows, H] -> out [rows, V]."""
+    def logits(self, hidden: Tensor, out: Tensor, columns: range | None = None) -> Tensor:
+        """[rows, H] -> out [rows, V], or [rows, len(columns)]."""
+        columns = columns or range(self.vocab)
         if self.mixed:
-            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
+            torch.mm(hidden, self.weight[columns.start : columns.stop].t(), out_dtype=self.dtype, out=out)
         else:
             x = hidden.to(self.dtype)
-            for columns, part in self._slices():
-                torch.mm(x, part.t(), out=out[:, columns])
-        return out if self.bias is None else out.add_(self.bias)
+            for here, part in self._slices(columns):
+                torch.mm(x, part.t(), out=out[:, here])
+        return out if self.bias is None else out.add_(self.bias[columns.start : columns.stop])
 
-    def hidden_grad(self, grads: Tensor) -> Tensor:
-        """[rows, V] -> [rows, H]: grads @ W."""
+    def hidden_grad(self, total: Tensor | None, grads: Tensor, columns: range | None = None) -> Tensor:
+        """total [rows, H] + grads @ W, of the columns that `grads` has."""
+        columns = columns or range(self.vocab)
         if self.mixed:
-            return torch.mm(grads.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
-        total = grads.new_zeros((len(grads), self.weight.shape[1]))
-        for columns, part in self._slices():
-            total.addmm_(grads[:, columns], part)
+            weight = self.weight[columns.start : columns.stop]
+            product = torch.mm(grads.to(self.weight.dtype), weight, out_dtype=self.dtype)
+            return product if total is None else total.add_(product)
+        total = grads.new_zeros((len(grads), self.weight.shape[1])) if total is None else total
+        for here, part in self._slices(columns):
+            total.addmm_(grads[:, here], part)
         return total
 
-    def add_weight_grad(self, total: Tensor | None, grads: Tensor, hidden: Tensor) -> Tensor:
-        """total [V, H] + grads^T @ hidden, accumulated in float32 whatever the operands are."""
+    def add_weight_grad(self, total: Tensor, grads: Tensor, hidden: Tensor, columns: range, *, first: bool) -> None:
+        """total[columns] += grads^T @ hidden, or = if `first`; accumulated in float32 whatever the operands are."""
         if self.mixed:
+            part = total[columns.start : columns.stop]
             product = (grads.to(self.weight.dtype).t(), hidden)
-            if total is None:
-                return torch.mm(*product, out_dtype=self.dtype)
-            return torch.addmm(total, *product, out_dtype=self.dtype, out=total)
-        first = total is None
-        if total is None:
-            total = grads.new_empty((self.vocab, hidden.shape[1]))
+            if first:
+                torch.mm(*product, out_dtype=self.dtype, out=part)
+            else:
+                torch.addmm(part, *product, out_dtype=self.dtype, out=part)
+            return
         x = hidden.to(self.dtype)
-        for start in range(0, self.vocab, self.slice):
-            columns = slice(start, start + self.slice)
-            total[columns].addmm_(grads[:, columns].t(), x, beta=0 if first else 1)
-        return total
+        for start in range(0, len(columns), self.slice):
+            here = slice(start, min(start + self.slice, len(columns)))
+            part = total[columns.start + here.start : columns.start + here.stop]
+            part.addmm_(grads[:, here].t(), x, beta=0 if first else 1)
 
-    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+    def _slices(self, columns: range) -> Iterator[tuple[slice, Tensor]]:
         """The weight in float32, a slice at a time: neither a copy nor the packed operand of a product is whole."""
-        for start in range(0, self.vocab, self.slice):
-            columns = slice(start, start + self.slice)
-            yield columns, self.weight[columns].to(self.dtype)
+        for start in range(0, len(columns), self.slice):
+            here = slice(start, min(start + self.slice, len(columns)))
+            yield here, self.weight[columns.start + here.start : columns.start + here.stop].to(self.dtype)
 
 
 class HeadGrads:
-    """Sums of the gradients in hidden states, weight and bias over chunks."""
+    """Sums of the gradients in hidden states, weight and bias over tiles of logits."""
 
     def __init__(self, head: Head, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
         self.head, self.needs = head, needs
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.hidden_sum: Tensor | None = None
         self.weight: Tensor | None = None
+        self.num_written = 0  # columns of self.weight that hold something
         self.bias = torch.zeros_like(bias, dtype=head.dtype) if bias is not None and needs[2] else None
 
-    def add(self, rows: Tensor | slice, hidden: Tensor, grads: Tensor) -> None:
-        """The share of one chunk: its row numbers, hidden states [rows, H], gradients in its logits [rows, V]."""
+    def add(self, rows: Tensor | slice, hidden: Tensor, grads: Tensor, columns: range | None = None) -> None:
+        """The share of one tile: its row numbers, hidden states [rows, H], gradients in its logits [rows, columns].
+
+        The columns of the same rows come one after another, from the first to the last.
+        """
+        columns = columns or range(self.head.vocab)
         if self.hidden is not None:
-            self.hidden[rows] = self.head.hidden_grad(grads).to(self.hidden.dtype)
+            self.hidden_sum = self.head.hidden_grad(self.hidden_sum, grads, columns)
+            if columns.stop == self.head.vocab:
+                self.hidden[rows] = self.hidden_sum.to(self.hidden.dtype)
+                self.hidden_sum = None
         if self.needs[1]:
-            self.weight = self.head.add_weight_grad(self.weight, grads, hidden)
+            if self.weight is None:
+                self.weight = grads.new_empty(self.head.weight.shape, dtype=self.head.dtype)
+            first = columns.start >= self.num_written
+            self.head.add_weight_grad(self.weight, grads, hidden, columns, first=first)
+            self.num_written = max(self.num_written, columns.stop)
         if self.bias is not None:
-            self.bias += grads.sum(0)
+            self.bias[columns.start : columns.stop] += grads.sum(0)
 
     def results(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in the dtypes of the inputs; an empty tensor for one that was not asked for."""

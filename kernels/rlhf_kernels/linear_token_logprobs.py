@@ -7,18 +7,22 @@ from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_head, check_rows, check_softcap, check_temperature, check_token_range
-from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, keep_rows_for, plain
+from rlhf_kernels.linear_rows import Head, HeadGrads, Tiles, check_chunk_rows, exact, keep_for, plain, tile_for
 from rlhf_kernels.rows import (
     Rows,
     RowStats,
     Transform,
     coefficients,
+    finished,
+    merged,
     row_grads,
     row_stats,
+    row_sums,
     spread,
     take_stats,
     work_dtype,
 )
+from rlhf_kernels.scaling import last_use
 from rlhf_kernels.token_logprobs import TokenLogprobs, split_temperature
 
 _NAME = "linear_token_logprobs"
@@ -62,13 +66,14 @@ def linear_token_logprobs(
     weight, bias = plain(weight), None if bias is None else plain(bias)
     number, per_row = split_temperature(temperature, tokens)
     size = 8 if hidden.dtype == torch.float64 else 4
-    chunk = chunk_rows_for(weight.shape[0], hidden.device, chunk_rows, size)
+    check_chunk_rows(chunk_rows)
     learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    keep = keep_rows_for(tokens.numel(), weight.shape[0], hidden.device, size) if learns else 0
-    keep = keep if torch.is_grad_enabled() else 0
+    learns = learns and torch.is_grad_enabled()
+    keep = keep_for(tokens.numel() if learns else 0, weight.shape[0], hidden.device, size)
     logprobs, entropy, logsumexp, is_argmax, *_ = _op(
-        hidden, weight, bias, tokens, mask, per_row, number, softcap or 0.0, logit_scale, with_entropy, chunk, keep
-    )
+        hidden, weight, bias, tokens, mask, per_row, number, softcap or 0.0, logit_scale, with_entropy, chunk_rows,
+        keep, True,
+    )  # fmt: skip
     return TokenLogprobs(logprobs, entropy if with_entropy else None, logsumexp, is_argmax)
 
 
@@ -84,38 +89,38 @@ def _op(
     softcap: float,
     logit_scale: float,
     with_entropy: bool,
-    chunk_rows: int,
-    keep_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunk_rows: int | None,
+    keep: list[int],
+    release: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    # release: the backward pass may free the kept logits, because the caller does not hold on to them
     check_token_range(tokens, mask, weight.shape[0])
-    use_triton(_NAME, hidden)
+    kernels = use_triton(_NAME, hidden)
     ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = Transform(temperature, row_temperature, softcap, logit_scale)
     counting = Rows(mask, ids.numel())
     head = Head(hidden, weight, bias)
-    saved = hidden.new_empty((keep_rows, weight.shape[0]), dtype=head.dtype)
-    buffer = saved[:0]
+    kept = [hidden.new_empty(size, dtype=head.dtype) for size in keep]
+    budget = (hidden.device, chunk_rows, kept[0].element_size())
+    size = tile_for(counting.count, head.vocab, *budget, whole_rows=kernels)
+    tiles = Tiles(kept, counting, head.vocab, size)
     parts = []
     with exact(hidden.device):
-        for start, end, rows in counting.chunks(chunk_rows):
-            logits = saved[start:end]
-            if len(logits) < end - start:
-                if len(buffer) < end - start:
-                    buffer = saved.new_empty((end - start, weight.shape[0]))
-                logits = buffer[: end - start]
-            head.logits(states[rows], logits)
-            parts.append(row_stats(_NAME, logits, ids[rows], transform.take(rows), with_entropy=with_entropy))
-            _keep_part(saved, logits, start)
+        for rows, some in tiles:
+            sums = None
+            for columns, tile, _ in some:
+                head.logits(states[rows], tile, columns)
+                here = (tile, ids[rows] - columns.start, transform.take(rows))
+                if kernels:
+                    parts.append(row_stats(_NAME, *here, with_entropy=with_entropy))
+                else:
+                    part = row_sums(*here, with_entropy=with_entropy)
+                    sums = part if sums is None else merged(sums, part)
+            if sums is not None:
+                parts.append(finished(sums))
     logprobs, entropy, maximum, log_sum, miss, is_argmax = _gather(parts, counting, tokens, with_entropy, head.dtype)
-    return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss, saved
-
-
-def _keep_part(saved: Tensor, logits: Tensor, start: int) -> None:
-    """A chunk that only begins within the budget was computed elsewhere: keep the part that fits."""
-    room = len(saved) - start
-    if 0 < room < len(logits):
-        saved[start:] = logits[:room]
+    return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss, torch.tensor(size), kept
 
 
 def _gather(
@@ -141,15 +146,16 @@ def _gather(
 @_op.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, mask: Any, row_temperature: Any, temperature: Any,
-    softcap: Any, logit_scale: Any, with_entropy: bool, chunk_rows: Any, keep_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    softcap: Any, logit_scale: Any, with_entropy: bool, chunk_rows: Any, keep: list[int], release: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype = work_dtype(hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, weight.dtype)))
     logprobs, logsumexp, maximum, log_sum, miss = (
         torch.empty(tokens.shape, dtype=dtype, device=hidden.device) for _ in range(5)
     )
     entropy = torch.empty_like(logprobs) if with_entropy else logprobs.new_empty(0)
-    saved = logprobs.new_empty((keep_rows, weight.shape[0]))
-    return logprobs, entropy, logsumexp, torch.empty_like(logprobs, dtype=torch.bool), maximum, log_sum, miss, saved
+    is_argmax, kept = torch.empty_like(logprobs, dtype=torch.bool), [logprobs.new_empty(size) for size in keep]
+    tile_size = torch.empty(2, dtype=torch.long, device="cpu")
+    return logprobs, entropy, logsumexp, is_argmax, maximum, log_sum, miss, tile_size, kept
 
 
 @torch.library.custom_op("rlhf_kernels::linear_token_logprobs_grad", mutates_args=())
@@ -161,13 +167,14 @@ def _grad(
     mask: Tensor | None,
     row_temperature: Tensor | None,
     stats: list[Tensor],
-    saved: Tensor,
+    kept: list[Tensor],
+    tile_size: Tensor,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     d_logsumexp: Tensor | None,
     numbers: list[float],
-    chunk_rows: int,
     needs: list[bool],
+    release: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
@@ -179,27 +186,25 @@ def _grad(
     d_outputs = (None if d is None else d.reshape(-1) for d in (d_logprob, d_entropy, d_logsumexp))
     a, b, c = coefficients(flat, *d_outputs)
     sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]))
-    buffer = saved.new_empty((min(chunk_rows, counting.count), weight.shape[0]))
+    size = tile_size.tolist()  # of the forward pass: the kept logits lie that way
+    tiles = Tiles(kept, counting, head.vocab, (size[0], size[1]), release=release)
     with exact(hidden.device):
-        for start, end, rows in counting.chunks(chunk_rows):
-            grads = buffer[: end - start]
-            logits = saved[start:end]
-            some_states = states[rows]
-            if len(logits) < len(grads):
-                grads[: len(logits)] = logits
-                head.logits(some_states[len(logits) :], grads[len(logits) :])
-                logits = grads
-            chunk = take_stats(flat, rows)
-            some = None if c is None else c[rows]
-            row_grads(_NAME, logits, ids[rows], chunk, a[rows], b[rows], some, transform.take(rows), out=grads)
-            sums.add(rows, some_states, grads)
+        for rows, some in tiles:
+            for columns, tile, is_kept in some:
+                if not is_kept:
+                    head.logits(states[rows], tile, columns)
+                out = tiles.spare((tile.shape[0], tile.shape[1])) if is_kept and not release else tile
+                chunk = (ids[rows] - columns.start, take_stats(flat, rows), a[rows], b[rows])
+                c_rows = None if c is None else c[rows]
+                row_grads(_NAME, tile, *chunk, c_rows, transform.take(rows), out=out)
+                sums.add(rows, states[rows], out, columns)
     d_hidden, d_weight, d_bias = sums.results(bias)
     return d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
 
 
 @_grad.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    needs = others[-1]
+    needs = others[-2]
     nothing = weight.new_empty(0)
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else nothing
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
@@ -207,25 +212,26 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, tokens, mask, row_temperature, *numbers, ctx.with_entropy, ctx.chunk_rows, _ = inputs
-    logprobs, entropy, _, is_argmax, maximum, log_sum, miss, saved = output
+    hidden, weight, bias, tokens, mask, row_temperature, *numbers, ctx.with_entropy, _, _, ctx.release = inputs
+    logprobs, entropy, _, is_argmax, maximum, log_sum, miss, tile_size, kept = output
     ctx.numbers = numbers
     stats = (logprobs, entropy, maximum, log_sum, miss)
-    ctx.save_for_backward(hidden, weight, bias, tokens, mask, row_temperature, saved, *stats)
-    ctx.mark_non_differentiable(is_argmax, maximum, log_sum, miss, saved)
+    ctx.save_for_backward(hidden, weight, bias, tokens, mask, row_temperature, *stats, tile_size, *kept)
+    ctx.mark_non_differentiable(is_argmax, maximum, log_sum, miss, tile_size, *kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, tokens, mask, row_temperature, saved, *stats = ctx.saved_tensors
+def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, tokens, mask, row_temperature, *saved = ctx.saved_tensors
+    stats, tile_size, kept = saved[:5], saved[5], saved[6:]
     d_logprob, d_entropy, d_logsumexp = grads[:3]
     needs = list(ctx.needs_input_grad[:3])
     d_entropy = d_entropy if ctx.with_entropy else None
     results = _grad(
-        hidden, weight, bias, tokens, mask, row_temperature, stats, saved, d_logprob, d_entropy, d_logsumexp,
-        ctx.numbers, ctx.chunk_rows, needs,
+        hidden, weight, bias, tokens, mask, row_temperature, stats, kept, tile_size, d_logprob, d_entropy, d_logsumexp,
+        ctx.numbers, needs, ctx.release and last_use(kept[0]),
     )  # fmt: skip
-    return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 9
+    return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 10
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -22,8 +22,15 @@ from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
 
-_BLOCK_ELEMENTS = 1 << 20
-"""Elements the reference works on at a time: its temporaries stay in the cache of a core."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 26}
+"""Elements the reference works on at a time: its temporaries stay in the cache of a core, or fill an accelerator."""
+
+_GONE = -1e4
+"""exp of it is 0 even in float64. Stands for -inf where a factor could make 0 * -inf, which is NaN."""
+
+
+def _block_rows(width: int, device: torch.device) -> int:
+    return max(1, _BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // width)
 
 
 class Transform(NamedTuple):
@@ -125,37 +132,87 @@ def transformed(logits: Tensor, transform: Transform) -> tuple[Tensor, Tensor | 
     return x, slope
 
 
-def _stats_block(logits: Tensor, tokens: Tensor, transform: Transform, with_entropy: bool) -> RowStats:
+class RowSums(NamedTuple):
+    """Of some columns of each row: what the statistics of whole rows are put together from."""
+
+    maximum: Tensor
+    """Largest x among these columns, m."""
+    others: Tensor
+    """Sum of exp(x - m) over these columns but the token's."""
+    chosen: Tensor
+    """x of the token; -inf if its column is not among these."""
+    weighted: Tensor
+    """Sum of exp(x - m) (x - m), the token's too; empty where no entropy is asked for."""
+
+
+def _located(tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Whether each token is one of `width` columns, and its index among them as [N, 1] (0 where it is not)."""
+    inside = (tokens >= 0) & (tokens < width)
+    return inside, torch.where(inside, tokens, 0)[:, None]
+
+
+def _held(maximum: Tensor) -> Tensor:
+    """Finite, so that columns that cannot occur (x = -inf) are exp(x - m) = 0 even where there is no other."""
+    return maximum.clamp(min=torch.finfo(maximum.dtype).min)
+
+
+def _sums_block(logits: Tensor, tokens: Tensor, transform: Transform, with_entropy: bool) -> RowSums:
     x, _ = transformed(logits, transform)
-    index = tokens[:, None]
+    inside, index = _located(tokens, x.shape[-1])
     maximum = x.amax(-1)
-    d = x - maximum[:, None]
-    chosen = d.gather(-1, index)[:, 0]
+    chosen = torch.where(inside, x.gather(-1, index)[:, 0], -torch.inf)
+    d = x - _held(maximum)[:, None]
     e = d.exp() if with_entropy else d.exp_()
-    weighted = None
+    weighted = maximum.new_empty(0)
     if with_entropy:
         # exp(-inf) * -inf is NaN: a column that cannot occur adds nothing to the entropy
-        weighted = d.clamp_(min=torch.finfo(d.dtype).min).mul_(e).sum(-1)
-    chosen_e = e.gather(-1, index)[:, 0]
-    others = e.scatter_(-1, index, 0.0).sum(-1)
-    total = others + chosen_e
-    is_argmax = chosen == 0
-    log_sum = torch.where(is_argmax, torch.log1p(others), torch.log(total))
-    entropy = log_sum - weighted / total if weighted is not None else log_sum.new_empty(0)
-    return RowStats(chosen - log_sum, entropy, maximum, log_sum, others / total, is_argmax)
+        weighted = d.clamp_(min=_GONE).mul_(e).sum(-1)
+    e.scatter_(-1, index, e.gather(-1, index).masked_fill_(inside[:, None], 0.0))
+    return RowSums(maximum, e.sum(-1), chosen, weighted)
+
+
+def row_sums(logits: Tensor, tokens: Tensor, transform: Transform, *, with_entropy: bool) -> RowSums:
+    """Sums of logits [N, width], some columns of each row; tokens [N] count from the first of them."""
+    num_rows, width = logits.shape
+    step = _block_rows(width, logits.device)
+    if num_rows <= step:
+        return _sums_block(logits, tokens, transform, with_entropy)
+    parts = []
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        parts.append(_sums_block(logits[rows], tokens[rows], transform.take(rows), with_entropy))
+    return RowSums(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def merged(first: RowSums, second: RowSums) -> RowSums:
+    """Sums of the columns of both."""
+    maximum = torch.maximum(first.maximum, second.maximum)
+    others = weighted = maximum.new_zeros(())
+    for part in (first, second):
+        shift = _held(part.maximum) - _held(maximum)
+        factor = shift.exp()
+        others = others + factor * part.others
+        if part.weighted.numel():
+            total = part.others + (part.chosen - _held(part.maximum)).exp()
+            weighted = weighted + factor * (part.weighted + shift * total)
+    if not first.weighted.numel():
+        weighted = first.weighted
+    return RowSums(maximum, others, torch.maximum(first.chosen, second.chosen), weighted)
+
+
+def finished(sums: RowSums) -> RowStats:
+    """Statistics of whole rows."""
+    d = sums.chosen - sums.maximum
+    total = sums.others + d.exp()
+    is_argmax = d == 0
+    log_sum = torch.where(is_argmax, torch.log1p(sums.others), torch.log(total))
+    entropy = log_sum - sums.weighted / total if sums.weighted.numel() else sums.weighted
+    return RowStats(d - log_sum, entropy, sums.maximum, log_sum, sums.others / total, is_argmax)
 
 
 def row_stats_reference(logits: Tensor, tokens: Tensor, transform: Transform, *, with_entropy: bool) -> RowStats:
     """The definition. logits [N, V]; tokens [N] int64 within [0, V)."""
-    num_rows, vocab = logits.shape
-    step = max(1, _BLOCK_ELEMENTS // vocab)
-    if num_rows <= step:
-        return _stats_block(logits, tokens, transform, with_entropy)
-    parts = []
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        parts.append(_stats_block(logits[rows], tokens[rows], transform.take(rows), with_entropy))
-    return RowStats(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    return finished(row_sums(logits, tokens, transform, with_entropy=with_entropy))
 
 
 def _grads_block(
@@ -169,7 +226,7 @@ def _grads_block(
     out: Tensor,
 ) -> None:
     x, slope = transformed(logits, transform)
-    index = tokens[:, None]
+    inside, index = _located(tokens, x.shape[-1])
     maximum, scale = stats.maximum[:, None], torch.exp(-stats.log_sum)  # p = exp(d) * scale
     grad = out if out.dtype == x.dtype and (x is logits or c is None) else torch.empty_like(x)
     at_token = b
@@ -178,13 +235,13 @@ def _grads_block(
         chosen = grad.gather(-1, index)[:, 0]
         grad.exp_().mul_(((b - a) * scale)[:, None])
     else:
-        d = (x - maximum).clamp_(min=torch.finfo(x.dtype).min)
+        d = (x - maximum).clamp_(min=_GONE)
         chosen = d.gather(-1, index)[:, 0]
         at_token = b + c * chosen
         torch.exp(d, out=grad)
         grad.mul_(d.mul_((c * scale)[:, None]).add_(((b - a) * scale)[:, None]))
     at_token = a * stats.miss + at_token * chosen.exp() * scale
-    grad.scatter_(-1, index, at_token[:, None])
+    grad.scatter_(-1, index, torch.where(inside, at_token, grad.gather(-1, index)[:, 0])[:, None])
     if slope is not None:
         grad.mul_(slope)
     if transform.row_temperature is not None:
@@ -206,9 +263,12 @@ def row_grads_reference(
     *,
     out: Tensor,
 ) -> Tensor:
-    """Writes the gradient in the logits to `out` [N, V], which may be `logits`. a, b, c are [N]; c None = zeros."""
-    num_rows, vocab = logits.shape
-    step = max(1, _BLOCK_ELEMENTS // vocab)
+    """Writes the gradient in the logits to `out`, which may be `logits`. a, b, c are [N]; c None = zeros.
+
+    logits may be some columns of each row [N, width]; tokens [N] then count from the first of them.
+    """
+    num_rows, width = logits.shape
+    step = _block_rows(width, logits.device)
     if num_rows <= step:
         _grads_block(logits, tokens, stats, a, b, c, transform, out)
         return out

@@ -6,6 +6,15 @@ from torch import Tensor
 from rlhf_kernels.backend import use_triton
 
 
+def last_use(saved: Tensor) -> bool:
+    """Whether a backward pass may overwrite or free what was saved for it: nobody reads it again.
+
+    Not while a graph is traced (a subclass of Tensor only records), nor where the graph is kept and may come again.
+    """
+    traced = torch.compiler.is_compiling() or type(saved) is not Tensor
+    return not (traced or torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 def scaled(grads: Tensor, factor: Tensor) -> Tensor:
     """grads * factor, written over `grads`; where factor is 1, the usual case, nothing is read or written.
 
@@ -15,8 +24,7 @@ def scaled(grads: Tensor, factor: Tensor) -> Tensor:
         grads: [..., n].
         factor: a scalar, or [...]: one per row.
     """
-    traced = torch.compiler.is_compiling() or type(grads) is not Tensor  # a subclass only records
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    if not last_use(grads):
         return grads * (factor if factor.ndim == 0 else factor[..., None]).to(grads.dtype)
     with torch.no_grad():
         _scale(grads, factor)

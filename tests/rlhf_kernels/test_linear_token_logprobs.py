@@ -30,9 +30,9 @@ def test_gradients_to_hidden_weight_and_bias(problem, chunk_rows, softcap, with_
     assert torch.autograd.gradcheck(outputs, (hidden, weight, bias))
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 3 * 9 * 8, 1 << 20])
-def test_kept_and_recomputed_logits_agree(problem, keep_bytes, monkeypatch):
-    monkeypatch.setitem(linear_rows.KEEP_BYTES, "cpu", keep_bytes)
+@pytest.mark.parametrize("blocks", [(1, 0), (1, 3 * 9 * 8), (2, 2 * 9 * 8), (1, 1 << 20)])
+def test_kept_and_recomputed_logits_agree(problem, blocks, monkeypatch):
+    monkeypatch.setitem(linear_rows.KEEP_BLOCKS, "cpu", blocks)
     hidden, weight, bias, tokens = problem
     result = linear_token_logprobs(hidden, weight, tokens, bias=bias, mask=MASK, with_entropy=True, chunk_rows=2)
     logits = hidden @ weight.T + bias
@@ -43,6 +43,44 @@ def test_kept_and_recomputed_logits_agree(problem, keep_bytes, monkeypatch):
     torch.testing.assert_close(ours, theirs)
     again = torch.autograd.grad((result.logprobs + result.entropy).sum(), (hidden, weight, bias))
     torch.testing.assert_close(again, ours, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("kept_tiles", [0, 3])
+def test_some_columns_at_a_time_give_the_whole_rows(with_entropy, kept_tiles, monkeypatch):
+    monkeypatch.setattr(linear_rows, "TILE_BYTES", 6 * 64 * 8)  # 64 columns of six rows: four tiles, the last of 8
+    monkeypatch.setitem(linear_rows.KEEP_BLOCKS, "cpu", (2, kept_tiles * 3 * 64 * 8))
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(200, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(200, dtype=torch.float64)
+    bias[64:128] = -torch.inf  # a whole tile that cannot be said
+    bias.requires_grad_()
+    tokens = torch.tensor([0, 63, 128, 199, 5, 130])
+    options = {"temperature": torch.rand(6) + 0.5, "with_entropy": with_entropy}
+    ours = linear_token_logprobs(hidden, weight, tokens, bias=bias, **options)
+    exact = token_logprobs(hidden @ weight.T + bias, tokens, **options)
+    torch.testing.assert_close(tuple(ours), tuple(exact))
+
+    def grads(result, **keep):
+        total = result.logprobs.sum() + 2 * result.logsumexp.sum()
+        total = total + result.entropy.square().sum() if with_entropy else total
+        return torch.autograd.grad(total, (hidden, weight, bias), **keep)
+
+    expected = grads(exact)
+    torch.testing.assert_close(grads(ours, retain_graph=True), expected)
+    torch.testing.assert_close(grads(ours), expected)
+
+
+def test_logits_that_were_kept_are_given_back_while_the_gradient_of_the_weight_grows(problem):
+    hidden, weight, _, tokens = problem
+    result = linear_token_logprobs(hidden, weight, tokens)
+    kept = [x for x in result.logprobs.grad_fn.saved_tensors if x is not None and x.numel() == tokens.numel() * 9]
+    assert len(kept) == 1
+    torch.autograd.grad(result.logprobs.sum(), weight, retain_graph=True)
+    assert kept[0].untyped_storage().size() > 0  # a kept graph may come again
+    torch.autograd.grad(result.logprobs.sum(), weight)
+    assert kept[0].untyped_storage().size() == 0
 
 
 def test_logits_are_never_rounded_to_sixteen_bits():
