@@ -1,13 +1,16 @@
 """Time every op of rlhf_kernels against plain torch and against each peer that is installed.
 
     python benchmarks/bench_kernels.py                 # this machine's device -> benchmarks/results/kernels/*.json
-    python benchmarks/bench_kernels.py --large         # CPU: also 2048 tokens x 151936 words (a few minutes)
+    python benchmarks/bench_kernels.py --large         # CPU: only 2048 tokens x 151936 words, ours and torch (10 min)
+    python benchmarks/bench_kernels.py --dry-run       # tiny shapes, kernels in the interpreter: nothing is measured
     python benchmarks/bench_kernels.py --docs          # write docs/kernels.md from the results, measuring nothing
 
-Each op and shape runs in a process of its own. An implementation is first checked against float64 and reported with its
-error; an op of ours whose error is above its tolerance gets no row and the command fails. Timings are medians over
-interleaved rounds on rotated buffers of random numbers. On a GPU the ceilings (copy bandwidth, bfloat16 matrix product)
-are measured in the same process, so that a share of them means something.
+Each op runs in a process of its own (on the CPU: each shape of it). An implementation is first checked against float64
+and reported with its error; an op of ours whose error is above its tolerance gets no row and the command fails. A peer
+that is not installed, needs another device or fails is listed with the reason (`pip install liger-kernel cut-cross-entropy trl` brings most of them). Timings are medians over interleaved
+rounds on rotated buffers of random numbers; an implementation that has used up its time drops out of further rounds.
+On a GPU the ceilings (copy bandwidth, bfloat16 matrix product) are measured in the same process, so that a share of
+them means something.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels"
+LARGE = (2048, 896, 151936)
 SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "cpu": {
         "token_logprobs": [(256, 32000)],
@@ -38,17 +42,30 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "linear_policy_loss": [(512, 896, 32000)],
         "exact_kl": [(128, 32000)],
         "gae": [(64, 1024), (16, 8192)],
+        "masked_whiten": [(64, 8192)],
     },
-    "large": {"linear_token_logprobs": [(2048, 896, 151936)]},
+    "large": {"linear_token_logprobs": [LARGE], "linear_policy_loss": [LARGE]},
+    "dry": {
+        "token_logprobs": [(5, 300)],
+        "linear_token_logprobs": [(5, 16, 300)],
+        "policy_loss": [(5, 300)],
+        "linear_policy_loss": [(5, 16, 300)],
+        "exact_kl": [(5, 300)],
+        "gae": [(3, 40)],
+        "masked_whiten": [(3, 40)],
+    },
     "cuda": {
-        "token_logprobs": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)],
+        "token_logprobs": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)] + [(8192, 151936)],
         "policy_loss": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)],
         "exact_kl": [(4096, v) for v in (32000, 128256, 151936)],
         "linear_token_logprobs": [(4096, h, 128256) for h in (896, 2048, 4096)] + [(16384, 2048, 151936)],
         "linear_policy_loss": [(4096, h, 128256) for h in (896, 2048, 4096)] + [(16384, 2048, 151936)],
         "gae": [(64, 1024), (512, 8192), (64, 32768), (512, 32768)],
+        "masked_whiten": [(512, 8192)],
     },
 }
+SECONDS = {"cpu": 600.0, "cuda": 4.0}
+"""Time an implementation may take at one shape before it drops out of further rounds; it gets three in any case."""
 
 
 @dataclass
@@ -64,8 +81,10 @@ class Row:
     backward_ms: float | None
     peak_mb: float
     """Memory above the inputs, forward and backward."""
-    error: float
-    """Largest difference from float64: log-probability (nats), KL, or advantage relative to scale."""
+    error: float | None
+    """Largest difference from float64: log-probability (nats), KL, or advantage relative to scale.
+
+    None where the implementation does not return the numbers."""
     gigabytes_per_s: float | None = None
     """Of the logits or rows read once and their gradient written once, in both passes."""
     teraflops: float | None = None
@@ -138,45 +157,69 @@ def both_passes(case: Case, inputs: dict[str, Tensor]) -> Callable[[], None]:
     return run
 
 
-def measure(op: str, shape: tuple[int, ...], device: str, rounds: int) -> tuple[list[Row], list[str]]:
-    """Rows of every implementation that runs, and what went wrong with the others."""
+class RedCheckError(Exception):
+    """An implementation of ours is not exact: no speed of it is reported."""
+
+
+def checked(
+    op: str, shape: tuple[int, ...], device: str, inputs: dict[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """Each implementation that runs, with its error from float64, and why the others do not."""
+    exact = CASES[op](None).exact(inputs)
+    found: dict[str, tuple[Case, float | None]] = {}
     problems: list[str] = []
-    top = ceilings(device)
-    copies = 1 if device == "cpu" else 3
-    buffers = [build(op, shape, device, seed) for seed in range(copies)]
-    exact = CASES[op](None).exact(buffers[0])
-    cases: dict[str, Case] = {}
-    errors: dict[str, float] = {}
-    for name in CASES[op].names(device):
+    for name in CASES[op].implementations:
+        if shape == LARGE and device == "cpu" and name not in ("rlhf_kernels (reference)", "torch"):
+            continue  # half a minute per pass
+        if obstacle := CASES[op].obstacle(name, device):
+            problems.append(f"{op}, {name}: {obstacle}")
+            continue
         try:
             case = CASES[op](name)
-            errors[name] = case.error(case.call(buffers[0]), exact)
-        except Exception as problem:  # a peer of another version: reported, never timed
-            problems.append(f"{op} {name}: {type(problem).__name__}: {problem}")
+            result = case.call(inputs)
+            error = case.error(result, exact)
+            with torch.no_grad():
+                case.call(inputs)  # what compiles for this mode compiles now
+            if case.leaves:
+                both_passes(case, inputs)()
+        except Exception as problem:  # a peer of another version, or out of memory: reported, never timed
+            problems.append(f"{op}, {name}: {type(problem).__name__}: {str(problem).splitlines()[0][:200]}")
+            if name.startswith("rlhf_kernels"):
+                raise
             continue
-        if name.startswith("rlhf_kernels") and not errors[name] <= case.tolerance:
-            raise SystemExit(f"{op} {shape}: error {errors[name]:.1e} is above {case.tolerance:.0e}: no speed reported")
-        cases[name] = case
+        if name.startswith("rlhf_kernels") and not (error <= case.tolerance and len(case.read(result)) == len(exact)):
+            raise RedCheckError(f"{op} {shape}, {name}: error {error:.1e} is above {case.tolerance:.0e}: not timed")
+        found[name] = (case, error if error == error else None)
+    return found, problems
+
+
+def measure(
+    op: str, shape: tuple[int, ...], device: str, rounds: int, top: dict[str, float]
+) -> tuple[list[Row], list[str]]:
+    """Rows of every implementation that runs, and what went wrong with the others."""
+    copies = 1 if device == "cpu" else 3
+    buffers = [build(op, shape, device, seed) for seed in range(copies)]
+    cases, problems = checked(op, shape, device, buffers[0])
     forward: dict[str, list[float]] = {name: [] for name in cases}
     both: dict[str, list[float]] = {name: [] for name in cases}
     peaks = {}
-    for name, case in cases.items():
+    for name, (case, _) in cases.items():
         run = both_passes(case, buffers[0]) if case.leaves else lambda case=case: case.call(buffers[0])
         peaks[name] = peak_bytes(run, device)
     for i in range(rounds):
         inputs = buffers[i % copies]
-        for name, case in cases.items():
+        for name, (case, _) in cases.items():
+            if i >= 3 and sum(forward[name]) + sum(both[name]) > SECONDS[device] * 1e3:
+                continue
             with torch.no_grad():
                 forward[name].append(timed(lambda case=case, inputs=inputs: case.call(inputs), device))
             if case.leaves:
                 both[name].append(timed(both_passes(case, inputs), device))
     rows = []
-    for name, case in cases.items():
+    for name, (case, error) in cases.items():
         first = statistics.median(forward[name])
         total = statistics.median(both[name]) if both[name] else None
-        row = Row(
-            op, shape, name, first, total, None if total is None else total - first, peaks[name] / 1e6, errors[name]
-        )
+        row = Row(op, shape, name, first, total, None if total is None else total - first, peaks[name] / 1e6, error)
         if case.bytes_moved:
             row.gigabytes_per_s = case.bytes_moved(buffers[0]) / (total or first) / 1e6
             row.ceiling_share = row.gigabytes_per_s / top["copy_gb_s"] if top else None
@@ -207,17 +250,60 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def child(argument: str) -> None:
-    """One op and shape, in this process: prints its rows as JSON on the last line."""
+    """One op, in this process: prints its rows as JSON on the last line."""
     request = json.loads(argument)
+    device = request["device"]
     torch.set_num_threads(1)
-    rows, problems = measure(request["op"], tuple(request["shape"]), request["device"], request["rounds"])
-    print(json.dumps({"rows": [asdict(row) for row in rows], "problems": problems}))
+    top = ceilings(device)
+    rows: list[Row] = []
+    problems: list[str] = []
+    failures: list[str] = []
+    for shape in map(tuple, request["shapes"]):
+        try:
+            some, others = measure(request["op"], shape, device, request["rounds"], top)
+        except Exception as problem:
+            failures.append(f"{request['op']} {shape}: {type(problem).__name__}: {problem}")
+            continue
+        finally:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        rows += some
+        problems += others
+    print(json.dumps({"rows": [asdict(row) for row in rows], "problems": problems, "failures": failures}))
+
+
+def run(name: str, device: str, rounds: int, only: str | None) -> dict[str, list[Any]]:
+    """Rows, problems of peers and failures of ours, of all ops of a set of shapes."""
+    found: dict[str, list[Any]] = {"rows": [], "problems": [], "failures": []}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if name == "dry":
+        environment["TRITON_INTERPRET"] = "1"
+    for op, shapes in SHAPES[name].items():
+        # memory of a process is only comparable while it is fresh; a GPU counts its own
+        groups = [shapes] if device == "cuda" else [[shape] for shape in shapes]
+        for group in groups if only in (None, op) else []:
+            request = json.dumps({"op": op, "shapes": group, "device": device, "rounds": rounds})
+            command = [sys.executable, __file__, "--one", request]
+            result = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if result.returncode:
+                last = (result.stderr.strip().splitlines() or [f"ended with {result.returncode}"])[-1]
+                found["failures"].append(f"{op} {group}: {last}")
+                continue
+            answer = json.loads(result.stdout.splitlines()[-1])
+            for key, some in found.items():
+                some += answer[key]
+            for row in answer["rows"]:
+                timing = f"{row['forward_ms']:10.3f} ms forward {row['both_ms'] or 0:10.3f} ms both"
+                shape = tuple(row["shape"])
+                print(f"{op:22} {shape!s:20} {row['implementation']:36} {timing} {row['peak_mb']:8.0f} MB", flush=True)
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="CPU: only the shape of a 152k vocabulary")
-    parser.add_argument("--op", help="only this op")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter; nothing is written")
+    parser.add_argument("--op", help="only this op; nothing is written")
     parser.add_argument("--rounds", type=int, help="timed rounds per implementation")
     parser.add_argument("--docs", action="store_true", help="write docs/kernels.md from the results on disk")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -226,35 +312,22 @@ def main() -> int:
         child(arguments.one)
         return 0
     if not arguments.docs:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "large" if arguments.large else device
-        rounds = arguments.rounds or {"cpu": 5, "large": 1, "cuda": 40}[name]
-        rows: list[dict[str, Any]] = []
-        problems: list[str] = []
-        failed = False
-        for op, shapes in SHAPES[name].items():
-            for shape in shapes if arguments.op in (None, op) else []:
-                request = json.dumps({"op": op, "shape": shape, "device": device, "rounds": rounds})
-                command = [sys.executable, __file__, "--one", request]
-                result = subprocess.run(
-                    command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
-                if result.returncode:
-                    failed = True
-                    print(f"{op} {shape}: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                    continue
-                answer = json.loads(result.stdout.splitlines()[-1])
-                rows += answer["rows"]
-                problems += answer["problems"]
-                for row in answer["rows"]:
-                    both = row["both_ms"]
-                    timing = f"{row['forward_ms']:10.2f} ms forward {both or 0:10.2f} ms both"
-                    print(f"{op:22} {tuple(shape)!s:20} {row['implementation']:28} {timing} {row['peak_mb']:8.0f} MB")
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        report = {**describe(device), "rows": rows, "problems": sorted(set(problems))}
-        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        if failed:
+        device = "cuda" if torch.cuda.is_available() and not arguments.dry_run else "cpu"
+        name = "dry" if arguments.dry_run else "large" if arguments.large else device
+        rounds = arguments.rounds or {"cpu": 5, "large": 3, "cuda": 40, "dry": 1}[name]
+        found = run(name, device, rounds, arguments.op)
+        for problem in sorted(set(found["problems"])):
+            print(f"not timed: {problem}")
+        for failure in found["failures"]:
+            print(failure, file=sys.stderr)
+        if not arguments.dry_run and not arguments.op:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            report = {**describe(device), "rows": found["rows"], "problems": sorted(set(found["problems"]))}
+            (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        if found["failures"]:
             return 1
+        if arguments.dry_run or arguments.op:
+            return 0
     from kernel_docs import write_docs
 
     write_docs(ROOT)

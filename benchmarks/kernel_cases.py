@@ -1,13 +1,15 @@
-"""What bench_kernels.py times: for each op, its inputs, ours, plain torch, and the peers that are installed."""
+"""What bench_kernels.py times: for each op, its inputs, ours, plain torch, and the peers of `kernel_peers`."""
 
 import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import kernel_peers as peers
 import rlhf_kernels as ours
 import torch
+from kernel_peers import Loss
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
@@ -33,7 +35,8 @@ class Case:
         return getattr(result, "loss", None) if getattr(result, "loss", None) is not None else self.read(result).sum()
 
     def error(self, result: Any, exact: Tensor) -> float:
-        difference = (self.read(result).detach().double() - exact).abs().max()
+        numbers = self.read(result).detach().double()
+        difference = (numbers - exact[: len(numbers)]).abs().max()
         return float(difference / exact.abs().max() if self.relative else difference)
 
 
@@ -45,6 +48,11 @@ def build(op: str, shape: tuple[int, ...], device: str, seed: int) -> Inputs:
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
+    if op == "masked_whiten":
+        return {
+            "x": normal(*shape, dtype=torch.float32) * 3 + 1,
+            "mask": torch.rand(shape, generator=generator, device=device) > 0.2,
+        }
     if op == "gae":
         batch, length = shape
         mask = torch.rand(batch, length, generator=generator, device=device) > 0.2
@@ -85,11 +93,24 @@ def _backend(name: str, call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any
     return run
 
 
-def _mine(call: Callable[[Inputs], Any]) -> dict[str, tuple[str, Callable[[Inputs], Any]]]:
-    """Ours: the kernels on a GPU, the reference everywhere."""
+class Implementation(NamedTuple):
+    """How an op is computed, and what that needs."""
+
+    call: Callable[[Inputs], Any]
+    device: str = "any"
+    """`cuda`: runs nowhere else."""
+    package: str = ""
+    """Module that has to be installed."""
+    backward: bool = True
+    """False: it cannot give gradients."""
+
+
+def _mine(call: Callable[[Inputs], Any]) -> dict[str, Implementation]:
+    """Ours: the kernels on a GPU (or in the interpreter), the reference everywhere."""
+    backend = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
     return {
-        "rlhf_kernels (Triton)": ("cuda", _backend("auto", call)),
-        "rlhf_kernels (reference)": ("any", _backend("reference", call)),
+        "rlhf_kernels (Triton)": Implementation(_backend(backend, call), "cuda"),
+        "rlhf_kernels (reference)": Implementation(_backend("reference", call)),
     }
 
 
@@ -98,28 +119,35 @@ def _naive_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _naive_policy(logits: Tensor, i: Inputs) -> tuple[Tensor, Tensor]:
-    logprobs = _naive_logprobs(logits, i["tokens"])
+    return _policy_from(_naive_logprobs(logits, i["tokens"]), i)
+
+
+def _policy_from(logprobs: Tensor, i: Inputs) -> tuple[Tensor, Tensor]:
     ratio = (logprobs - i["old"]).exp()
     loss = -torch.minimum(ratio * i["advantages"], ratio.clamp(0.8, 1.2) * i["advantages"])
     return loss.sum() / len(loss), logprobs
 
 
-def _installed(*modules: str) -> bool:
-    return all(importlib.util.find_spec(module) is not None for module in modules)
-
-
 class Op:
     """An op and its implementations; `Op(None)` is any of them, for the exact numbers."""
 
-    def __init__(self, shared: dict[str, Any], implementations: dict[str, tuple[str, Callable[[Inputs], Any]]]) -> None:
+    def __init__(self, shared: dict[str, Any], implementations: dict[str, Implementation]) -> None:
         self.shared, self.implementations = shared, implementations
 
-    def names(self, device: str) -> list[str]:
-        return [name for name, (kind, _) in self.implementations.items() if kind in ("any", device)]
+    def obstacle(self, name: str, device: str) -> str | None:
+        """Why an implementation cannot run, or None."""
+        implementation = self.implementations[name]
+        if implementation.device not in ("any", device) and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"needs {implementation.device.upper()}"
+        if implementation.package and importlib.util.find_spec(implementation.package) is None:
+            return f"{implementation.package} is not installed"
+        return None
 
     def __call__(self, name: str | None) -> Case:
         name = name or next(iter(self.implementations))
-        return Case(call=self.implementations[name][1], **self.shared)
+        implementation = self.implementations[name]
+        leaves = self.shared["leaves"] if implementation.backward else ()
+        return Case(call=implementation.call, **{**self.shared, "leaves": leaves})
 
 
 def _first(result: Any) -> Tensor:
@@ -133,36 +161,33 @@ def _logits_ops() -> dict[str, Op]:
     shared = {"leaves": ("logits",), "read": _first, "exact": _exact_logprobs, "tolerance": 1e-5}
     shared["bytes_moved"] = lambda i: 3 * i["logits"].numel() * i["logits"].element_size()
     compiled = torch.compile(_naive_logprobs)
+    compiled_loss = torch.compile(_naive_policy)
     scores = {
         **_mine(lambda i: ours.token_logprobs(i["logits"], i["tokens"])),
-        "torch": ("any", lambda i: _naive_logprobs(i["logits"], i["tokens"])),
-        "torch.compile": ("cuda", lambda i: compiled(i["logits"], i["tokens"])),
+        "torch": Implementation(lambda i: _naive_logprobs(i["logits"], i["tokens"])),
+        "torch.compile": Implementation(lambda i: compiled(i["logits"], i["tokens"]), "cuda"),
+        "logsumexp row by row (verl's way)": Implementation(peers.logsumexp_by_row),
+        "TRL selective_log_softmax": Implementation(peers.trl_selective, package="trl"),
+        "TRL log-prob and entropy kernel": Implementation(peers.trl_kernel, "cuda", "trl"),
+        "Liger log-softmax (no backward)": Implementation(peers.liger_logprobs, "cuda", "liger_kernel", False),
+        "flash-attn cross entropy": Implementation(peers.flash, "cuda", "flash_attn"),
+        "quack cross entropy": Implementation(peers.quack, "cuda", "quack"),
     }
-    if _installed("trl"):
-        scores["TRL selective_log_softmax"] = ("any", _trl)
-    if _installed("flash_attn"):
-        scores["flash-attn cross entropy"] = ("cuda", _flash)
-    if _installed("quack"):
-        scores["quack cross entropy"] = ("cuda", _quack)
-    if _installed("liger_kernel"):
-        scores["Liger GRPO log-softmax"] = ("cuda", _liger_logprobs)
     losses = {
         **_mine(lambda i: ours.policy_loss(
             i["logits"], i["tokens"], i["old"], i["advantages"], mask=i["mask"], denominator=len(i["tokens"]))),
-        "torch": ("any", lambda i: _Loss(*_naive_policy(i["logits"], i))),
+        "torch": Implementation(lambda i: Loss(*_naive_policy(i["logits"], i))),
+        "torch.compile": Implementation(lambda i: Loss(*compiled_loss(i["logits"], i)), "cuda"),
+        "TRL log-prob kernel, torch loss": Implementation(peers.trl_kernel_loss, "cuda", "trl"),
+        "Liger triton_grpo_loss": Implementation(peers.liger_loss, "cuda", "liger_kernel"),
     }  # fmt: skip
     kl = {
         **_mine(lambda i: ours.exact_kl(i["logits"], i["ref_logits"])),
-        "torch": ("any", lambda i: _naive_kl(i["logits"].float(), i["ref_logits"].float())),
+        "torch": Implementation(lambda i: _naive_kl(i["logits"].float(), i["ref_logits"].float())),
     }
     kl_shared = {**shared, "exact": lambda i: _naive_kl(i["logits"].detach().double(), i["ref_logits"].double())}
+    kl_shared["bytes_moved"] = lambda i: 4 * i["logits"].numel() * i["logits"].element_size()
     return {"token_logprobs": Op(shared, scores), "policy_loss": Op(shared, losses), "exact_kl": Op(kl_shared, kl)}
-
-
-@dataclass
-class _Loss:
-    loss: Tensor
-    logprobs: Tensor
 
 
 def _naive_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -170,65 +195,27 @@ def _naive_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _trl(i: Inputs) -> Tensor:
-    from trl.trainer.utils import selective_log_softmax
-
-    return selective_log_softmax(i["logits"], i["tokens"])
-
-
-def _flash(i: Inputs) -> Tensor:
-    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-
-    return -cross_entropy_loss(i["logits"], i["tokens"])[0]
-
-
-def _quack(i: Inputs) -> Tensor:
-    from quack.cross_entropy import cross_entropy
-
-    return -cross_entropy(i["logits"], i["tokens"], reduction="none")
-
-
-def _liger_logprobs(i: Inputs) -> Tensor:
-    from liger_kernel.transformers.grpo_loss import fused_selective_log_softmax
-
-    return fused_selective_log_softmax(i["logits"][None], i["tokens"][None, :-1])[0]
-
-
 def _linear_ops() -> dict[str, Op]:
     shared = {"leaves": ("hidden", "weight"), "read": _first, "exact": _exact_logprobs, "tolerance": 1e-5}
     shared["flops"] = lambda shape: 6.0 * shape[0] * shape[1] * shape[2]
     scores = {
         **_mine(lambda i: ours.linear_token_logprobs(i["hidden"], i["weight"], i["tokens"])),
-        "torch": ("any", lambda i: _naive_logprobs(i["hidden"] @ i["weight"].T, i["tokens"])),
+        "torch": Implementation(lambda i: _naive_logprobs(i["hidden"] @ i["weight"].T, i["tokens"])),
+        "512 rows at a time (verl's way)": Implementation(peers.linear_by_rows),
+        "TRL chunked log-probs": Implementation(peers.trl_linear, package="trl"),
+        "apple cut-cross-entropy": Implementation(peers.cut, "cuda", "cut_cross_entropy"),
     }
-    if _installed("cut_cross_entropy"):
-        scores["apple cut-cross-entropy"] = ("cuda", _cut)
     losses = {
         **_mine(lambda i: ours.linear_policy_loss(
             i["hidden"], i["weight"], i["tokens"], i["old"], i["advantages"], mask=i["mask"],
             denominator=len(i["tokens"]))),
-        "torch": ("any", lambda i: _Loss(*_naive_policy(i["hidden"] @ i["weight"].T, i))),
+        "torch": Implementation(lambda i: Loss(*_naive_policy(i["hidden"] @ i["weight"].T, i))),
+        "512 rows at a time (verl's way)": Implementation(
+            lambda i: Loss(*_policy_from(peers.linear_by_rows(i), i))
+        ),
+        "Liger fused linear GRPO": Implementation(peers.liger_linear, package="liger_kernel"),
     }  # fmt: skip
-    if _installed("liger_kernel"):
-        losses["Liger fused linear GRPO"] = ("cuda", _liger_linear)
     return {"linear_token_logprobs": Op(shared, scores), "linear_policy_loss": Op(shared, losses)}
-
-
-def _cut(i: Inputs) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return -linear_cross_entropy(i["hidden"], i["weight"], i["tokens"], reduction="none")
-
-
-def _liger_linear(i: Inputs) -> _Loss:
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    loss, _ = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)(
-        i["hidden"][None], i["weight"], i["tokens"][None], i["mask"][None], i["advantages"][:1],
-        old_per_token_logps=i["old"][None],
-    )  # fmt: skip
-    with torch.no_grad():
-        return _Loss(loss, _naive_logprobs(i["hidden"] @ i["weight"].T, i["tokens"]))
 
 
 GAMMA, LAM, BETA = 1.0, 0.95, 0.1
@@ -242,43 +229,35 @@ def _shaped(i: Inputs) -> Tensor:
     )
 
 
-def _loop(i: Inputs) -> Tensor:
-    """The recursion token by token, as most trainers write it."""
-    rewards, values, mask = _shaped(i), i["values"], i["mask"].to(i["values"].dtype)
-    next_value = torch.zeros_like(values[:, 0])
-    advantage = torch.zeros_like(next_value)
-    columns = []
-    for t in reversed(range(values.shape[1])):
-        held = rewards[:, t] + GAMMA * next_value - values[:, t] + GAMMA * LAM * advantage
-        advantage = torch.where(i["mask"][:, t], held, advantage)
-        next_value = torch.where(i["mask"][:, t], values[:, t], next_value)
-        columns.append(advantage * mask[:, t])
-    return torch.stack(columns[::-1], 1)
+def _gae(recursion: Callable[..., Tensor]) -> Implementation:
+    return Implementation(lambda i: recursion(_shaped(i), i["values"], i["mask"], GAMMA, LAM))
 
 
-def _convolution(i: Inputs) -> Tensor:
-    """Rows as convolutions with powers of gamma lambda, cut below 1e-7; right only where no token is masked."""
-    rewards, values = _shaped(i), i["values"]
-    delta = rewards + GAMMA * torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
-    reach = min(values.shape[1], 315)
-    kernel = (GAMMA * LAM) ** torch.arange(reach, device=values.device, dtype=values.dtype)
-    return torch.nn.functional.conv1d(torch.nn.functional.pad(delta, (0, reach - 1))[:, None], kernel[None, None])[:, 0]
+def _token_ops() -> dict[str, Op]:
+    def double(inputs: Inputs) -> Inputs:
+        return {k: v if v.dtype == torch.bool else v.double() for k, v in inputs.items()}
 
-
-def _gae_op() -> dict[str, Op]:
     shared = {
         "leaves": (), "read": lambda x: x.advantages if hasattr(x, "advantages") else x, "tolerance": 2e-6,
-        "relative": True,
-        "exact": lambda i: _loop({k: v if v.dtype == torch.bool else v.double() for k, v in i.items()}),
+        "relative": True, "exact": lambda i: _gae(peers.gae_loop).call(double(i)),
         "bytes_moved": lambda i: i["values"].numel() * (3 * 4 + 1 + 4 * 4),
     }  # fmt: skip
     implementations = {
         **_mine(lambda i: ours.kl_shaped_gae(
             i["scores"], i["logprobs"], i["ref"], i["values"], i["mask"], kl_coef=BETA, gamma=GAMMA, lam=LAM)),
-        "Python loop over tokens": ("any", _loop),
-        "convolution (no holes)": ("any", _convolution),
+        "Python loop over tokens": _gae(peers.gae_loop),
+        "torch associative_scan": _gae(peers.gae_scan),
+        "convolution (wrong where tokens are masked)": _gae(peers.gae_convolution),
     }  # fmt: skip
-    return {"gae": Op(shared, implementations)}
+    whiten = {
+        **_mine(lambda i: ours.masked_whiten(i["x"], i["mask"])),
+        "torch": Implementation(lambda i: peers.whiten(i["x"], i["mask"])),
+    }
+    whiten_shared = {
+        **shared, "exact": lambda i: peers.whiten(i["x"].double(), i["mask"]),
+        "bytes_moved": lambda i: i["x"].numel() * (4 + 1 + 4 + 1 + 4),
+    }  # fmt: skip
+    return {"gae": Op(shared, implementations), "masked_whiten": Op(whiten_shared, whiten)}
 
 
-CASES: dict[str, Op] = {**_logits_ops(), **_linear_ops(), **_gae_op()}
+CASES: dict[str, Op] = {**_logits_ops(), **_linear_ops(), **_token_ops()}

@@ -1,6 +1,7 @@
 """docs/kernels.md: the page about the kernels, with tables and a plot made from the results on disk."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,88 @@ def _timing_table(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
         share = "" if row["ceiling_share"] is None else f"{row['ceiling_share']:.0%}"
         cells = [
             row["op"], " x ".join(map(str, row["shape"])), row["implementation"], _number(row["forward_ms"]),
             _number(row["backward_ms"]), _number(row["both_ms"]), _number(row["gigabytes_per_s"]),
-            _number(row["teraflops"], 2), share, _number(row["peak_mb"], 0), f"{row['error']:.0e}",
+            _number(row["teraflops"], 2), share, _number(row["peak_mb"], 0), error,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+MINE = "rlhf_kernels (Triton)"
+REFERENCE = "rlhf_kernels (reference)"
+VERL = "512 rows at a time (verl's way)"
+HEAD_SHAPE, LONG = (4096, 4096, 128256), (16384, 151936)
+CPU_SHAPE = (2048, 896, 151936)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that was set beforehand."""
+
+    report: str
+    op: str
+    shape: tuple[int, ...]
+    figure: str
+    """forward_ms, both_ms, peak_mb or error."""
+    bound: float
+    """Largest value; of a ratio, the smallest."""
+    implementation: str = MINE
+    over: str = ""
+    """A peer: then the figure is the peer's divided by ours."""
+
+    @property
+    def words(self) -> str:
+        what = {"forward_ms": "ms forward", "both_ms": "ms", "peak_mb": "MB above the inputs"}.get(self.figure, "error")
+        if self.over:
+            return f"{what.replace('ms', 'time')} of {self.over} / ours: at least {self.bound:g}"
+        return f"{what}: at most {self.bound:g}"
+
+    def value(self, rows: list[dict[str, Any]]) -> float | None:
+        """As measured, or None."""
+        here = {r["implementation"]: r for r in rows if r["op"] == self.op and tuple(r["shape"]) == self.shape}
+        mine, peer = here.get(self.implementation), here.get(self.over)
+        if mine is None or (self.over and peer is None):
+            return None
+        return peer[self.figure] / mine[self.figure] if peer else mine[self.figure]
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.over else value <= self.bound
+
+
+TARGETS = (
+    Target("large", "linear_token_logprobs", CPU_SHAPE, "peak_mb", 1200, REFERENCE),
+    Target("large", "linear_token_logprobs", CPU_SHAPE, "both_ms", 1.0, REFERENCE, "torch"),
+    Target("cuda", "token_logprobs", (8192, 151936), "forward_ms", 0.63),
+    Target("cuda", "policy_loss", LONG, "both_ms", 2.7),
+    Target("cuda", "policy_loss", LONG, "both_ms", 1.3, over="Liger triton_grpo_loss"),
+    Target("cuda", "policy_loss", LONG, "both_ms", 1.3, over="TRL log-prob kernel, torch loss"),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 17.6),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 8.0, over="Liger fused linear GRPO"),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 1.9, over=VERL),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "error", 1e-5),
+    Target("cuda", "gae", (512, 8192), "forward_ms", 0.030),
+    Target("cuda", "gae", (512, 32768), "forward_ms", 0.110),
+    Target("cuda", "gae", (64, 32768), "forward_ms", 0.025),
+    Target("cuda", "gae", (512, 32768), "forward_ms", 10_000, over="Python loop over tokens"),
+)
+"""Those of a GPU were set for one H200."""
+
+
+def _target_table(reports: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| op | shape | on | target | measured | met |", "|---|---|---|---|---:|---|"]
+    for target in TARGETS:
+        report = reports.get(target.report)
+        value = None if report is None else target.value(report["rows"])
+        found = ["not measured", ""] if value is None else [f"{value:.3g}", "yes" if target.met(value) else "no"]
+        if value is not None and value >= 100:
+            found[0] = f"{value:.0f}"
+        device = "H200" if target.report == "cuda" else "CPU"
+        shape = " x ".join(map(str, target.shape))
+        lines.append(f"| {' | '.join([target.op, shape, device, target.words, *found])} |")
     return lines
 
 
@@ -82,6 +158,8 @@ def write_docs(root: Path) -> None:
     lines = [HEAD.read_text().rstrip(), "", "## What the kernels compile to", "", *_compile_table(results / "compile")]
     lines += ["", "## Measured", ""]
     reports = {path.stem: json.loads(path.read_text()) for path in sorted((results / "kernels").glob("*.json"))}
+    lines += ["Targets were set before anything was measured; those of the GPU are for one H200.", ""]
+    lines += [*_target_table(reports), ""]
     if "cuda" not in reports:
         lines += [
             "On a GPU: not measured yet. Where there is one, `python benchmarks/bench_kernels.py` fills this in.",
@@ -97,7 +175,8 @@ def write_docs(root: Path) -> None:
             *_timing_table(report["rows"]),
             "",
         ]
-        lines += [f"Not timed: {problem}" for problem in report["problems"]]
+        if report["problems"]:
+            lines += ["Not timed:", "", *(f"- {problem}" for problem in report["problems"]), ""]
         if name != "large":
             _plot(report["rows"], docs / f"kernels_{name}.svg")
             lines += [f"![ours against torch]({f'kernels_{name}.svg'})", ""]
