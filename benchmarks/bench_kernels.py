@@ -7,8 +7,9 @@
 
 Each op runs in a process of its own (on the CPU: each shape of it). An implementation is first checked against float64
 and reported with its error; an op of ours whose error is above its tolerance gets no row and the command fails. A peer
-that is not installed, needs another device or fails is listed with the reason (`pip install liger-kernel cut-cross-entropy trl` brings most of them). Timings are medians over interleaved
-rounds on rotated buffers of random numbers; an implementation that has used up its time drops out of further rounds.
+that is not installed, needs another device or fails is listed with the reason (most of them come with
+`pip install liger-kernel cut-cross-entropy trl`). Timings are medians over interleaved rounds on rotated buffers of
+random numbers; an implementation that has used up its time drops out of further rounds.
 On a GPU the ceilings (copy bandwidth, bfloat16 matrix product) are measured in the same process, so that a share of
 them means something.
 """

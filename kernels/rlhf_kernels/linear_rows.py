@@ -5,6 +5,7 @@ The chunk loop, the matrix products and the memory budget of every op that start
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,6 +223,14 @@ class HeadGrads:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """A sharded parameter (DTensor) gathered into a plain tensor; its gradient is sharded again by autograd."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()
+    """A sharded parameter (DTensor) gathered into a plain tensor.
+
+    Ranks hold different rows, so its gradient is the sum of theirs, sharded again as the parameter is.
+    """
+    sharded: Any = weight  # what a DTensor has is not declared for a Tensor
+    if not hasattr(sharded, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    whole: Tensor = sharded.full_tensor(grad_placements=[Partial()] * sharded.device_mesh.ndim)
+    return whole

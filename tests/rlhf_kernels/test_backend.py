@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+import rlhf_kernels
 import torch
 from rlhf_kernels import backend, backend_report, token_logprobs
 
@@ -10,6 +11,24 @@ def test_the_report_says_which_and_why():
     choice = backend_report()["token_logprobs"]
     assert (choice.backend, choice.device) == ("reference", "cpu")
     assert choice.reason == "no Triton kernels for cpu tensors"
+
+
+def test_every_op_is_in_the_report(monkeypatch):
+    monkeypatch.setattr(backend, "_choices", {})
+    x, ids, mask = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool)
+    per_token, options = torch.zeros(2), {"mask": mask, "denominator": 1.0}
+    token_logprobs(x, ids)
+    rlhf_kernels.linear_token_logprobs(x, x, ids)
+    rlhf_kernels.exact_kl(x, x)
+    rlhf_kernels.linear_exact_kl(x, x, x, x)
+    rlhf_kernels.policy_loss(x, ids, per_token, per_token, **options)
+    rlhf_kernels.linear_policy_loss(x, x, ids, per_token, per_token, **options)
+    rlhf_kernels.gae(x, x, x == 0, gamma=1.0, lam=1.0)
+    rlhf_kernels.masked_whiten(x, x == 0)
+    expected = {"token_logprobs", "linear_token_logprobs", "exact_kl", "linear_exact_kl", "policy_loss",
+                "linear_policy_loss", "gae", "masked_whiten"}  # fmt: skip
+    assert set(backend_report()) == expected
+    assert {choice.backend for choice in backend_report().values()} == {"reference"}
 
 
 @pytest.mark.parametrize(

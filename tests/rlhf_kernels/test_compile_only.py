@@ -94,6 +94,17 @@ def test_a_new_horizon_is_the_same_scan():
     assert scan(2, 1000, 1) == scan(3, 1024, 1) == scan(1, 4096, 16)
 
 
+@pytest.mark.parametrize("name", bench_compile.kernels())
+def test_no_kernel_compiles_anew_for_a_number_that_varies(name):
+    # triton specialises an integer that is 1 or a multiple of 16, and takes a float by its type: lengths and strides
+    # must be exempt, coefficients must come through a pointer. Of the sizes only the vocabulary may be compiled in.
+    params = [p for p in bench_compile.kernels()[name].params if not (p.is_constexpr or p.name.endswith("_ptr"))]
+    varies = {p.name for p in params if not p.do_not_specialize}
+    assert varies <= {"V"}
+    assert {p.name for p in params} <= {"V", "T", "size", "pieces", "steps", "segments", "inner", "num_rows",
+                                        "factor_stride"} | set(bench_compile._LONG)  # fmt: skip
+
+
 def test_the_policy_kernel_specialises_nothing_that_varies():
     names = triton_policy.policy_loss_kernel.arg_names
     varies = {names[p.num] for p in triton_policy.policy_loss_kernel.params if p.do_not_specialize}

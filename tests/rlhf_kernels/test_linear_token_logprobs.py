@@ -167,3 +167,30 @@ def test_a_sharded_head_is_gathered(problem, tmp_path):
         torch.testing.assert_close(grad.full_tensor(), expected)
     finally:
         distributed.destroy_process_group()
+
+
+def _one_of_two_ranks(rank, store):
+    import torch.distributed as distributed
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    weight = torch.randn(9, 5, dtype=torch.float64)
+    hidden, tokens = torch.randn(2, 4, 5, dtype=torch.float64), torch.randint(9, (2, 4))
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    result = linear_token_logprobs(hidden[rank], sharded, tokens[rank]).logprobs
+    (grad,) = torch.autograd.grad(result.sum(), sharded)
+    assert isinstance(grad, DTensor)
+    assert grad.placements == (Shard(0),)
+    assert len(grad.to_local()) < 9
+    whole = weight.clone().requires_grad_()
+    expected = linear_token_logprobs(hidden, whole, tokens).logprobs
+    torch.testing.assert_close(result, expected[rank])
+    (expected_grad,) = torch.autograd.grad(expected.sum(), whole)
+    torch.testing.assert_close(grad.full_tensor(), expected_grad)
+    distributed.destroy_process_group()
+
+
+def test_a_head_on_two_ranks_gets_the_sum_of_their_gradients_in_shards(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two_ranks, (tmp_path / "store",), nprocs=2)
