@@ -14,11 +14,21 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlhf-light
 
 import torch
 from datasets import Dataset
+from fits import fit
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from trl_peers import gradients_of, options
 
-from rlhf_lightning.advantages import Centred, Gdpo, GroupNormalised, LeaveOneOut, kl_shaped_rewards, overlong_mask
-from rlhf_lightning.core.batches import TokenBatch
+from rlhf_lightning.advantages import (
+    Centred,
+    FixedKL,
+    Gdpo,
+    GroupNormalised,
+    LeaveOneOut,
+    kl_shaped_rewards,
+    overlong_mask,
+)
+from rlhf_lightning.core.batches import Generated, TokenBatch
 from rlhf_lightning.core.kl import kl_penalty
 from rlhf_lightning.core.masked import reduce_tokens
 from rlhf_lightning.losses import (
@@ -33,6 +43,12 @@ from rlhf_lightning.losses import (
 )
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import GRPOModule
+from rlhf_lightning.stages.reward_shaping import KLSpec
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 MAX_LENGTH = 7
@@ -85,13 +101,15 @@ def style(completions: list[str], **_: Any) -> list[float]:
     return STYLE
 
 
-def build(trainer: type, config: type, model: Any, folder: Any, **more: Any) -> Any:
+def build(trainer: type, config: type, model: Any, folder: Any, optimizer: Any = None, **more: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        network = AutoModelForCausalLM.from_pretrained(model)
         theirs = trainer(
-            model=AutoModelForCausalLM.from_pretrained(model),
+            model=network,
+            optimizers=(None if optimizer is None else optimizer(network.parameters()), None),
             reward_funcs=[speed, style],
             args=options(
                 config,
@@ -427,3 +445,82 @@ def test_gmpo(tiny_model, tmp_path, policy):
     trainer = build(GMPOTrainer, GMPOConfig, tiny_model, tmp_path, beta=0.0, epsilon=0.3, epsilon_high=0.5)
     both = both_losses(trainer, policy, Gmpo(0.3, 0.5), "sequence_mean", CREDITS["group"])
     assert_same(policy, trainer, *both)
+
+
+# --- the whole stage
+
+
+class Fixed(GRPOModule):
+    """GRPO on the fixed rollout."""
+
+    def generate(self, prompts: Any, seed: int) -> Generated:
+        ours = rollout()
+        batch = ours.batch
+        return Generated(batch.tokens, batch.attention_mask, batch.mask, batch.positions, ours.finished)
+
+    def score(self, prompts: Any, answers: Generated) -> ScoredSamples:
+        breakdown = rollout().breakdown
+        total = sum(breakdown.values())
+        return ScoredSamples(total=total, at_end=total, per_token=None, breakdown=breakdown)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "cispo"])
+def test_twenty_steps_on_one_rollout(loss_type, tiny_model, tmp_path, write_jsonl):
+    """Collecting, credit, reference, loss, clipping and AdamW: everything but sampling is real on both sides."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def adamw(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+    bounds = {"epsilon": 0.1, "epsilon_high": 1.5 if loss_type == "cispo" else 0.3}
+    scale = "none" if loss_type == "dr_grpo" else "group"
+    theirs = build(
+        GRPOTrainer,
+        GRPOConfig,
+        tiny_model,
+        tmp_path,
+        optimizer=adamw,
+        beta=0.05,
+        loss_type=loss_type,
+        scale_rewards=scale,
+        use_bias_correction_kl=False,
+        num_iterations=20,
+        steps_per_generation=1,
+        max_steps=20,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        shuffle_dataset=False,
+        **bounds,
+    )
+    losses = []
+    compute = theirs.compute_loss
+    theirs.compute_loss = lambda *args, **more: losses.append(compute(*args, **more)) or losses[-1]
+    theirs.train()
+
+    loss, how = LOSSES[loss_type]
+    ours = Fixed(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=MAX_LENGTH, num_samples=3),
+        updates=UpdateSpec(inner_epochs=20),
+        loss=loss("token"),
+        credit=CREDITS[scale],
+        reduction=how,
+        kl=KLSpec(control=FixedKL(0.0), loss_coef=0.05),
+        optimizer=adamw,
+    )
+    ratios = []
+    keep = LambdaCallback(on_train_batch_end=lambda t, *_: ratios.append(t.callback_metrics["policy/ratio"].item()))
+    data = {"train": write_jsonl("prompts.jsonl", [{"prompt": "the film"}, {"prompt": "was"}]), "batch_size": 2}
+    trainer = fit(ours, tmp_path, data=data, gradient_clip_val=1.0, callbacks=[keep])
+    assert trainer.global_step == len(losses) == 20
+    assert ratios[0] == pytest.approx(1, abs=1e-6)
+    assert abs(ratios[-1] - 1) > 0.01, "the later steps must be off policy"
+    start = load_policy(ModelSpec(path=str(tiny_model))).causal_lm
+    moved = 0.0
+    for (name, mine), other, before in zip(
+        ours.policy.causal_lm.named_parameters(), theirs.model.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4, msg=name)
+        moved = max(moved, float((mine - before).detach().abs().max()))
+    assert moved > 5e-3
