@@ -121,6 +121,7 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
         max_steps=ROLLOUTS if online else -1,
         gradient_clip_val=1.0,
         logger=False,
+        default_root_dir=out,
         callbacks=[Count()],
         enable_checkpointing=False,
         enable_progress_bar=False,
