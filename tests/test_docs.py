@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch  # noqa: F401  imported here so that its log handler does not keep one test's captured stderr
 import pytest
@@ -30,6 +30,7 @@ from rlhf_lightning.core.interfaces import (
     RewardFn,
     Sample,
 )
+from rlhf_lightning.core.masked import Reduction
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.readers import Source
 from rlhf_lightning.losses import (
@@ -307,6 +308,29 @@ def test_the_algorithm_table_names_only_what_exists():
         names = code_spans(f"{row[2]} {row[3]}")
         assert all(any(hasattr(room, name) for room in rooms) for name in names), row
         assert ("not yet" in row) != bool(names), row
+
+
+def grpo_rows() -> list[list[str]]:
+    table = page("docs/grpo.md").split("## An algorithm is a row")[1].split("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("|")][2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+@pytest.mark.parametrize("row", grpo_rows(), ids=lambda row: row[0].split("(")[0].strip())
+def test_every_row_of_the_grpo_table_is_a_stage(row, tiny_model):
+    name, credit, loss, reduction, _ = row
+    credits = [span for span in code_spans(credit) if ":" not in span]
+    policy_losses = [span for span in code_spans(loss) if ":" not in span]
+    assert bool(credits) == bool(policy_losses) == (credit != "as DAPO"), name
+    assert reduction in get_args(Reduction), name
+    for one in policy_losses:
+        GRPOModule(
+            ModelSpec(path=str(tiny_model)),
+            [WeightedReward(rewards.LengthReward(target=3))],
+            credit=getattr(advantages, credits[0])(),
+            loss=getattr(losses, one)(),
+            reduction=reduction,
+        )
 
 
 def test_the_readme_names_every_extra():
