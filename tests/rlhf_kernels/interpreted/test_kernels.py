@@ -36,7 +36,7 @@ def rows(num_rows, vocab, seed=0):
     return logits, tokens, mask, torch.randn(num_rows, generator=generator), torch.rand(num_rows, generator=generator)
 
 
-@pytest.mark.parametrize(("num_rows", "vocab"), [(3, 1), (63, 7), (4, 257), (2, 32000)])
+@pytest.mark.parametrize(("num_rows", "vocab"), [(3, 1), (63, 7), (4, 257), (1, 257), (2, 32000)])
 @pytest.mark.parametrize(
     "options", [{}, {"with_entropy": True, "softcap": 5.0, "logit_scale": 1.3}], ids=["plain", "all"]
 )
@@ -91,17 +91,40 @@ def test_hostile_logits(both):
     same(*both(use), atol=1e-5, rtol=1e-6)
 
 
-def test_rows_more_than_two_thousand_million_elements_apart():
-    # the offset of the last row does not fit in 32 bits; the memory in between is never touched
-    from rlhf_kernels.rows import Transform
-    from rlhf_kernels.triton_rows import row_stats_triton
-
+@pytest.fixture
+def far_apart():
+    """Three rows; the offset of the last does not fit in 32 bits. The memory in between is never touched."""
     storage = torch.UntypedStorage(4 * (2**31 + 64))
     whole = torch.tensor([], dtype=torch.float32).set_(storage)
     logits = whole.as_strided((3, 16), (2**30 + 16, 1))  # the stride fits in 32 bits, twice the stride does not
     logits[0], logits[1], logits[2] = torch.arange(16.0), torch.arange(16.0), torch.arange(16.0).flip(0)
-    stats = row_stats_triton(logits, torch.tensor([15, 15, 0]), Transform(), with_entropy=False)
-    assert stats.logprobs.tolist() == pytest.approx([logits[0].log_softmax(-1)[15].item()] * 3)
+    return logits
+
+
+def test_rows_more_than_two_thousand_million_elements_apart(far_apart):
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_rows import row_grads_triton, row_stats_triton
+
+    tokens, one = torch.tensor([15, 15, 0]), torch.ones(3)
+    p = far_apart[0].softmax(-1)
+    stats = row_stats_triton(far_apart, tokens, Transform(), with_entropy=False)
+    assert stats.logprobs.tolist() == pytest.approx([p[15].log().item()] * 3)
+    out = row_grads_triton(far_apart, tokens, stats, one, 0 * one, None, Transform(), out=torch.empty(3, 16))
+    expected = torch.eye(16)[15] - p
+    torch.testing.assert_close(out, torch.stack((expected, expected, expected.flip(0))), **CLOSE)
+    row_grads_triton(far_apart, tokens, stats, one, 0 * one, None, Transform(), out=far_apart)
+    torch.testing.assert_close(far_apart.clone(), out, atol=0, rtol=0)
+
+
+def test_losses_of_rows_that_far_apart(far_apart, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    logits, tokens, one = far_apart.detach().requires_grad_(), torch.tensor([15, 15, 0]), torch.ones(3)
+    near = logits.detach().clone().requires_grad_()
+    for x in (logits, near):
+        kl = exact_kl(x, x.detach().flip(-1)).sum()
+        loss = policy_loss(x, tokens, -one, one, mask=one.bool(), denominator=3.0, loss=PolicyLossSpec("reinforce"))
+        (kl + loss.loss).backward()
+    torch.testing.assert_close(logits.grad.clone(), near.grad, atol=0, rtol=0)
 
 
 def test_an_id_out_of_range_reads_nothing_and_makes_its_row_nan():
