@@ -78,6 +78,22 @@ class ScoredSamples:
         weights = {name: self.weights.get(name, 1.0) for name in self.breakdown}
         return {name: weights[name] * scores for name, scores in self.breakdown.items() if weights[name]}
 
+    def keeping(self, kept: Tensor) -> "ScoredSamples":
+        """With every sample dropped for which `kept` is False [batch]."""
+        valid = self.counts & kept.to(self.total.device)
+        per_token = self.per_token
+        if per_token is not None:
+            per_token = [row if keep else row[:0] for row, keep in zip(per_token, valid.tolist(), strict=True)]
+        return replace(
+            self,
+            total=torch.where(valid, self.total, 0.0),
+            at_end=torch.where(valid, self.at_end, 0.0),
+            per_token=per_token,
+            breakdown={name: torch.where(valid, scores, 0.0) for name, scores in self.breakdown.items()},
+            parts={name: torch.where(valid, numbers, 0.0) for name, numbers in self.parts.items()},
+            valid=valid,
+        )
+
     def select(self, rows: Sequence[int]) -> "ScoredSamples":
         """What was said about the samples at `rows`."""
         at = list(rows)

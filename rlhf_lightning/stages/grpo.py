@@ -29,7 +29,7 @@ from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefix_as_completion, with_prefixes
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
-from rlhf_lightning.stages.on_policy import Answered, OldLogprobs
+from rlhf_lightning.stages.on_policy import Answered, OldLogprobs, without_dropped
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
@@ -245,14 +245,19 @@ class GRPOModule(PolicyGradientModule):
         if self.credit.baseline != "greedy":
             return answered
         with phase("greedy"):
-            return replace(answered, baseline=self._greedy_scores(answered))
+            return self._with_greedy(answered)
 
-    def _greedy_scores(self, answered: Answered) -> Tensor:
-        """Score of the greedy answer to each answer's prompt [batch]."""
+    def _with_greedy(self, answered: Answered) -> Answered:
+        """Each answer beside the score of the greedy one to its prompt; dropped where that could not be scored."""
         spec = replace(self.generation, temperature=0.0, num_samples=1, keep_logprobs=False)
         greedy = HFGenerate(spec, self.tokenizer).generate(self.policy, answered.prompts, seed=0)
-        scores = self.score(answered.prompts, greedy).total.to(self.device)
-        return scores.repeat_interleave(self.generation.num_samples)
+        copies = self.generation.num_samples
+        compared = self.score(answered.prompts, greedy)
+        scored = answered.scored
+        if compared.valid is not None:
+            scored = scored.keeping(compared.valid.repeat_interleave(copies))
+        baseline = compared.total.to(self.device).repeat_interleave(copies)
+        return replace(answered, answers=without_dropped(answered.answers, scored), scored=scored, baseline=baseline)
 
     def _sample_on(
         self, first: Answered, draw: Callable[[], PromptBatch], phase: Phases, spec: DynamicSampling

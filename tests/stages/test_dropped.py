@@ -9,12 +9,13 @@ import pytest
 import torch
 from fits import fit
 
+from rlhf_lightning.advantages import ReMax
 from rlhf_lightning.core.interfaces import RewardFn
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards import Ensemble, LengthReward, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import PPOModule
+from rlhf_lightning.stages import GRPOModule, PPOModule
 
 BROKEN = (0, 5, 11)
 """Rows whose score is no number; the others' is their own."""
@@ -108,3 +109,41 @@ def test_a_group_is_compared_without_what_was_dropped(ensemble, tiny_model, tmp_
     assert any(gradient.abs().max() > 1e-4 for gradient in without.values())
     for name, gradient in without.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_answers_whose_greedy_rival_cannot_be_scored_are_dropped(tiny_model, tmp_path):
+    """ReMax compares with one answer per prompt: where that is no number, there is nothing to compare with."""
+    calls = []
+
+    class Second(RewardFn):
+        """Scores the first call, the sampled answers; of the second, the greedy ones, all but row 1."""
+
+        def __call__(self, samples):
+            calls.append(len(samples))
+            scores = [float(len(sample.tokens)) for sample in samples]
+            greedy = len(samples) != 6
+            return [
+                math.nan if greedy and sample.record["row"] == 1 else score
+                for sample, score in zip(samples, scores, strict=True)
+            ]
+
+    module = GRPOModule(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(Second(), on_error="drop")],
+        credit=ReMax(),
+        generation=GenerationSpec(max_new_tokens=4, num_samples=2),
+        updates=UpdateSpec(inner_epochs=1),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        seed=1,
+    )
+    seen = []
+    module.choose, choose = lambda rollouts, *rest: seen.append(rollouts) or choose(rollouts, *rest), module.choose
+    fit(
+        module,
+        tmp_path,
+        data={"train": written(tmp_path, one_step.records("grpo")[:3]), "batch_size": 3, "shuffle": False},
+    )
+    assert calls[:2] == [6, 3]
+    (rollouts,) = seen
+    assert rollouts.mask.any(-1).tolist() == [True, True, False, False, True, True]
+    assert not rollouts.advantages[2:4].any()
