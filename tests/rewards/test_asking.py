@@ -48,14 +48,14 @@ def raising():
 
 
 def hanging():
-    time.sleep(1.0)
+    time.sleep(3.0)
     return 5.0
 
 
 FAULTS = {
     "raises": (By(unless_bad(raising)), "raised RuntimeError: cannot read it"),
     "exits": (By(unless_bad(sys.exit)), "raised SystemExit"),
-    "hangs": (By(unless_bad(hanging)), r"did not answer within timeout_s=0\.05 seconds"),
+    "hangs": (By(unless_bad(hanging)), r"did not answer within timeout_s=0\.2 seconds"),
     "none": (By(unless_bad(None)), "returned None"),
     "nan": (By(unless_bad(math.nan)), "returned nan"),
     "inf": (By(unless_bad(-math.inf)), "returned -inf"),
@@ -73,7 +73,7 @@ def test_a_sample_that_cannot_be_scored_is_named_and_the_others_keep_their_score
     with caplog.at_level(logging.WARNING):
         out = score_samples(
             [
-                WeightedReward(reward, weight=2.0, name="mine", on_error=on_error, timeout_s=0.05),
+                WeightedReward(reward, weight=2.0, name="mine", on_error=on_error, timeout_s=0.2),
                 WeightedReward(By(lambda sample: 1), name="sure"),
             ],
             SAMPLES,
@@ -94,7 +94,7 @@ def test_a_sample_that_cannot_be_scored_is_named_and_the_others_keep_their_score
 @pytest.mark.parametrize(("reward", "message"), FAULTS.values(), ids=FAULTS)
 def test_by_default_the_run_stops_and_names_the_sample_and_the_remedy(reward, message):
     with pytest.raises(UserError, match=rf"^reward function mine {message}.* on_error: drop or zero") as raised:
-        score_samples([WeightedReward(reward, name="mine", timeout_s=0.05)], SAMPLES)
+        score_samples([WeightedReward(reward, name="mine", timeout_s=0.2)], SAMPLES)
     if "returned 2" not in message:
         assert "sample 1 (prompt 'Q1?', completion 'bad')" in str(raised.value)
 
@@ -104,7 +104,7 @@ def test_a_hang_costs_its_own_sample_only_and_not_much_time():
     out = score_samples(
         [WeightedReward(By(unless_bad(lambda: time.sleep(30))), on_error="drop", timeout_s=0.1)], SAMPLES
     )
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 10
     assert out.valid.tolist() == [True, False, True]
 
 
@@ -139,7 +139,7 @@ def test_async_functions_are_awaited_side_by_side_and_cancelled_at_the_limit():
     assert score_samples([WeightedReward(Async())], SAMPLES[::2] * 20).total.tolist() == [1] * 40
     out = score_samples([WeightedReward(Async(), on_error="zero", timeout_s=0.3)], SAMPLES)
     assert out.total.tolist() == [1, 0, 1]
-    assert time.perf_counter() - began < 3
+    assert time.perf_counter() - began < 10
 
 
 def test_an_async_function_inside_a_running_loop():

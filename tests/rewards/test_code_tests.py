@@ -43,7 +43,7 @@ def asked(program: str, test=TEST, **columns) -> Sample:
 
 @pytest.fixture(scope="module")
 def reward() -> CodeTests:
-    return CodeTests(limit_s=3.0, num_workers=2)
+    return CodeTests(limit_s=10.0, num_workers=2)
 
 
 @needs_sandbox
@@ -68,7 +68,7 @@ def test_right_passes_and_wrong_fails(reward):
 def test_a_function_begun_by_the_prompt(reward):
     head = 'def helper(x):\n    return x + 1\n\n\ndef add(a, b):\n    """Add."""\n'
     test = "def check(candidate):\n    assert candidate(1, 2) == helper(2)\n"
-    reward = CodeTests(prefix_column="head", limit_s=3.0)
+    reward = CodeTests(prefix_column="head", limit_s=10.0)
     bodies = ["    return a + b\n", "    return a\n", f"```python\n{RIGHT}```"]
     assert reward([asked(body, test, head=head) for body in bodies]).scores == [1, 0, 1]
 
@@ -77,7 +77,7 @@ def test_a_function_begun_by_the_prompt(reward):
 def test_a_list_of_assertions_may_be_scored_by_its_share(reward):
     tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 5", "assert add('a', 'b') == 'ab'"]
     assert reward([asked(RIGHT, tests)]).scores == [0]
-    partial = CodeTests(partial=True, limit_s=3.0)([asked(RIGHT, tests), asked("def add(a, b):\n    return 0", tests)])
+    partial = CodeTests(partial=True, limit_s=10.0)([asked(RIGHT, tests), asked("def add(a, b):\n    return 0", tests)])
     assert partial.scores == [0.75, 0.25]
 
 

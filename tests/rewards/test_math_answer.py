@@ -18,7 +18,7 @@ pytest.importorskip("math_verify")
 
 @pytest.fixture(scope="module")
 def reward():
-    reward = MathAnswer(limit_s=1.0)
+    reward = MathAnswer(limit_s=5.0)
     yield reward
     reward._workers().close()
 

@@ -82,7 +82,7 @@ def test_no_program_succeeds_at_eating_the_machine_up(program, sandbox):
     ran = sandbox.run_script(program)
     assert not ran.succeeded
     assert len(ran.output) <= MAX_OUTPUT
-    assert time.perf_counter() - began < LIMIT_S + 1.0
+    assert time.perf_counter() - began < LIMIT_S + 3.0  # on an idle machine + 0.1
 
 
 @needs_sandbox
