@@ -123,19 +123,6 @@ class ScoredSamples:
             samples=[sample for batch in batches for sample in batch.samples],
         )
 
-    def dropped(self) -> "ScoredSamples":
-        """The same samples, none of which counts."""
-        nothing = torch.zeros_like(self.total)
-        return replace(
-            self,
-            total=nothing,
-            at_end=nothing,
-            per_token=None if self.per_token is None else [row[:0] for row in self.per_token],
-            breakdown={name: torch.zeros_like(scores) for name, scores in self.breakdown.items()},
-            parts={name: torch.zeros_like(numbers) for name, numbers in self.parts.items()},
-            valid=torch.zeros_like(self.total, dtype=torch.bool),
-        )
-
     def plus(self, scores: Tensor) -> "ScoredSamples":
         """With one more number per sample [batch], given at the end; dropped samples stay at 0."""
         scores = torch.where(self.counts, scores.to(self.total), 0.0)

@@ -444,7 +444,11 @@ def _join_groups(drawn: list[Answered], found: list[Tensor], wanted: int, *, pad
     if not parts:
         empty = drawn[0].select(torch.zeros(1, dtype=torch.long, device=drawn[0].groups.device), first_group=0)
         mask = torch.zeros_like(empty.answers.mask)
-        parts = [replace(empty, answers=replace(empty.answers, mask=mask), scored=empty.scored.dropped())]
+        parts = [
+            replace(
+                empty, answers=replace(empty.answers, mask=mask), scored=empty.scored.keeping(torch.tensor([False]))
+            )
+        ]
     baselines = [part.baseline for part in parts if part.baseline is not None]
     return Answered(
         prompts=drawn[0].prompts,
