@@ -49,7 +49,7 @@ def linear_policy_loss(
 
     Args:
         hidden: [..., H]; the state that predicts the token of the same index.
-        weight: [V, H]; may be tied to the embedding, or a DTensor (gathered for the call).
+        weight: [V, H]; may be tied to the embedding, or a DTensor (gathered; gradients of all ranks add).
         bias: [V], or None.
         chunk_rows: rows of logits alive at a time; None chooses by a memory budget.
         tokens, old_logprobs, advantages, mask, denominator, ref_logprobs, weights, loss, temperature, softcap,

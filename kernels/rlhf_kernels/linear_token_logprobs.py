@@ -49,7 +49,7 @@ def linear_token_logprobs(
 
     Args:
         hidden: [..., H]; the state that predicts the token of the same index.
-        weight: [V, H]; may be tied to the embedding, or a DTensor (gathered for the call).
+        weight: [V, H]; may be tied to the embedding, or a DTensor (gathered; gradients of all ranks add).
         tokens: [...] integer ids; ignored where `mask` is False.
         bias: [V], or None.
         mask: [...] True = wanted; the other rows cost nothing.
