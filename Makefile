@@ -32,6 +32,8 @@ test: lint
 bench: setup
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_quickstart.py
+	$(BIN)/python benchmarks/bench_random_walks.py
+	$(BIN)/python benchmarks/bench_arithmetic.py
 	$(BIN)/python benchmarks/write_docs.py
 
 clean:

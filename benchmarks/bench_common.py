@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -35,11 +36,38 @@ def chain(config: str, run_dir: Path, **settings: Any) -> float:
         command += ["--set", f"{name}={value}"]
     print(" ".join(command), flush=True)
     took = run_dir / "seconds.json"
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), _processor_seconds()
     subprocess.run(command, check=True)
     if not took.is_file():
-        write_json(took, {"seconds": time.perf_counter() - began})
+        wall, processor = time.perf_counter() - began, _processor_seconds() - worked
+        write_json(took, {"seconds": wall, "processor_seconds": processor})
     return json.loads(took.read_text())["seconds"]
+
+
+def _processor_seconds() -> float:
+    """Of the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def processor_seconds(run_dir: Path) -> float:
+    """What `chain` took of the processor, which other work on the machine hardly lengthens."""
+    return json.loads((run_dir / "seconds.json").read_text())["processor_seconds"]
+
+
+def stage_seconds(folder: Path) -> float:
+    """What a stage of a chain took."""
+    return json.loads((folder / "finished.json").read_text())["seconds"]
+
+
+def phase_seconds(folder: Path) -> dict[str, float]:
+    """Where the time of an on-policy stage went: the phases of its rollouts, and all else, which is mostly training."""
+    names = ("generate", "score", "measure")
+    found = metrics(folder, "step", *(f"time/{name}_s" for name in (*names, "rollout")))
+    spent = {name: sum(found[f"time/{name}_s"]) for name in names}
+    rollouts = sum(found["time/rollout_s"])
+    rest = {"rest of the rollouts": rollouts - sum(spent.values()), "all else": stage_seconds(folder) - rollouts}
+    return {name: round(seconds, 2) for name, seconds in (spent | rest).items()}
 
 
 def metrics(folder: Path, *columns: str) -> dict[str, list[float]]:

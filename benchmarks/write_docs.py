@@ -204,8 +204,67 @@ def verifiers() -> str:
     )
 
 
+def time_table(seeds: list[dict[str, Any]]) -> str:
+    """Where the seconds of GRPO went."""
+    names = list(seeds[0]["grpo_seconds"])
+    rows = [
+        [s["seed"], *(f"{s['grpo_seconds'][n]:.1f}" for n in names), f"{s['processor_seconds']:.0f}"] for s in seeds
+    ]
+    return table(["seed", *names, "the whole chain, processor"], rows)
+
+
+def random_walks() -> str:
+    result = load("random_walks.json")
+    if result is None:
+        return ""
+    seeds = result["seeds"]
+    rows = [[s["seed"], *(f"{v:.3f}" for v in (s["data"], *s["optimality"].values()))] for s in seeds]
+    return "\n\n".join(
+        [
+            "## Shortest paths from random walks",
+            "`python benchmarks/bench_random_walks.py` runs `configs/random_walks/chain.yaml`, once per seed: a model "
+            "of 834 thousand parameters imitates 1000 random walks on a graph of 21 nodes, then 40 steps of GRPO (16 "
+            "starts × 8 walks) on how short its own are. A small version is a test.",
+            target_table(seeds),
+            table(["seed", "the walks imitated", "SFT", "GRPO"], rows),
+            'Seconds of GRPO; "all else" is mostly its optimiser steps:',
+            time_table(seeds),
+            "![Optimality by step](../benchmarks/results/random_walks.png)",
+            measured_with(result["about"]),
+        ]
+    )
+
+
+def arithmetic() -> str:
+    result = load("arithmetic.json")
+    if result is None:
+        return ""
+    seeds = result["seeds"]
+    rows = []
+    for how in ("sampled", "greedy"):
+        rows += [[s["seed"], how, *(f"{s[how][name]:.3f}" for name in ("sft", "grpo", "control"))] for s in seeds]
+    tokens = seeds[0]["answer_tokens"]
+    return "\n\n".join(
+        [
+            "## Addition from a teacher who is wrong half the time",
+            "`python benchmarks/bench_arithmetic.py` runs `configs/arithmetic/chain.yaml`, once per seed: a model of "
+            "149 thousand parameters learns two-digit addition from demonstrations of which half are wrong, then 200 "
+            "steps of GRPO (32 sums × 16 answers, learning rate 3e-4, no KL) on whether its own answers are right. The "
+            "control is SFT from the same model, with as many steps, sequences and tokens "
+            f"({tokens['control']:,} of answers; GRPO {tokens['grpo']:,}). All on 512 sums held out.",
+            target_table(seeds),
+            table(["seed", "answers", "SFT", "GRPO", "SFT on as many tokens"], rows),
+            'Seconds of GRPO; "all else" is mostly its optimiser steps, and eight evaluations of 8192 answers:',
+            time_table(seeds),
+            "![Accuracy by step](../benchmarks/results/arithmetic.png)",
+            measured_with(result["about"]),
+        ]
+    )
+
+
 def main() -> None:
-    parts = (INTRO, quickstart(), "", sentiment(), "", family(), "", verifiers())
+    sections = (quickstart(), random_walks(), arithmetic(), sentiment(), family(), verifiers())
+    parts = (INTRO, *(part for section in sections for part in (section, "")))
     page = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
     (HERE.parent / "docs" / "benchmarks.md").write_text(page)
     print("wrote docs/benchmarks.md")

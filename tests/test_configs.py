@@ -30,6 +30,7 @@ RECORDS = {
     "KTOModule": {"prompt": "the film", "completion": "was", "label": True},
     "PPOModule": {"prompt": "the film"},
     "GRPOModule": {"prompt": "the film", "answer": "good"},
+    "Countdown": {"prompt": "the film", "numbers": [3, 25, 7], "target": 82},
     "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
     "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
 }
@@ -115,6 +116,9 @@ def tiny_reward(tmp_path_factory, tiny_model) -> str:
 
 def record_kind(run: dict[str, Any]) -> str:
     name = run["model"]["class_path"]
+    for weighted in run["model"]["init_args"].get("rewards", []):
+        if weighted["reward"]["class_path"] in RECORDS:
+            return weighted["reward"]["class_path"]
     loss = run["model"]["init_args"].get("loss", {}).get("class_path", "BradleyTerry")
     return loss if loss in RECORDS and name in ("RewardModule", "DPOModule") else name
 

@@ -210,7 +210,7 @@ class SampleLogger(Callback):
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
 
     def _ask(self, trainer: Trainer, module: LightningModule) -> tuple[list[Sample], list[Any], list[Any]]:
         """Answers, their scores and breakdowns (None where there are none)."""

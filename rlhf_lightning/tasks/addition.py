@@ -19,14 +19,14 @@ SUMS = range(2 * NUMBERS[0], 2 * NUMBERS[-1] + 1)
 class MakeAddition:
     """Writes demonstrations, prompts with their answers, and a tokenizer of characters into one folder.
 
-    sft.jsonl and more.jsonl hold `prompt` ("47+85=") and `completion` ("132"), of which a share is another sum, drawn
-    evenly; whoever imitates them perfectly is right as often as they are. prompts.jsonl and val.jsonl hold `prompt` and
-    `answer`. No sum of val.jsonl is in another file.
+    sft.jsonl and more.jsonl hold `prompt` ("12+85=") and `completion` ("097", three digits always), of which a share is
+    another sum, drawn evenly; whoever imitates them perfectly is right as often as they are. prompts.jsonl and
+    val.jsonl hold `prompt` and `answer`. No sum of val.jsonl is in another file.
     """
 
     out_dir: str
     """Folder to write."""
-    num_demonstrations: int = 76800
+    num_demonstrations: int = 64000
     """Records of sft.jsonl, drawn with replacement."""
     num_more: int = 0
     """Records of more.jsonl, drawn in the same way: what one may train on instead of rewards."""
@@ -66,9 +66,9 @@ class MakeAddition:
             said = a + b
             if rng.random() < self.wrong_frac:
                 said = rng.choice([number for number in SUMS if number != a + b])
-            yield {"prompt": f"{a}+{b}=", "completion": str(said)}
+            yield {"prompt": f"{a}+{b}=", "completion": f"{said:03d}"}
 
 
 def _asked(pair: tuple[int, int]) -> dict[str, Any]:
     a, b = pair
-    return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+    return {"prompt": f"{a}+{b}=", "answer": f"{a + b:03d}"}

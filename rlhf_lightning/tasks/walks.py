@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from rlhf_lightning.core.errors import UserError
@@ -84,7 +85,7 @@ def optimality(walk: str, graph: Graph) -> float:
     1 for a shortest way; 0 for what leaves the edges, does not end at the goal, is too long, or is no walk at all.
     """
     fewest = shortest_ways(graph).get(walk[:1])
-    along_edges = all(after in edges(graph).get(before, "") for before, after in zip(walk, walk[1:], strict=False))
+    along_edges = all(after in edges(graph).get(before, "") for before, after in pairwise(walk))
     if fewest is None or not along_edges or walk[-1] != GOAL:
         return 0.0
     return max(graph.max_nodes - (len(walk) - 1), 0) / (graph.max_nodes - fewest)

@@ -17,7 +17,7 @@ def material(tmp_path_factory):
 
 def right(record: dict) -> str:
     a, b = re.fullmatch(r"(\d\d)\+(\d\d)=", record["prompt"]).groups()
-    return str(int(a) + int(b))
+    return f"{int(a) + int(b):03d}"
 
 
 def test_half_of_the_demonstrations_are_wrong_and_nothing_else_is(material):
@@ -33,7 +33,8 @@ def test_half_of_the_demonstrations_are_wrong_and_nothing_else_is(material):
 
 def test_sums_held_out_are_nowhere_else(material):
     folder, figures, _ = material
-    asked = {name: [r["prompt"] for r in read_jsonl(folder / f"{name}.jsonl")] for name in ("sft", "more", "prompts", "val")}
+    names = ("sft", "more", "prompts", "val")
+    asked = {name: [record["prompt"] for record in read_jsonl(folder / f"{name}.jsonl")] for name in names}
     assert len(set(asked["val"])) == figures["num_val"] == 100
     assert len(set(asked["prompts"])) == 300
     assert not set(asked["val"]) & {*asked["sft"], *asked["more"], *asked["prompts"]}
