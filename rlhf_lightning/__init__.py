@@ -11,6 +11,7 @@ _HOMES = {
     "RewardModule": "rlhf_lightning.stages.reward",
     "PPOModule": "rlhf_lightning.stages.ppo",
     "GRPOModule": "rlhf_lightning.stages.grpo",
+    "OnlineDPOModule": "rlhf_lightning.stages.online_dpo",
     "RLHFModule": "rlhf_lightning.stages.base",
     "RLHFDataModule": "rlhf_lightning.data.datamodule",
     "ModelSpec": "rlhf_lightning.models.spec",

@@ -7,7 +7,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rlhf_lightning.core.batches import (
+    Generated,
     PairBatch,
+    PairRollouts,
     RankedBatch,
     RatedBatch,
     Rollouts,
@@ -34,6 +36,7 @@ class Throughput(Callback):
         self._train_seconds = 0.0
         self._since: float | None = None
         self._rollout_since: float | None = None
+        self._sampled = 0.0
 
     # --- training: from the end of one batch to the end of the next, less rollouts
 
@@ -78,11 +81,15 @@ class Throughput(Callback):
 
     def on_rollout_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._pause()
-        self._rollout_since = self._clock()
+        self._rollout_since, self._sampled = self._clock(), 0.0
 
-    def on_rollout_end(self, trainer: Trainer, module: LightningModule, rollouts: Rollouts) -> None:
+    def on_rollout_scored(self, trainer: Trainer, module: LightningModule, answers: Generated, scored: Any) -> None:
+        # here and not of what is trained on: some answers may be left out of that
+        self._sampled += float(answers.mask.sum())
+
+    def on_rollout_end(self, trainer: Trainer, module: LightningModule, rollouts: Any) -> None:
         if self._rollout_since is not None:
-            count = float(rollouts.mask.sum())
+            count = self._sampled
             seconds = self._clock() - self._rollout_since
             self._rollout_since = None
             if seconds > 0:
@@ -101,7 +108,7 @@ class Throughput(Callback):
 def num_real_tokens(batch: Any) -> Tensor | None:
     """How many real tokens a batch holds; None for a batch of another kind."""
     match batch:
-        case TokenBatch() | Rollouts():
+        case TokenBatch() | Rollouts() | PairRollouts():
             return batch.attention_mask.sum()
         case PairBatch():
             return batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum()

@@ -252,11 +252,58 @@ class Rollouts(Batch):
         """The sequences at `rows`, as a minibatch."""
         return _select(self, rows)
 
+    def without_loss(self) -> "Rollouts":
+        """The same sequences, none of which counts."""
+        return replace(self, mask=torch.zeros_like(self.mask))
+
+
+@dataclass(frozen=True)
+class PairRollouts(Batch):
+    """Pairs of sampled answers to one prompt, [pair, 0] preferred to [pair, 1]: prompt (left-padded) + response."""
+
+    tokens: Int[Tensor, "pairs 2 time"]
+    attention_mask: Bool[Tensor, "pairs 2 time"]
+    """True on real tokens of prompt and response."""
+    mask: Bool[Tensor, "pairs 2 time"]
+    """True on response tokens, the end token included."""
+    positions: Int[Tensor, "pairs 2 time"]
+    margins: Float[Tensor, " pairs"]
+    """By how much the first one scored more."""
+    own: Bool[Tensor, "pairs 2"]
+    """True where the policy itself drew the answer, not another model."""
+    counts_in_loss: Bool[Tensor, " pairs"]
+    """False for a pair that only fills a place and carries no loss."""
+
+    def counts(self) -> dict[str, float]:
+        chosen_tokens = self.mask[:, 0, 1:].sum(-1)
+        # one wait for the device, not two
+        pairs, tokens = torch.stack((self.counts_in_loss.sum(), chosen_tokens[self.counts_in_loss].sum())).tolist()
+        return {"pairs": float(pairs), "chosen_tokens": float(tokens)}
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "PairRollouts":
+        """The pairs at `rows`, as a minibatch."""
+        return _select(self, rows)
+
+    def without_loss(self) -> "PairRollouts":
+        """The same pairs, none of which counts."""
+        return replace(self, counts_in_loss=torch.zeros_like(self.counts_in_loss))
+
+    def side(self, index: int) -> TokenBatch:
+        """The preferred answers (0), or the others (1)."""
+        return TokenBatch(
+            self.tokens[:, index], self.attention_mask[:, index], self.mask[:, index], self.positions[:, index]
+        )
+
+    def as_pairs(self) -> PairBatch:
+        """The same as a preference data set would have it."""
+        return PairBatch(self.side(0), self.side(1), self.margins, totals=self.totals)
+
 
 RowsT = TypeVar("RowsT", TokenBatch, Generated, Rollouts)
+SelectedT = TypeVar("SelectedT", TokenBatch, Generated, Rollouts, PairRollouts)
 
 
-def _select(batch: RowsT, rows: Int[Tensor, " rows"]) -> RowsT:
+def _select(batch: SelectedT, rows: Int[Tensor, " rows"]) -> SelectedT:
     picked: dict[str, Any] = {
         f.name: getattr(batch, f.name)[rows] for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)
     }

@@ -208,6 +208,8 @@ class PairScores:
     """Running means that the loss keeps (`running_means`), over the optimiser steps before this one; 0 at first."""
     step: Mapping[str, float | Tensor] = field(default_factory=dict)
     """Means that the loss asked for (`step_means`), over the whole optimiser step that these pairs belong to."""
+    own: Bool[Tensor, "pairs 2"] | None = None
+    """Of sampled pairs: True where the policy itself drew the answer (chosen, rejected); None: nobody knows."""
 
     @property
     def log_ratio(self) -> Float[Tensor, " pairs"]:
@@ -234,9 +236,9 @@ class PreferenceLossOutput:
     """Numbers whose means the loss wants back: over steps in `PairScores.running`, over this step in `.step`."""
 
 
-Need = Literal["reference", "ref_kl", "log_collision", "whole_batch"]
-"""What a preference loss reads beyond the policy's own log-probabilities; `whole_batch`: its value depends on which
-pairs share a micro-batch."""
+Need = Literal["reference", "ref_kl", "log_collision", "opponent", "whole_batch"]
+"""What a preference loss reads beyond the policy's own log-probabilities; `opponent`: pairs of an answer that the
+policy drew and one that it did not; `whole_batch`: its value depends on which pairs share a micro-batch."""
 
 
 class PreferenceLoss(ABC):

@@ -21,6 +21,7 @@ from rlhf_lightning.losses.preference_free import CPO, ORPO, AlphaPO, ChosenNLL,
 from rlhf_lightning.losses.preference_guarded import DPOP, TDPO, ChiPO
 from rlhf_lightning.losses.preference_length import LDDPO, RDPO
 from rlhf_lightning.losses.preference_mixed import RPO, WPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_online import XPO, NashMD
 from rlhf_lightning.losses.preference_pointwise import APODown, APOZero, BCOPair, NCAPair, SPPOHard
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
 from rlhf_lightning.losses.reward_model import (
@@ -49,6 +50,7 @@ __all__ = [
     "RPO",
     "TDPO",
     "WPO",
+    "XPO",
     "AOTUnpaired",
     "APODown",
     "APOZero",
@@ -78,6 +80,7 @@ __all__ = [
     "LengthNormalisedDPO",
     "ListwiseDPO",
     "NCAPair",
+    "NashMD",
     "PlackettLuce",
     "Regression",
     "Reinforce",

@@ -36,13 +36,13 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, batch: HasTokens, *, temperature: float = 1.0) -> TokenScores:
-        with self._as_it_was():
+        with self.as_it_was():
             return self.policy(batch, temperature=temperature)
 
     @torch.no_grad()
     def hidden_states(self, batch: HasTokens) -> Tensor:
         """Hidden states as the output head reads them [batch, time, hidden]; the head itself is `policy.head()`."""
-        with self._as_it_was():
+        with self.as_it_was():
             return self.policy.hidden_states(
                 batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
             )
@@ -50,11 +50,12 @@ class Reference:
     @torch.no_grad()
     def shared_prompt_states(self, batch: HasTokens) -> Tensor:
         """The same for pairs of rows, i and i + rows/2, whose common prompt is computed once."""
-        with self._as_it_was():
+        with self.as_it_was():
             return self.policy.shared_prompt_states(batch.tokens, batch.attention_mask, batch.positions, batch.mask)
 
     @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def as_it_was(self) -> Iterator[None]:
+        """While this lasts, `policy` is the reference: its adapter off where it is the one being trained."""
         with evaluating(self.policy), self.policy.adapter_disabled() if self.shared else nullcontext():
             yield
 

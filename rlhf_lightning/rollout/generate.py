@@ -24,6 +24,7 @@ from rlhf_lightning.core.batches import Generated, PromptBatch, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.kept import pack_kept
+from rlhf_lightning.rollout.mixture import GeometricMixture, MixtureSpec
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,15 @@ class HFGenerate(RolloutEngine):
     Args:
         spec: how to sample.
         tokenizer: for its pad and end ids and for stop strings.
+        mixture: another model that has a say in every token; None: the policy answers alone.
     """
 
-    def __init__(self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase, mixture: MixtureSpec | None = None
+    ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
+        self.mixture = mixture
 
     @torch.no_grad()
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
@@ -234,6 +239,9 @@ class HFGenerate(RolloutEngine):
         record = None
         if self.spec.truncates or (self.spec.keep_logprobs and self.spec.temperature > 0):
             record = _SamplingRecord(self.spec, keep_sets=self.spec.truncates)
+        processors: list[LogitsProcessor] = [] if record is None else [record]
+        if self.mixture is not None:
+            processors.insert(0, GeometricMixture(self.mixture, attention_mask))
         config = self._config(eos)
         # transformers fills whatever `config` leaves open from the model's own generation config (top_k 50, a
         # repetition penalty): swap it out, or the sampling distribution is not the one that is trained
@@ -244,7 +252,7 @@ class HFGenerate(RolloutEngine):
                 attention_mask=attention_mask.long(),
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([recorder]),
-                logits_processor=LogitsProcessorList([] if record is None else [record]),
+                logits_processor=LogitsProcessorList(processors),
             )
         finally:
             policy.model.generation_config = own

@@ -1,22 +1,24 @@
 """Prompts to rollouts to minibatches, as one sized, stateful loader that Lightning can train from."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch, step_totals
+from rlhf_lightning.core.batches import Batch, PairRollouts, PromptBatch, Rollouts, TokenBatch, step_totals
 from rlhf_lightning.core.seeding import counter_seed
 
 BatchT = TypeVar("BatchT")
+AnyRollouts = Rollouts | PairRollouts
+"""What is cut into minibatches: sequences, or pairs of them."""
 
 
 class Collector(Protocol):
     """What the loader asks of the module that owns the policy."""
 
-    def collect(self, draw: Callable[[], PromptBatch]) -> Rollouts:
+    def collect(self, draw: Callable[[], PromptBatch]) -> AnyRollouts:
         """Rollouts to train on; `draw` gives the next batch of prompts, once or several times."""
 
 
@@ -59,6 +61,8 @@ class RolloutLoader:
         extra: yields the batches of a second source, one per micro-batch, or None.
         rank: of this process.
         limit: batches that the trainer will take per epoch (limit_train_batches).
+        measure: sums over the micro-batches of a step, taken before it, that join its totals.
+        kind: what the collector gives; a saved buffer is rebuilt as one.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class RolloutLoader:
         extra: Iterable[TokenBatch] | None = None,
         rank: int = 0,
         limit: Callable[[], float] = lambda: float("inf"),
+        measure: Callable[[Sequence[Batch]], Mapping[str, float]] = lambda batches: {},
+        kind: type[Rollouts] | type[PairRollouts] = Rollouts,
     ) -> None:
         self.prompts = prompts
         self.collector = collector
@@ -82,9 +88,11 @@ class RolloutLoader:
         self.rank = rank
         self._add_over_ranks = add_over_ranks
         self._limit = limit
+        self._measure = measure
+        self._kind = kind
         self._stream = _Endless(prompts)
         self._extra = None if extra is None else _Endless(extra)
-        self._buffer: Rollouts | None = None
+        self._buffer: AnyRollouts | None = None
         self._given = 0
         """Micro-batches of the buffer that were yielded."""
         self._rollouts_done = 0
@@ -102,11 +110,11 @@ class RolloutLoader:
     def __len__(self) -> int:
         return len(self.prompts) * self.batches_per_rollout  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Rollouts]:
+    def __iter__(self) -> Iterator[AnyRollouts]:
         # a generator: its body begins at the first next(), after Lightning's on_train_epoch_start
         return self._run()
 
-    def _run(self) -> Iterator[Rollouts]:
+    def _run(self) -> Iterator[AnyRollouts]:
         # Lightning stops after len() batches without exhausting us: counters are reset here, not at the end
         if not self._resumed or self._finished_epoch():
             self._buffer, self._given, self._rollouts_done = None, 0, 0
@@ -133,7 +141,7 @@ class RolloutLoader:
         given = self._rollouts_done * self.batches_per_rollout + (0 if self._buffer is None else self._given)
         return given >= min(len(self), self._limit())
 
-    def _steps(self, buffer: Rollouts) -> Iterator[Rollouts]:
+    def _steps(self, buffer: AnyRollouts) -> Iterator[AnyRollouts]:
         # what the trainer will not take must not be in the totals of the step that it cuts short
         left = self._limit() - self._rollouts_done * self.batches_per_rollout
         pieces = self._pieces(buffer.tokens.shape[0])[: int(min(left, self.batches_per_rollout))]
@@ -145,7 +153,7 @@ class RolloutLoader:
                 group = [
                     replace(part, extra=self._extra.at(self._extra_index(first + i))) for i, part in enumerate(group)
                 ]
-            totals = step_totals(group, self._add_over_ranks)
+            totals = step_totals(group, self._add_over_ranks, self._measure)
             for offset, part in enumerate(group):
                 if first + offset < self._given:
                     continue
@@ -155,14 +163,14 @@ class RolloutLoader:
     def _extra_index(self, piece: int) -> int:
         return (self.rollouts - 1) * self.batches_per_rollout + piece
 
-    def _pieces(self, num_sequences: int) -> list[Tensor]:
+    def _pieces(self, num_rows: int) -> list[Tensor]:
         """Row indices of every micro-batch of the buffer, in the order they are trained on."""
         pieces: list[Tensor] = []
         for epoch in range(self.updates.inner_epochs):
             generator = torch.Generator().manual_seed(
                 counter_seed(self.seed, "minibatches", self.rollouts, self.rank, epoch)
             )
-            order = torch.randperm(num_sequences, generator=generator)
+            order = torch.randperm(num_rows, generator=generator)
             for minibatch in order.tensor_split(self.updates.num_minibatches):
                 pieces.extend(minibatch.tensor_split(self.accumulate))
         return pieces
@@ -190,11 +198,11 @@ class RolloutLoader:
         self._rollouts_done = progress["rollouts_done"]
         self.drawn = progress["drawn"]
         self._given = progress["given"]
-        self._buffer = None if progress["buffer"] is None else Rollouts(**progress["buffer"])
+        self._buffer = None if progress["buffer"] is None else self._kind(**progress["buffer"])
         self._resumed = True
 
 
-def buffer_to_dict(rollouts: Rollouts) -> dict[str, Tensor]:
+def buffer_to_dict(rollouts: AnyRollouts) -> dict[str, Tensor]:
     """The tensors of `rollouts` on the CPU, safe to pickle with weights_only."""
     return {name: value.cpu() for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
 
@@ -207,12 +215,11 @@ def start_epoch(loader: Any, epoch: int) -> None:
             set_epoch(epoch)
 
 
-def _pick(buffer: Rollouts, rows: Tensor) -> Rollouts:
+def _pick(buffer: AnyRollouts, rows: Tensor) -> AnyRollouts:
     if rows.numel():
         return buffer.select(rows.to(buffer.tokens.device))
-    # fewer sequences than pieces: an empty share still takes part in the step, with nothing in it that counts
-    first = buffer.select(torch.zeros(1, dtype=torch.long, device=buffer.tokens.device))
-    return replace(first, mask=torch.zeros_like(first.mask))
+    # fewer rows than pieces: an empty share still takes part in the step, with nothing in it that counts
+    return buffer.select(torch.zeros(1, dtype=torch.long, device=buffer.tokens.device)).without_loss()
 
 
 class _Endless(Generic[BatchT]):

@@ -1,27 +1,18 @@
 """Learning from preferences without a reward model: DPO and every loss of its family."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import (
-    CompletionScores,
-    PairScores,
-    PreferenceLoss,
-    PreferenceLossOutput,
-    RankedPreferenceLoss,
-)
+from rlhf_lightning.core.interfaces import PairScores, PreferenceLoss, PreferenceLossOutput, RankedPreferenceLoss
 from rlhf_lightning.core.logprobs import token_kl
 from rlhf_lightning.losses.preference import DPO
-from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.models.body import evaluating
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.loading import load_policy
@@ -29,6 +20,7 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import MeasuredReference, Reference, ReferenceSync, make_reference
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages.base import RLHFModule
+from rlhf_lightning.stages.pair_objective import PairObjective, loss_per_pair, summed_loss
 from rlhf_lightning.stages.pair_scores import AnyReference, Measured, measure, measure_pairs
 from rlhf_lightning.stages.reference_cache import measure_reference
 from rlhf_lightning.stages.schedule import Schedule
@@ -88,6 +80,11 @@ class DPOModule(RLHFModule):
                 f"{type(loss).__name__} reads the KL over the whole vocabulary, and reference_cache="
                 f"{reference_cache!r} keeps the log-probabilities of the records' own tokens alone: leave it out"
             )
+        if "opponent" in loss.needs:
+            raise UserError(
+                f"{type(loss).__name__} asks which answer of a pair the policy drew itself, and records do not say: "
+                "use OnlineDPOModule with an opponent"
+            )
         self.save_hyperparameters()
         self.loss = loss
         self.reference_spec = reference
@@ -98,8 +95,8 @@ class DPOModule(RLHFModule):
         self._frozen: dict[str, AnyReference] = {}
         """The reference, kept out of Module's registry: neither trained nor moved by Lightning."""
         self._evaluation = StepMeans()
-        self._statistics = StepMeans()
-        self._running: dict[str, float | Tensor] = dict.fromkeys(self._decays, 0.0)
+        self._objective = PairObjective(loss) if isinstance(loss, PreferenceLoss) else None
+        """None: the loss reads rankings."""
 
     @property
     def batch_format(self) -> Any:  # type: ignore[override]
@@ -112,8 +109,10 @@ class DPOModule(RLHFModule):
         return "reference" in self.loss.needs
 
     @property
-    def _decays(self) -> Mapping[str, float]:
-        return self.loss.running_means if isinstance(self.loss, PreferenceLoss) else {}
+    def objective(self) -> PairObjective:
+        """What is done with the loss of pairs."""
+        assert self._objective is not None, "the loss reads rankings"
+        return self._objective
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
@@ -148,12 +147,8 @@ class DPOModule(RLHFModule):
 
     def on_fit_start(self) -> None:
         self._move_reference()
-        cut = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if cut > 1 and "whole_batch" in self.loss.needs:
-            rank_zero_warn(
-                f"{type(self.loss).__name__} compares the pairs of one micro-batch of one rank: cut into {cut}, a step "
-                "has another loss than as a whole. Use accumulate_grad_batches: 1 and one device for the whole"
-            )
+        if self._objective is not None:
+            self._objective.warn_of_cuts(self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_validation_start(self) -> None:
         self._move_reference()
@@ -182,36 +177,26 @@ class DPOModule(RLHFModule):
             batch,
             self.loss.needs,
             pad_id=self.tokenizer.pad_token_id,
-            running=self._running,
+            running=self.objective.running,
             share_prompts=self.share_prompts,
         )
 
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """Sums of what the loss wants the mean of over the step, from the policy as it is before the step."""
-        if not isinstance(self.loss, PreferenceLoss) or not self.loss.step_means:
+        if self._objective is None or not self._objective.loss.step_means:
             return {}
         assert self.policy is not None
-        sums = dict.fromkeys(self.loss.step_means, 0.0)
+        sums = self._objective.no_sums()
         with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 assert isinstance(batch, PairBatch)
-                statistics = self.loss(self(batch.to(self.device))).statistics
-                for name in sums:
-                    sums[name] += float(statistics[name].double().sum())
-        return {f"sum of {name}": value for name, value in sums.items()}
+                of_batch = self._objective.sums(self(batch.to(self.device)))
+                sums = {name: value + of_batch[name] for name, value in sums.items()}
+        return sums
 
     def pair_loss(self, batch: PairBatch, pairs: PairScores) -> PreferenceLossOutput:
         """The loss of scored pairs; the means over the step that it reads come with the batch, else from the batch."""
-        assert isinstance(self.loss, PreferenceLoss)
-        names = self.loss.step_means
-        if not names:
-            return self.loss(pairs)
-        if batch.totals is None:
-            statistics = self.loss(pairs).statistics
-            means: dict[str, float | Tensor] = {name: statistics[name].mean() for name in names}
-        else:
-            means = {name: batch.totals[f"sum of {name}"] / batch.total("pairs") for name in names}
-        return self.loss(replace(pairs, step=means))
+        return self.objective(pairs, batch)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -221,20 +206,16 @@ class DPOModule(RLHFModule):
         else:
             pairs, _ = self._pairs(batch)
             output = self.pair_loss(batch, pairs)
-            loss = output.per_pair.sum() / batch.total("pairs")
-            if output.per_chosen_token is not None:
-                loss = loss + output.per_chosen_token.sum() / batch.total("chosen_tokens")
-            _count(self.step_means, pairs, output)
-            for name, values in output.statistics.items():
-                self._statistics.add({name: values}, torch.ones_like(values, dtype=torch.bool))
+            loss = self.objective.share(output, batch)
+            self.objective.count(self.step_means, pairs, output)
+            self.objective.count_statistics(output)
         if self.ends_step(batch_idx):
-            metrics = _summed_loss(self.step_means.take(self.add_over_ranks), "train/loss")
+            metrics = summed_loss(self.step_means.take(self.add_over_ranks), "train/loss")
             shown = ("train/loss", "rewards/accuracies")
             self.log_dict({k: v for k, v in metrics.items() if k in shown}, prog_bar=True, batch_size=1)
             self.log_dict({k: v for k, v in metrics.items() if k not in shown}, batch_size=1)
-            for name, mean in self._statistics.take(self.add_over_ranks).items():
-                decay = self._decays[name]
-                self._running[name] = decay * self._running[name] + (1 - decay) * mean
+            if self._objective is not None:
+                self._objective.end_step(self.add_over_ranks)
         return loss * self.loss_scale
 
     def _rank(self, batch: RankedBatch, means: StepMeans) -> Tensor:
@@ -243,7 +224,7 @@ class DPOModule(RLHFModule):
         scores = measure(self.policy, self.reference, batch.completions, self.loss.needs).scores
         output = self.loss(scores, batch.groups, batch.ranks)
         per_prompt = {
-            _PAIRS: output.per_prompt,
+            **loss_per_pair(output.per_prompt),
             "rewards/accuracies": output.accuracy,
             "rewards/margins": output.margin,
         }
@@ -273,7 +254,7 @@ class DPOModule(RLHFModule):
             self._rank(batch, self._evaluation)
             return
         pairs, measured = self._pairs(batch)
-        _count(self._evaluation, pairs, self.pair_loss(batch, pairs))
+        self.objective.count(self._evaluation, pairs, self.pair_loss(batch, pairs))
         if measured.ref_hidden is not None and self._has_exact_kl:
             assert self.policy is not None
             assert isinstance(self.reference, Reference)
@@ -294,7 +275,7 @@ class DPOModule(RLHFModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, split: str) -> None:
-        metrics = _summed_loss(self._evaluation.take(self.add_over_ranks), "loss")
+        metrics = summed_loss(self._evaluation.take(self.add_over_ranks), "loss")
         # added over ranks already; sync_dist only tells Lightning so
         named = {f"{split}/{name.replace('/', '_')}": value for name, value in metrics.items()}
         self.log_dict(named, prog_bar=split == "val", sync_dist=True)
@@ -313,60 +294,18 @@ class DPOModule(RLHFModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["running_means"] = {name: float(value) for name, value in self._running.items()}
+        if self._objective is not None:
+            checkpoint["running_means"] = self._objective.state_dict()
         if self.reference_sync is not None and isinstance(self.reference, Reference):
             checkpoint["reference"] = self.reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        known = {name: torch.tensor(value) for name, value in checkpoint.get("running_means", {}).items()}
-        self._running = {name: known.get(name, value) for name, value in self._running.items()}
+        if self._objective is not None:
+            self._objective.load_state_dict(checkpoint.get("running_means", {}))
         if "reference" in checkpoint and isinstance(self.reference, Reference) and self.reference_sync is not None:
             self.reference.load_state_dict(checkpoint["reference"])
 
     def export(self, folder: str | Path) -> Path:
         assert self.policy is not None, "nothing to export before the model is built"
         return export_policy(self.policy, self.tokenizer, folder, card=self.card("Policy trained on preferences"))
-
-
-_PAIRS, _TOKENS = "loss per pair", "loss per chosen token"
-
-
-def _count(means: StepMeans, pairs: PairScores, output: PreferenceLossOutput) -> None:
-    """Add a batch's metrics: each pair, and each chosen token, with equal weight."""
-    margins = output.chosen_rewards - output.rejected_rewards
-    per_pair = {
-        _PAIRS: output.per_pair,
-        "rewards/chosen": output.chosen_rewards,
-        "rewards/rejected": output.rejected_rewards,
-        "rewards/margins": margins,
-        "rewards/accuracies": 0.5 * (margins.sign() + 1),
-        "logps/chosen": pairs.chosen.total,
-        "logps/rejected": pairs.rejected.total,
-        **_displacement(pairs.chosen, pairs.rejected),
-    }
-    means.add(per_pair, torch.ones_like(margins, dtype=torch.bool))
-    per_token = {"logps/chosen_nll": token_nll(pairs.chosen.logprobs)}
-    if output.per_chosen_token is not None:
-        per_token[_TOKENS] = output.per_chosen_token
-    means.add(per_token, pairs.chosen.mask)
-
-
-def _displacement(chosen: CompletionScores, rejected: CompletionScores) -> dict[str, Tensor]:
-    """How far answers have moved from the reference; nothing without one."""
-    if chosen.ref_logprobs is None:
-        return {}
-    moved = chosen.log_ratio.detach()
-    return {
-        "displacement/chosen": moved,
-        "displacement/rejected": rejected.log_ratio,
-        "displacement/fell_frac": (moved < 0).float(),
-    }
-
-
-def _summed_loss(metrics: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Both terms of the loss as one."""
-    if not metrics:
-        return {}
-    per_pair, per_token = metrics.pop(_PAIRS), metrics.pop(_TOKENS, 0.0)
-    return {name: per_pair + per_token, **metrics}

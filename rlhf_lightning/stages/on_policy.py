@@ -1,6 +1,6 @@
 """The rollout loop: prompts to scored answers to minibatches, under Lightning's automatic optimisation.
 
-Knows no algorithm. A stage gives it `shape_rewards`, `advantages` and a `training_step`.
+Knows no algorithm. A stage says what becomes of scored answers (`prepare`) and gives a `training_step`.
 """
 
 from abc import abstractmethod
@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.batches import Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Sample
-from rlhf_lightning.core.kl import kl_estimate
+from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.loading import load_policy
@@ -26,14 +25,14 @@ from rlhf_lightning.models.reference import Reference, ReferenceSync, make_refer
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
-from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
+from rlhf_lightning.rollout.loader import AnyRollouts, RolloutLoader, UpdateSpec
 from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell
-from rlhf_lightning.stages.reward_shaping import Shaped
 from rlhf_lightning.stages.schedule import Schedule
 
 OldLogprobs = Literal["recomputed", "sampler"]
+NOTHING_MORE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class OnPolicyModule(RLHFModule):
     """Samples, scores and trains on its own answers.
 
     One epoch is one pass over the prompts. For every batch of prompts: `collect` samples `generation.num_samples`
-    answers each, scores them, and measures them under policy, reference and critic; then `updates.inner_epochs` passes
-    of `updates.num_minibatches` optimiser steps train on them.
+    answers each, scores them, and prepares them for training (`prepare`); then `updates.inner_epochs` passes of
+    `updates.num_minibatches` optimiser steps train on them.
 
     Args:
         policy: the model to train.
@@ -83,6 +82,10 @@ class OnPolicyModule(RLHFModule):
     """
 
     batch_format = "prompts"
+    rollout_kind: ClassVar[type[Rollouts] | type[PairRollouts]] = Rollouts
+    """What `collect` gives: sequences, or pairs."""
+    denominator: ClassVar[str] = "tokens"
+    """The count without which an optimiser step has nothing in it to learn from."""
 
     def __init__(
         self,
@@ -137,6 +140,8 @@ class OnPolicyModule(RLHFModule):
         self._pending_metrics: dict[str, float] = {}
         """Metrics of the last rollout; logged by the next training step, where Lightning accepts them."""
         self._validation_sums: dict[str, float] = {}
+        self._step_is_empty = False
+        """Whether nothing counts in the current optimiser step, on any rank."""
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -181,6 +186,8 @@ class OnPolicyModule(RLHFModule):
             extra=self.extra_loader(),
             rank=self.trainer.global_rank,
             limit=lambda: self.trainer.num_training_batches,
+            measure=self.measure_step,
+            kind=self.rollout_kind,
         )
         return self._loader
 
@@ -191,46 +198,26 @@ class OnPolicyModule(RLHFModule):
     # ---- collecting ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, draw: Callable[[], PromptBatch]) -> Rollouts:
-        """Answers to the prompts that `draw` gives, scored, measured and credited."""
+    def collect(self, draw: Callable[[], PromptBatch]) -> AnyRollouts:
+        """Answers to the prompts that `draw` gives, scored and made ready to be trained on."""
         tell(self, "on_rollout_start")
         phase = Phases(self)
-        with self.trainer.precision_plugin.forward_context(), self._evaluating():
+        with self.measuring():
             answered = self.answer(draw, phase)
-            answers, scored = answered.answers, answered.scored
-            with phase("measure"):
-                old, entropy, per_token = self._measure_policy(answers)
-                ref = self._measure_reference(answers)
-                values = self.values_of(answered)
-        shaped = self.shape_rewards(answers, scored, old, ref)
-        advantages, returns = self.advantages(shaped.rewards, values, answers.mask, answered.groups, scored.weighted)
-        rollouts = Rollouts(
-            tokens=answers.tokens,
-            attention_mask=answers.attention_mask,
-            mask=answers.mask,
-            positions=answers.positions,
-            finished=answers.finished,
-            scores=scored.total.to(self.device),
-            old_logprobs=old,
-            ref_logprobs=ref,
-            rewards=shaped.rewards,
-            advantages=advantages,
-            values=values,
-            returns=returns,
-            groups=answered.groups,
-            kept=answers.kept,
-        )
-        metrics = self.rollout_metrics(rollouts, scored, shaped, entropy, per_token) | dict(answered.metrics)
-        rollouts, more = self.choose(rollouts, answered, entropy)
-        self._pending_metrics = metrics | more | phase.times()
+        rollouts, metrics = self.prepare(answered, phase)
+        self._pending_metrics = metrics | phase.times()
         tell(self, "on_rollout_end", rollouts)
         return rollouts
+
+    @abstractmethod
+    def prepare(self, answered: Answered, phase: Phases) -> tuple[AnyRollouts, dict[str, float]]:
+        """Scored answers as they are trained on, and metrics of the rollout."""
 
     def answer(self, draw: Callable[[], PromptBatch], phase: Phases) -> Answered:
         """One batch of prompts, answered and scored."""
         prompts = draw().to(self.device)
         with phase("generate"):
-            answers = self.generate(prompts, self._rollout_seed("rollout", self._loader.drawn - 1))
+            answers = self.sample(prompts)
             if not self.renormalise_truncated:
                 answers = replace(answers, kept=None)
         with phase("score"):
@@ -243,9 +230,9 @@ class OnPolicyModule(RLHFModule):
         groups = torch.where(scored.counts.to(self.device), groups, len(groups) + rows)
         return Answered(prompts, without_dropped(answers, scored), scored, groups)
 
-    def choose(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
-        """What of the rollouts is trained on, and with what weight; metrics of the choice. Here: everything."""
-        return rollouts, {}
+    def sample(self, prompts: PromptBatch) -> Generated:
+        """Answers to train on, those to one prompt side by side."""
+        return self.generate(prompts, self._rollout_seed("rollout", self._loader.drawn - 1))
 
     def generate(self, prompts: PromptBatch, seed: int) -> Generated:
         """Answers to prompts; the same seed and weights give the same answers."""
@@ -258,25 +245,6 @@ class OnPolicyModule(RLHFModule):
     def score(self, prompts: PromptBatch, answers: Generated) -> ScoredSamples:
         """Scores of answers by the reward functions, weighted and added, with their breakdown."""
         return score_samples(self.rewards, self.samples(prompts, answers))
-
-    def values_of(self, answered: Answered) -> Tensor:
-        """What the credit compares with, [batch, time]: a critic's estimate before each token; 0 without a critic."""
-        return torch.zeros(answered.answers.tokens.shape, device=self.device)
-
-    @abstractmethod
-    def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
-        """Rewards per token from scores and log-probabilities [batch, time]."""
-
-    @abstractmethod
-    def advantages(
-        self,
-        rewards: Tensor,
-        values: Tensor,
-        mask: Tensor,
-        groups: Tensor,
-        breakdown: Mapping[str, Tensor] = NO_BREAKDOWN,
-    ) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, both [batch, time]; `breakdown` holds the weighted scores of each reward function."""
 
     def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probabilities, entropy, and what there is to say about the sampler, by the names of the metrics."""
@@ -313,11 +281,13 @@ class OnPolicyModule(RLHFModule):
             yield answers.select(some)
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def measuring(self) -> Iterator[None]:
+        """Models speak as in evaluation, in the precision that they are trained in."""
         was_training = self.training
         self.eval()
         try:
-            yield
+            with self.trainer.precision_plugin.forward_context():
+                yield
         finally:
             self.train(was_training)
 
@@ -326,36 +296,32 @@ class OnPolicyModule(RLHFModule):
 
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
-    def rollout_metrics(
+    def answer_metrics(
         self,
-        rollouts: Rollouts,
+        answers: Generated | Rollouts,
         scored: ScoredSamples,
-        shaped: Shaped,
-        entropy: Tensor,
-        per_token: Mapping[str, Tensor] = MappingProxyType({}),
+        per_sequence: Mapping[str, Tensor] = NOTHING_MORE,
+        per_token: Mapping[str, Tensor] = NOTHING_MORE,
     ) -> dict[str, float]:
-        """What a rollout looked like, over the sequences and tokens of all ranks; padding counts nowhere.
+        """What the answers of a rollout looked like, over sequences and tokens of all ranks; padding counts nowhere.
 
         Args:
-            per_token: further numbers [batch, time], by the names of their metrics.
+            per_sequence: further numbers [batch], by the names of their metrics.
+            per_token: the same [batch, time].
         """
-        mask, valid = rollouts.mask, scored.counts.to(rollouts.mask.device)
+        mask, valid = answers.mask, scored.counts.to(answers.mask.device)
         lengths = mask.sum(-1)
+        scores = scored.total
         per_sequence = {
-            "rollout/score": rollouts.scores,
-            "rollout/score_square": rollouts.scores.square(),
-            "rollout/reward": rollouts.rewards.sum(-1),
+            "rollout/score": scores,
+            "rollout/score_square": scores.square(),
             "rollout/length": lengths,
-            "rollout/finished_frac": rollouts.finished,
+            "rollout/finished_frac": answers.finished,
             **{f"reward/{name}": values for name, values in (scored.breakdown | scored.parts).items()},
+            **per_sequence,
         }
-        per_token = {name: torch.where(mask, x, 0.0) for name, x in {"rollout/entropy": entropy, **per_token}.items()}
-        if self.use_reference:
-            kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
-            per_sequence["rollout/kl"] = kl.sum(-1)
-            per_token["rollout/kl_per_token"] = kl
         sums = [float(torch.where(valid, v.to(valid.device), 0).sum()) for v in per_sequence.values()]
-        sums += [float(v.sum()) for v in per_token.values()]
+        sums += [float(torch.where(mask, v, 0.0).sum()) for v in per_token.values()]
         vector = torch.tensor([*sums, len(valid), int(valid.sum()), int(lengths.sum())], dtype=torch.float64)
         *totals, sampled, sequences, tokens = self.add_over_ranks(vector).tolist()
         means = {name: total / max(sequences, 1) for name, total in zip(per_sequence, totals, strict=False)}
@@ -363,12 +329,11 @@ class OnPolicyModule(RLHFModule):
             means[name] = total / max(tokens, 1)
         variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
         means["rollout/score_std"] = max(variance, 0.0) ** 0.5
-        sizes = {
+        return means | {
             "rollout/sequences": sequences,
             "rollout/tokens": tokens,
             "rollout/valid_frac": sequences / max(sampled, 1),
         }
-        return means | sizes | dict(shaped.metrics)
 
     def log_pending(self) -> None:
         """Log the metrics of the last rollout; called from the training step, where Lightning accepts them."""
@@ -377,6 +342,46 @@ class OnPolicyModule(RLHFModule):
             self.log_dict({k: v for k, v in self._pending_metrics.items() if k in shown}, prog_bar=True, batch_size=1)
             self.log_dict({k: v for k, v in self._pending_metrics.items() if k not in shown}, batch_size=1)
             self._pending_metrics = {}
+
+    # ---- steps that are not taken ----------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: AnyRollouts, batch_idx: int) -> None:
+        # here, because Lightning's optimiser step is entered before the training step inside it
+        self._step_is_empty = batch.totals is not None and batch.totals[self.denominator] == 0
+
+    def skips_step(self) -> bool:
+        """Whether the optimiser step that is being entered is not to be taken."""
+        return self._step_is_empty
+
+    def zero_loss(self) -> Tensor:
+        """Nothing to learn, but every parameter takes part, for DDP's sake."""
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0  # type: ignore[return-value]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Skips a step in which nothing counts: an optimiser with momentum would move on a gradient of 0."""
+        if self.skips_step():
+            closure = kwargs.get("optimizer_closure") or args[3]
+            closure()
+            return
+        super().optimizer_step(*args, **kwargs)
+        if self.reference_sync is not None and self.reference is not None:
+            # what was collected keeps what the reference said then; the next rollout hears the new one
+            assert self.policy is not None
+            self.reference_sync.after_step(self.trainer.global_step + 1, self.reference, self.policy)
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pending_metrics"] = dict(self._pending_metrics)
+        if self.reference_sync is not None and self.reference is not None:
+            checkpoint["reference"] = self.reference.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._pending_metrics = dict(checkpoint.get("pending_metrics", {}))
+        if "reference" in checkpoint and self.reference_sync is not None and self.reference is not None:
+            self.reference.load_state_dict(checkpoint["reference"])
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages.on_policy import OldLogprobs, OnPolicyModule
+from rlhf_lightning.stages.on_policy import NOTHING_MORE, Answered, OldLogprobs, OnPolicyModule
+from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -106,8 +107,6 @@ class PolicyGradientModule(OnPolicyModule):
         """The rollout on which target_kl ended training early."""
         self._step_kl = [0.0, 0.0]
         """Sum and count of the approximate KL over the micro-batches of the current optimiser step."""
-        self._step_is_empty = False
-        """Whether nothing counts in the current optimiser step, on any rank."""
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
@@ -132,6 +131,43 @@ class PolicyGradientModule(OnPolicyModule):
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 
+    def prepare(self, answered: Answered, phase: Phases) -> tuple[Rollouts, dict[str, float]]:
+        """Measured under policy, reference and critic, credited, and chosen from."""
+        answers, scored = answered.answers, answered.scored
+        with self.measuring(), phase("measure"):
+            old, entropy, per_token = self._measure_policy(answers)
+            ref = self._measure_reference(answers)
+            values = self.values_of(answered)
+        shaped = self.shape_rewards(answers, scored, old, ref)
+        advantages, returns = self.advantages(shaped.rewards, values, answers.mask, answered.groups, scored.weighted)
+        rollouts = Rollouts(
+            tokens=answers.tokens,
+            attention_mask=answers.attention_mask,
+            mask=answers.mask,
+            positions=answers.positions,
+            finished=answers.finished,
+            scores=scored.total.to(self.device),
+            old_logprobs=old,
+            ref_logprobs=ref,
+            rewards=shaped.rewards,
+            advantages=advantages,
+            values=values,
+            returns=returns,
+            groups=answered.groups,
+            kept=answers.kept,
+        )
+        metrics = self.rollout_metrics(rollouts, scored, shaped, entropy, per_token) | dict(answered.metrics)
+        rollouts, more = self.choose(rollouts, answered, entropy)
+        return rollouts, metrics | more
+
+    def choose(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
+        """What of the rollouts is trained on, and with what weight; metrics of the choice. Here: everything."""
+        return rollouts, {}
+
+    def values_of(self, answered: Answered) -> Tensor:
+        """What the credit compares with, [batch, time]: a critic's estimate before each token; 0 without a critic."""
+        return torch.zeros(answered.answers.tokens.shape, device=self.device)
+
     def shape_rewards(self, answers: Generated, scored: ScoredSamples, old: Tensor, ref: Tensor) -> Shaped:
         """Score at the last answer token, KL at every one, after the options of `shaping`."""
         return self.shaper(answers, scored, old, ref)
@@ -151,6 +187,27 @@ class PolicyGradientModule(OnPolicyModule):
             moments = self.add_over_ranks(masked_moments(advantages, mask))
             advantages = masked_whiten(advantages, mask, moments=moments)
         return advantages, returns
+
+    def rollout_metrics(
+        self,
+        rollouts: Rollouts,
+        scored: ScoredSamples,
+        shaped: Shaped,
+        entropy: Tensor,
+        per_token: Mapping[str, Tensor] = NOTHING_MORE,
+    ) -> dict[str, float]:
+        """What a rollout looked like, over the sequences and tokens of all ranks; padding counts nowhere.
+
+        Args:
+            per_token: further numbers [batch, time], by the names of their metrics.
+        """
+        per_sequence = {"rollout/reward": rollouts.rewards.sum(-1)}
+        per_token = {"rollout/entropy": entropy, **per_token}
+        if self.use_reference:
+            kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
+            per_sequence["rollout/kl"] = kl.sum(-1)
+            per_token["rollout/kl_per_token"] = kl
+        return self.answer_metrics(rollouts, scored, per_sequence, per_token) | dict(shaped.metrics)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -201,18 +258,10 @@ class PolicyGradientModule(OnPolicyModule):
         )
         return terms
 
-    def on_train_batch_start(self, batch: Rollouts, batch_idx: int) -> None:
-        # here, because Lightning's optimiser step is entered before the training step inside it
-        self._step_is_empty = batch.totals is not None and batch.totals["tokens"] == 0
-
     def takes_part(self) -> bool:
         """Log what was collected; False where this piece of a rollout takes no step any more."""
         self.log_pending()
         return not self._is_stopped
-
-    def zero_loss(self) -> Tensor:
-        """Nothing to learn, but every parameter takes part, for DDP's sake."""
-        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0  # type: ignore[return-value]
 
     def _mean(self, per_token: Tensor, batch: Rollouts) -> Tensor:
         """This micro-batch's share of the step's mean."""
@@ -240,20 +289,15 @@ class PolicyGradientModule(OnPolicyModule):
             self._step_kl[0] += float(torch.where(batch.mask, kl, 0.0).sum())
             self._step_kl[1] += float(batch.mask.sum())
 
+    def skips_step(self) -> bool:
+        """Also the steps that are left of a rollout that the policy has moved too far from."""
+        return self._is_stopped or super().skips_step()
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Skips the steps that are left of a rollout that the policy has moved too far from, and those in which nothing
-        counts: an optimiser with momentum would move on a gradient of 0."""
-        if self._is_stopped or self._step_is_empty:
-            closure = kwargs.get("optimizer_closure") or args[3]
-            closure()
-            return
+        """Leaves the rollout once the policy has moved too far from the one that sampled it."""
+        skipped = self.skips_step()
         super().optimizer_step(*args, **kwargs)
-        if self.reference_sync is not None:
-            # what was collected keeps what the reference said then; the next rollout hears the new one
-            assert self.policy is not None
-            assert self.reference is not None
-            self.reference_sync.after_step(self.trainer.global_step + 1, self.reference, self.policy)
-        if self.target_kl is not None:
+        if self.target_kl is not None and not skipped:
             total, count = self.add_over_ranks(torch.tensor(self._step_kl, dtype=torch.float64)).tolist()
             self._step_kl = [0.0, 0.0]
             if total > self.target_kl * count:
@@ -266,10 +310,7 @@ class PolicyGradientModule(OnPolicyModule):
         checkpoint["policy_gradient"] = {
             "shaper": self.shaper.state_dict(),
             "stopped_rollout": self._stopped_rollout,
-            "pending_metrics": dict(self._pending_metrics),
         }
-        if self.reference_sync is not None and self.reference is not None:
-            checkpoint["reference"] = self.reference.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -277,6 +318,3 @@ class PolicyGradientModule(OnPolicyModule):
         if state:
             self.shaper.load_state_dict(state["shaper"])
             self._stopped_rollout = state["stopped_rollout"]
-            self._pending_metrics = dict(state["pending_metrics"])
-        if "reference" in checkpoint and self.reference_sync is not None and self.reference is not None:
-            self.reference.load_state_dict(checkpoint["reference"])

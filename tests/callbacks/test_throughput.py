@@ -36,7 +36,9 @@ def test_rollouts_and_validation_are_not_training_time():
     passes(1.0)  # training
     callback.on_rollout_start(trainer, None)
     passes(50.0)
-    callback.on_rollout_end(trainer, None, SimpleNamespace(mask=torch.ones(4, 25)))
+    for rows in (3, 1):  # drawn in two goes, of which only a part is trained on
+        callback.on_rollout_scored(trainer, None, SimpleNamespace(mask=torch.ones(rows, 25)), None)
+    callback.on_rollout_end(trainer, None, SimpleNamespace(mask=torch.ones(2, 25)))
     assert log.logged == {"throughput/rollout_tokens_per_s": pytest.approx(2 * 100 / 50)}
     passes(1.0)  # training
     trainer.global_step = 1

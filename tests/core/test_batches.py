@@ -8,6 +8,7 @@ from rlhf_lightning.core.batches import (
     Batch,
     Generated,
     PairBatch,
+    PairRollouts,
     PromptBatch,
     RankedBatch,
     RatedBatch,
@@ -52,6 +53,21 @@ def rollouts(rows: int = 3, time: int = 4, extra: TokenBatch | None = None) -> R
     )
 
 
+def pair_rollouts() -> PairRollouts:
+    """Three pairs, of which one only fills a place."""
+    mask = torch.tensor([[[0, 1, 1], [0, 1, 0]], [[0, 0, 1], [0, 1, 1]], [[1, 1, 1], [1, 1, 1]]]).bool()
+    tokens = torch.arange(18).view(3, 2, 3)
+    return PairRollouts(
+        tokens=tokens,
+        attention_mask=torch.ones_like(mask),
+        mask=mask,
+        positions=tokens % 3,
+        margins=torch.tensor([0.5, 2.0, 1.0]),
+        own=torch.tensor([[True, False]] * 3),
+        counts_in_loss=torch.tensor([True, True, False]),
+    )
+
+
 PAIR = token_batch([[0, 1, 1], [0, 0, 1]])
 EVERY_BATCH = [
     (PAIR, {"tokens": 3, "sequences": 2}),
@@ -77,6 +93,7 @@ EVERY_BATCH = [
         {"tokens": 3, "sequences": 2},
     ),
     (rollouts(), {"tokens": 6, "sequences": 3}),
+    (pair_rollouts(), {"pairs": 2, "chosen_tokens": 3}),
     (rollouts(extra=PAIR), {"tokens": 6, "sequences": 3, "extra_tokens": 3}),
 ]
 
@@ -155,3 +172,15 @@ def test_rows_of_several_widths_are_joined_behind_padding():
     assert joined.select(torch.tensor([2])).tokens.tolist() == [[3, 3, 3]]
     with pytest.raises(ValueError, match="kept is given in some of the parts and missing in others"):
         concatenate_rows([answers(2), answers(3, torch.zeros(2, 3, 1, dtype=torch.uint8))], pad_id=9)
+
+
+def test_pairs_of_answers_are_cut_whole():
+    pairs = pair_rollouts().select(torch.tensor([1]))
+    assert pairs.counts() == {"pairs": 1, "chosen_tokens": 1}
+    records = pairs.with_totals({"pairs": 5.0}).as_pairs()
+    assert records.chosen.tokens.tolist() == [[6, 7, 8]]
+    assert records.rejected.mask.tolist() == [[False, True, True]]
+    assert (records.margins.tolist(), records.totals) == ([2.0], {"pairs": 5.0})
+    nothing = pairs.without_loss()
+    assert nothing.counts() == {"pairs": 0, "chosen_tokens": 0}
+    assert torch.equal(nothing.mask, pairs.mask), "its loss stays finite"

@@ -11,7 +11,7 @@ from one_step import PREFERENCES, records, step
 
 SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
 LOSS = {"sft": "train/loss", "reward": "train/loss", "ppo": "policy/loss", "grpo": "policy/loss"}
-LOSS |= dict.fromkeys(PREFERENCES, "train/loss")
+LOSS |= dict.fromkeys((*PREFERENCES, "online dpo"), "train/loss")
 LOSS |= {"kto": "train/loss", "kto, cached": "train/loss", "bco": "train/loss"}
 # an on-policy stage cuts its rollouts itself: a batch is always the 12 prompts of the step
 CUTS = {
@@ -46,7 +46,7 @@ ON_POLICY = {
     "wider padding on the left": {"attributes": {"extra_left": 5}},
     "wider padding on the right": {"attributes": {"extra_right": 3}},
 }
-CASES += [(stage, name, how) for stage in ("ppo", "grpo") for name, how in ON_POLICY.items()]
+CASES += [(stage, name, how) for stage in ("ppo", "grpo", "online dpo") for name, how in ON_POLICY.items()]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses import SamplerCorrection
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_mixed import WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_online import XPO
 from rlhf_lightning.losses.preference_pointwise import BCOPair
 from rlhf_lightning.losses.unpaired import BCO, KTO
 from rlhf_lightning.models.reference import ReferenceSync
@@ -24,12 +25,24 @@ from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
-from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import (
+    DPOModule,
+    GRPOModule,
+    KTOModule,
+    OnlineDPOModule,
+    PPOModule,
+    RewardModule,
+    SFTModule,
+)
 from rlhf_lightning.stages.grpo import DynamicSampling
+from rlhf_lightning.stages.online_dpo import Opponent
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
-ON_POLICY = ("ppo", "grpo")
+ON_POLICY = ("ppo", "grpo", "online dpo")
+
+
+WITH_MEMORY = WeightedLosses([WeightedLoss(BetaDPO(beta=0.5)), WeightedLoss(BCOPair(beta=0.5, shift_decay=0.7))])
 
 
 def adamw(parameters):
@@ -45,8 +58,7 @@ def module_for(stage, model):
     if stage == "reward":
         return RewardModule(source, normalise_on="train", **common)
     if stage == "dpo":
-        loss = WeightedLosses([WeightedLoss(BetaDPO(beta=0.5)), WeightedLoss(BCOPair(beta=0.5, shift_decay=0.7))])
-        return DPOModule(source, loss, reference_sync=ReferenceSync(every=2, share=0.6), **common)
+        return DPOModule(source, WITH_MEMORY, reference_sync=ReferenceSync(every=2, share=0.6), **common)
     if stage == "dpo, cached":
         return DPOModule(source, **common)
     if stage in ("kto", "kto, cached", "bco"):
@@ -62,6 +74,17 @@ def module_for(stage, model):
             replay=ReplaySpec(capacity=4),
             correction=SamplerCorrection(),
             entropy_top_frac=0.7,
+            reference_sync=ReferenceSync(every=2, share=0.6),
+            **common,
+        )
+    if stage == "online dpo":
+        return OnlineDPOModule(
+            source,
+            [WeightedReward(LengthReward(target=3))],
+            XPO(alpha=0.01, loss=WITH_MEMORY),
+            opponent=Opponent(reference_share=0.5),
+            generation=GenerationSpec(max_new_tokens=4, num_samples=4),
+            updates=UpdateSpec(inner_epochs=2),
             reference_sync=ReferenceSync(every=2, share=0.6),
             **common,
         )
@@ -120,8 +143,8 @@ def everything(module, trainer):
     if isinstance(module, PPOModule):
         state["kl_coef"] = torch.tensor(module.shaper.kl_coef, dtype=torch.float64)
         state["score_std"] = torch.tensor(module.shaper.score_moments.std, dtype=torch.float64)
-    if isinstance(module, DPOModule):
-        state |= {f"running mean {name}": torch.as_tensor(value) for name, value in module._running.items()}
+    if isinstance(module, DPOModule | OnlineDPOModule):
+        state |= {f"running mean {name}": torch.as_tensor(value) for name, value in module.objective.running.items()}
         if module.reference_sync is not None:
             state |= {f"reference {name}": value for name, value in module.reference.policy.state_dict().items()}
     if isinstance(module, KTOModule):
@@ -129,7 +152,7 @@ def everything(module, trainer):
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo, cached", "kto", "kto, cached", "bco", "ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo, cached", "kto", "kto, cached", "bco", *ON_POLICY])
 def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(
         dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False

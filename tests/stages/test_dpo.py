@@ -221,7 +221,7 @@ def test_beta_dpo_reads_the_mean_of_the_whole_step_before_it_is_trained_on(tiny_
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(
         torch.log1p(torch.exp(-beta * h)).mean().item(), rel=1e-4
     )
-    assert float(dpo._running["margin"]) == pytest.approx((0.9 * 0.1 + 0.1) * margin.item(), rel=1e-4)
+    assert float(dpo.objective.running["margin"]) == pytest.approx((0.9 * 0.1 + 0.1) * margin.item(), rel=1e-4)
 
 
 def test_the_shift_of_bco_moves_after_the_step(tiny_model, path, batch, tmp_path):

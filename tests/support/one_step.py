@@ -30,7 +30,15 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec, assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import (
+    DPOModule,
+    GRPOModule,
+    KTOModule,
+    OnlineDPOModule,
+    PPOModule,
+    RewardModule,
+    SFTModule,
+)
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
@@ -118,6 +126,10 @@ class CannedGRPO(Canned, GRPOModule):
     """GRPO on canned answers; everything else is real."""
 
 
+class CannedOnlineDPO(Canned, OnlineDPOModule):
+    """Online DPO on canned answers; everything else is real."""
+
+
 class Keep(L.Callback):
     """Keeps the gradients of the first optimiser step, and its metrics."""
 
@@ -152,6 +164,16 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
             drop_uninformative=True,
             entropy_top_frac=0.5,
             entropy_coef=0.05,
+            optimizer=sgd,
+            seed=3,
+        )
+    if stage == "online dpo":
+        return CannedOnlineDPO(
+            source,
+            [WeightedReward(LengthReward(target=4))],
+            PREFERENCES["dpo"],
+            reference=another(model),
+            generation=GenerationSpec(max_new_tokens=10, num_samples=3),
             optimizer=sgd,
             seed=3,
         )
@@ -206,7 +228,7 @@ def step(
 
 if __name__ == "__main__":
     stage, model, path, out = sys.argv[1:]
-    on_policy = stage in ("ppo", "grpo")
+    on_policy = stage in ("ppo", "grpo", "online dpo")
     metrics, gradients = step(
         stage,
         model,
