@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.y*ml"))
 WORDS = ("good", "bad", "long", "short", "great", "dull", "film", "plot", "actors", "end", "was", "very")
 SETTINGS = {"trainer.max_steps": 1, "trainer.limit_val_batches": 1, "trainer.log_every_n_steps": 1}
-ON_POLICY = ("PPOModule", "GRPOModule")
+ON_POLICY = ("PPOModule", "GRPOModule", "OnlineDPOModule")
 RECORDS = {
     "SFTModule": {"prompt": "the film", "completion": "was"},
     "BradleyTerry": {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
@@ -31,6 +31,7 @@ RECORDS = {
     "PPOModule": {"prompt": "the film"},
     "GRPOModule": {"prompt": "the film", "answer": "good"},
     "Countdown": {"prompt": "the film", "numbers": [3, 25, 7], "target": 82},
+    "OnlineDPOModule": {"prompt": "the film"},
     "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
     "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
 }
@@ -184,7 +185,7 @@ def test_a_stage_takes_a_step_and_exports(config, tmp_path, tiny_model, tiny_tok
     run = content(config)
     options = stand_ins(run, tmp_path, str(tiny_model), str(tiny_tokenizer), tiny_reward)
     metrics = run_one_step(["--config", config, *options], tmp_path)
-    loss = "policy/loss" if run["model"]["class_path"] in ON_POLICY else "train/loss"
+    loss = "policy/loss" if run["model"]["class_path"] in ("PPOModule", "GRPOModule") else "train/loss"
     assert math.isfinite(metrics[loss])
     assert all(math.isfinite(value) for value in metrics.values())
     assert (tmp_path / "run" / "hf" / "config.json").is_file()

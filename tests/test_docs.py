@@ -20,6 +20,7 @@ import yaml
 from rlhf_lightning import advantages, losses, rewards
 from rlhf_lightning.__main__ import SUBCOMMANDS, main
 from rlhf_lightning.advantages import AdaptiveKL, FixedKL, Gae
+from rlhf_lightning.advantages.pairs import PairRule
 from rlhf_lightning.cli.app import check_command_line
 from rlhf_lightning.core.interfaces import (
     Credit,
@@ -36,10 +37,12 @@ from rlhf_lightning.data.readers import Source
 from rlhf_lightning.losses import (
     BCO,
     KTO,
+    XPO,
     APOZeroUnpaired,
     BradleyTerry,
     ClippedSurrogate,
     ClippedValue,
+    NashMD,
     PlackettLuce,
     Regression,
     SamplerCorrection,
@@ -54,8 +57,17 @@ from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
-from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, PPOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import (
+    DPOModule,
+    GRPOModule,
+    KTOModule,
+    OnlineDPOModule,
+    PPOModule,
+    RewardModule,
+    SFTModule,
+)
 from rlhf_lightning.stages.grpo import DynamicSampling
+from rlhf_lightning.stages.online_dpo import Opponent
 from rlhf_lightning.stages.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -69,9 +81,10 @@ STAGE_PAGES = {
     "docs/kto.md": KTOModule,
     "docs/ppo.md": PPOModule,
     "docs/grpo.md": GRPOModule,
+    "docs/online_dpo.md": OnlineDPOModule,
 }
 METRIC = re.compile(
-    r"(?:train|val|test|rollout|rewards|reward|logps|displacement|policy|value|kl|sampling|groups|correction|ptx|time"
+    r"(?:train|val|test|rollout|rewards|reward|logps|displacement|pairs|policy|value|kl|sampling|groups|correction|ptx|time"
     r"|throughput)/[\w<>]+"
 )
 
@@ -116,6 +129,9 @@ PREFERENCE_LOSSES = [
     if isinstance(cls := getattr(losses, name), type)
     and issubclass(cls, PreferenceLoss | RankedPreferenceLoss | Divergence)
 ]
+ONLINE_LOSSES = [XPO, NashMD]
+for cls in ONLINE_LOSSES:  # need an opponent: docs/online_dpo.md
+    PREFERENCE_LOSSES.remove(cls)
 POLICY_LOSSES = [cls for cls in vars(losses).values() if isinstance(cls, type) and issubclass(cls, PolicyLoss)]
 CREDITS = [cls for cls in vars(advantages).values() if isinstance(cls, type) and issubclass(cls, Credit)]
 CREDITS.remove(Gae)  # needs a critic: docs/ppo.md
@@ -128,6 +144,7 @@ PROMISES = [
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
     *(("docs/grpo.md", cls) for cls in POLICY_LOSSES + CREDITS),
     *(("docs/grpo.md", cls) for cls in (DynamicSampling, PrefixSpec, ReplaySpec, SamplerCorrection, ReferenceSync)),
+    *(("docs/online_dpo.md", cls) for cls in (PairRule, Opponent, ReferenceSync, *ONLINE_LOSSES)),
     *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
     *(("docs/kto.md", cls) for cls in (KTO, APOZeroUnpaired, BCO)),
     ("docs/sft.md", Schedule),
@@ -167,8 +184,12 @@ RECORDS = {
     KTOModule: {"prompt": "the film", "completion": "was good"},
     PPOModule: {"prompt": "the film"},
     GRPOModule: {"prompt": "the film"},
+    OnlineDPOModule: {"prompt": "the film"},
 }
-VARIANTS: dict[type, list[dict[str, Any]]] = {KTOModule: [{}, {"loss": {"class_path": "BCO"}}]}
+VARIANTS: dict[type, list[dict[str, Any]]] = {
+    KTOModule: [{}, {"loss": {"class_path": "BCO"}}],
+    OnlineDPOModule: [{}, {"opponent": {}}],
+}
 """Options of a stage under which it logs what it does not by default."""
 
 
@@ -187,6 +208,9 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
         "val": str(folder / "records.jsonl"),
         "batch_size": 4,
     }
+    if cls is OnlineDPOModule:
+        init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
+        init_args["generation"] = {"max_new_tokens": 3, "num_samples": 4}
     if cls in (PPOModule, GRPOModule):
         init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
         init_args |= {
