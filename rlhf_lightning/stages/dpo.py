@@ -95,8 +95,6 @@ class DPOModule(RLHFModule):
         self._frozen: dict[str, AnyReference] = {}
         """The reference, kept out of Module's registry: neither trained nor moved by Lightning."""
         self._evaluation = StepMeans()
-        self._objective = PairObjective(loss) if isinstance(loss, PreferenceLoss) else None
-        """None: the loss reads rankings."""
 
     @property
     def batch_format(self) -> Any:  # type: ignore[override]
@@ -107,6 +105,17 @@ class DPOModule(RLHFModule):
     def needs_reference(self) -> bool:
         """Whether the loss compares the policy with a reference."""
         return "reference" in self.loss.needs
+
+    @property
+    def loss(self) -> PreferenceLoss | RankedPreferenceLoss:
+        """What is minimised."""
+        return self._loss
+
+    @loss.setter
+    def loss(self, loss: PreferenceLoss | RankedPreferenceLoss) -> None:
+        self._loss = loss
+        # None: the loss reads rankings
+        self._objective = PairObjective(loss) if isinstance(loss, PreferenceLoss) else None
 
     @property
     def objective(self) -> PairObjective:

@@ -136,17 +136,26 @@ class OnlineDPOModule(OnPolicyModule):
                 "set opponent: {reference_share: 1.0} (the reference) or less (a mixture)"
             )
         self.save_hyperparameters()
-        self.objective = PairObjective(loss)
+        self.loss = loss
         self.pair_rule = pairs
         self.opponent = opponent
         self.missing_eos_penalty = missing_eos_penalty
         self._unused = {"reference": reference, "reference_sync": reference_sync} if not needs_reference else {}
 
+    @property
+    def loss(self) -> PreferenceLoss:
+        """What is minimised."""
+        return self.objective.loss
+
+    @loss.setter
+    def loss(self, loss: PreferenceLoss) -> None:
+        self.objective = PairObjective(loss)
+
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
         for name, given in self._unused.items():
             if given is not None:
-                yield name, f"the loss {type(self.objective.loss).__name__} needs no reference"
+                yield name, f"the loss {type(self.loss).__name__} needs no reference"
         if self.opponent is not None and self.pair_rule != PairRule():
             yield "pairs", "with an opponent each answer of the policy meets one of the opponent's"
 
@@ -254,7 +263,7 @@ class OnlineDPOModule(OnPolicyModule):
             self.policy,
             self.reference,
             batch.as_pairs(),
-            self.objective.loss.needs,
+            self.loss.needs,
             pad_id=self.tokenizer.pad_token_id,
             running=self.objective.running,
         )

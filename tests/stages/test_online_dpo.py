@@ -374,3 +374,9 @@ def test_without_need_of_a_reference_there_is_none(tiny_model):
     module = online(tiny_model, loss=SIMPO)
     module.configure_model()
     assert module.reference is None
+
+
+def test_a_loss_that_is_exchanged_is_the_one_that_is_trained(tiny_model):
+    for module in (online(tiny_model), DPOModule(ModelSpec(path=str(tiny_model)))):
+        module.loss = SIMPO
+        assert module.loss is module.objective.loss is SIMPO
