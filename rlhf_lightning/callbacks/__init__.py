@@ -1,10 +1,21 @@
 """What watches a run: sample tables, progress, throughput, checkpoints, exports."""
 
+from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from rlhf_lightning.callbacks.checkpoint import LastCheckpoint
+from rlhf_lightning.callbacks.graceful_stop import GracefulStop
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 from rlhf_lightning.callbacks.progress import RolloutProgress
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.callbacks.throughput import Throughput
 
-__all__ = ["HFExport", "LastCheckpoint", "MetricsCSV", "RolloutProgress", "SampleLogger", "Throughput"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "GracefulStop",
+    "HFExport",
+    "LastCheckpoint",
+    "MetricsCSV",
+    "RolloutProgress",
+    "SampleLogger",
+    "Throughput",
+]

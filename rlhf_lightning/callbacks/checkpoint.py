@@ -58,8 +58,13 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)  # Lightning ends an epoch wherever a run stops
+        self.save_now(trainer)
+
+    def save_now(self, trainer: Trainer) -> str:
+        """Writes the checkpoint unless that of this step is there already; gives its path. All processes call it."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        return str(Path(str(self.dirpath)) / "last.ckpt")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore: the folder may have moved, and there is only one file."""

@@ -9,13 +9,14 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.callbacks.checkpoint import LastCheckpoint
+from rlhf_lightning.callbacks.graceful_stop import GracefulStop
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 from rlhf_lightning.callbacks.progress import RolloutProgress
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.callbacks.throughput import Throughput
 
-DefaultCallback = Literal["checkpoint", "progress", "learning_rate", "throughput", "samples", "export"]
+DefaultCallback = Literal["checkpoint", "progress", "learning_rate", "throughput", "samples", "export", "stop"]
 
 
 def default_logger(folder: Path) -> Logger:
@@ -42,6 +43,7 @@ def default_callbacks(
         "throughput": (Throughput, Throughput),
         "samples": (SampleLogger, SampleLogger),
         "export": (HFExport, HFExport),
+        "stop": (GracefulStop, GracefulStop),  # the last one: it ends a step that all others have seen
     }
     off = set()
     if subcommand != "fit" or trainer.get("barebones"):

@@ -1,14 +1,15 @@
 """One folder, one run: what a run leaves, when a new one may start there, and where an old one goes on."""
 
 import shutil
+import sys
 import textwrap
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.callbacks.atomic_checkpoint import damage, entries_of, newest_first
 from rlhf_lightning.core.errors import UserError
 
 RUN_FILES = ("metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "finished.json")
@@ -30,11 +31,21 @@ class RunFolder:
         return any(file.exists() and file.stat().st_size > 0 for file in files)
 
     def last_checkpoint(self, *, required: bool = False) -> Path | None:
-        """`checkpoints/last.ckpt`; None if there is none (an error if `required`)."""
-        path = self.path / "checkpoints" / "last.ckpt"
-        if path.exists():
-            return path
+        """The newest checkpoint that is whole; None if there is none (an error if `required`).
+
+        Says which ones it passes over, and why. If all are damaged, that is an error: a new run would delete them.
+        """
+        damaged = []
+        for path, reason in newest_first(self.path / "checkpoints"):
+            if reason is None:
+                return path
+            damaged.append(path)
+            if not rank_zero_only.rank:
+                print(f"skipped {path}, which {reason}", file=sys.stderr)
+        if damaged:
+            raise UserError(f"no checkpoint of {self.path} can be read; --overwrite true starts anew without them")
         if required:
+            path = self.path / "checkpoints" / "last.ckpt"
             raise UserError(
                 f"there is no {path}: the run of this config has not reached its first checkpoint; run `fit` first, "
                 "or give --ckpt_path a file"
@@ -77,7 +88,10 @@ class RunFolder:
             last = self.last_checkpoint()
             if last is None:
                 self.clear()  # it broke before its first checkpoint: there is nothing to go on from
-            return None if last is None else checked(last)
+            if last is not None and not rank_zero_only.rank:
+                step = next((f", step {entry.step}" for entry in entries_of(last)), "")
+                print(f"resuming from {last}{step}")
+            return None if last is None else str(last)
         if resume != "never":
             if not Path(resume).exists():
                 raise UserError(f"--resume {resume}: no such checkpoint (never, auto, or the path of a .ckpt)")
@@ -111,8 +125,8 @@ def checked(checkpoint: str | Path) -> str:
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint")
-    if path.is_file() and not zipfile.is_zipfile(path):  # the table of contents is at its end: a cut-off file has none
-        raise UserError(f"{path} is no checkpoint, or was cut off while it was written")
+    if path.is_file() and (reason := damage(path)) is not None:
+        raise UserError(f"{path} {reason}")
     return str(path)
 
 

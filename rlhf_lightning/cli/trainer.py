@@ -1,17 +1,16 @@
 """A Trainer with three more things to do: answer prompts, show records, export."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts, prompt_batches
+from rlhf_lightning.callbacks.atomic_checkpoint import read_checkpoint
 from rlhf_lightning.cli.run_folder import check_writable, checked, misfit
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
@@ -119,10 +118,7 @@ def load_weights(model: LightningModule, ckpt_path: str | Path) -> None:
     path = Path(checked(ckpt_path))
     if path.is_dir():
         raise UserError(f"{path} is a sharded checkpoint; give one that is a single file")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than weights and is not read: {str(error).splitlines()[0]}") from error
+    checkpoint = read_checkpoint(path)
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, KeyError) as error:
