@@ -6,7 +6,8 @@ import traceback
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
-from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.cli.first_error import claim, code_of_another, forget_job
+from rlhf_lightning.core.errors import Stopped, UserError
 
 SUBCOMMANDS = {
     "fit": "train a stage: SFT, reward model, PPO, or your own",
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        if claim(int(stop.code)):
+            print(stop, file=sys.stderr)
+        return int(stop.code)
     except SystemExit as stop:
         if type(stop).__name__ == "SIGTERMException":  # of Lightning, which may not be imported; its code would be 0
             print("stopped by SIGTERM; the same command with --resume auto goes on", file=sys.stderr)
@@ -61,12 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, UserError):
             return _report(stop.__context__, debug)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:
+        code = code_of_another()
+        if code is None or debug:
+            raise
+        return code  # what failed here is the connection to a process that has said why it ended
+    finally:
+        forget_job()
 
 
 def _report(error: UserError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    else:
+    elif claim(2):
         print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -12,12 +12,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
 
 from rlhf_lightning import __version__
 from rlhf_lightning import callbacks as _callbacks  # noqa: F401  short class names resolve once imported
+from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from rlhf_lightning.cli.checks import check_config, check_instances, check_trainer_names
 from rlhf_lightning.cli.defaults import DefaultCallback, default_callbacks, default_logger
 from rlhf_lightning.cli.messages import explain, located
+from rlhf_lightning.cli.ranks import watched
 from rlhf_lightning.cli.run_folder import RunFolder, misfit
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.cli.trainer import RLHFTrainer
@@ -164,8 +167,8 @@ class RLHFCLI(LightningCLI):
                 "--resume",
                 type=str,
                 default="never",
-                help="never: a folder that holds a run is an error; auto: go on from its last.ckpt if there "
-                "is one; or the path of a checkpoint.",
+                help="never: a folder that holds a run is an error; auto: go on from its newest checkpoint "
+                "that is whole, if there is one; or the path of a checkpoint.",
             )
             parser.add_argument(
                 "--overwrite", type=bool, default=False, help="Delete the run that the folder holds and start anew."
@@ -227,10 +230,16 @@ class RLHFCLI(LightningCLI):
             config["enable_checkpointing"] = False  # else Lightning adds one of its own
         if config.get("logger") in (None, True) and not config.get("barebones"):
             config["logger"] = default_logger(self.run_folder.path) if self.subcommand == "fit" else False
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            trainer = super()._instantiate_trainer(config, callbacks)
         except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             raise UserError(f"trainer: {error}") from error
+        watched(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

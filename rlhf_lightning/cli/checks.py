@@ -34,7 +34,7 @@ def check_config(config: Any, sources: ConfigSources) -> None:
 
 
 def check_trainer_names(trainer: Any, sources: ConfigSources) -> None:
-    """Refuses what Lightning would answer with a traceback: names that do not exist, precisions that cast batches."""
+    """Refuses what Lightning would answer with a traceback, or not at all: unknown names, numbers without a meaning."""
     names = {
         "strategy": {"auto", "ddp", "fsdp", *StrategyRegistry.available_strategies()},
         "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
@@ -45,6 +45,12 @@ def check_trainer_names(trainer: Any, sources: ConfigSources) -> None:
             near = get_close_matches(value, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(known))}"
             raise UserError(f"{at(f'trainer.{option}', sources)}: there is no {option} {value!r}; {hint}")
+    clip, accumulate = trainer.get("gradient_clip_val"), trainer.get("accumulate_grad_batches")
+    if clip is not None and clip < 0:
+        place = at("trainer.gradient_clip_val", sources)
+        raise UserError(f"{place}={clip} clips nothing: give a positive number, or null")
+    if accumulate is not None and accumulate < 1:
+        raise UserError(f"{at('trainer.accumulate_grad_batches', sources)}={accumulate}: give at least 1")
     if (precision := str(trainer.get("precision"))) in CASTING:
         raise UserError(
             f"{at('trainer.precision', sources)}: {precision} would cast the numbers of a batch, whose sums need "

@@ -107,6 +107,9 @@ class ConfigSources:
             mark = error.problem_mark or error.context_mark
             self.problems.append(f"{path}:{mark.line + 1 if mark else '?'}: not YAML: {error.problem}")
             return
+        except yaml.YAMLError as error:  # characters that no text has
+            self.problems.append(f"{path}: not YAML: {str(error).splitlines()[0]}")
+            return
         if root is None:
             self.problems.append(f"{path}: the file is empty; a config has keys such as trainer, model and data")
         elif not isinstance(root, yaml.MappingNode):

@@ -1,0 +1,171 @@
+"""Several processes of one run: one message, one exit code, nobody left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rlhf_lightning.cli import ranks
+from rlhf_lightning.cli.first_error import JOB, claim, code_of_another, exit_code, first_failure, forget_job
+from rlhf_lightning.cli.ranks import RankLauncher, obituary
+from rlhf_lightning.core.errors import Stopped, UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STAGE = '''
+import os
+import time
+from pathlib import Path
+
+from rlhf_lightning import ModelSpec, SFTModule
+from rlhf_lightning.core.errors import UserError
+
+
+class Troubled(SFTModule):
+    """Waits a little at each batch; in the process that is named, raises what is named."""
+
+    def __init__(self, policy: ModelSpec, rank: int = -1, **kwargs):
+        super().__init__(policy, **kwargs)
+        self.rank = rank
+
+    def on_train_batch_start(self, batch, batch_idx):
+        Path(f"pid{self.global_rank}").write_text(str(os.getpid()))
+        time.sleep(0.1)
+        if self.rank in (self.global_rank, 9):
+            raise UserError("the record is bad")
+'''
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A run whose first process is another one."""
+    monkeypatch.setenv(JOB, f"{os.getppid()}:{tmp_path}")
+    return tmp_path
+
+
+def test_the_first_failure_is_the_only_one_that_speaks(job):
+    assert claim(2)
+    assert claim(2), "the same process may ask twice"
+    assert not claim(1, owner=1)
+    assert first_failure() == (os.getpid(), 2)
+    assert code_of_another() is None
+
+
+def test_a_process_that_fails_later_takes_the_code_of_the_first(job):
+    assert claim(2, owner=1)
+    assert not claim(1)
+    assert code_of_another() == 2
+
+
+def test_alone_or_without_the_shared_folder_every_failure_speaks(job, monkeypatch):
+    monkeypatch.setenv(JOB, f"1:{job / 'gone'}")
+    assert claim(1)
+    assert code_of_another() is None
+    monkeypatch.delenv(JOB)
+    assert claim(1)
+    assert first_failure() is None
+
+
+def test_only_the_process_that_made_the_folder_removes_it(job, monkeypatch):
+    forget_job()
+    assert job.exists()
+    monkeypatch.setenv(JOB, f"{os.getpid()}:{job}")
+    forget_job()
+    assert not job.exists()
+    assert JOB not in os.environ
+
+
+def test_exit_codes():
+    codes = [exit_code(e) for e in (UserError("x"), KeyboardInterrupt(), Stopped("SIGTERM", 143, None), OSError())]
+    assert codes == [2, 130, 143, 1]
+
+
+def test_what_is_said_of_a_process_that_died():
+    assert "rank 3 was killed by SIGKILL: the system may have run out of memory" in obituary(3, -9)
+    assert "rank 1 ended with exit code 7" in obituary(1, 7)
+
+
+def test_a_process_that_waits_for_a_dead_one_is_ended(job, monkeypatch, capsys):
+    ended = []
+
+    def leave(code):
+        ended.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(ranks.os, "_exit", leave)
+    launcher = RankLauncher(None, 3, 1, grace_seconds=0.0)
+    launcher.procs = [subprocess.Popen(["sleep", "60"]), subprocess.Popen(["false"])]
+    launcher.procs[1].wait()
+    with pytest.raises(SystemExit):
+        launcher._watch(ranks.threading.Event())
+    assert ended == [1]
+    assert launcher.procs[0].poll() == -signal.SIGKILL
+    assert "rank 2 ended with exit code 1" in capsys.readouterr().err
+
+
+# --- two real processes
+
+
+@pytest.fixture
+def two(tmp_path, tiny_tokenizer, tiny_config):
+    """Starts `fit` in two processes, in a fresh folder."""
+    (tmp_path / "mine.py").write_text(STAGE)
+    records = [{"prompt": "the film", "completion": f" was {word}"} for word in ("good", "bad", "long", "short") * 4]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer = {"default_root_dir": "run", "accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 40}
+    config = {
+        "trainer": {**trainer, "enable_model_summary": False, "enable_progress_bar": False},
+        "default_callbacks": ["checkpoint", "stop"],
+        "model": {
+            "class_path": "mine.Troubled",
+            "init_args": {"policy": {"config": tiny_config, "tokenizer": str(tiny_tokenizer)}},
+        },
+        "data": {"train": "train.jsonl", "batch_size": 2},
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+
+    def start(*options: str) -> subprocess.Popen:
+        path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+        command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", "fit.yaml", *options]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def pid_of(folder: Path, rank: int, started: subprocess.Popen) -> int:
+    file = folder / f"pid{rank}"
+    while not (file.exists() and file.read_text()):
+        assert started.poll() is None, started.stderr.read()
+        time.sleep(0.05)
+    return int(file.read_text())
+
+
+@pytest.mark.slow
+def test_a_users_mistake_in_one_process_is_one_message_and_exit_code_2(two):
+    started = two("--model.rank", "1")
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 2, said
+    assert said.count("error: the record is bad") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_process_stops_all_with_a_checkpoint(two, tmp_path):
+    started = two()
+    other = pid_of(tmp_path, 1, started)
+    os.kill(other, signal.SIGTERM)
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 143, said
+    assert said.count("stopped by SIGTERM; the same command with --resume auto goes on from") == 1
+    assert not Path(f"/proc/{other}").exists()
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] >= 1
+    assert len(saved["loader_progress"]) == 2
