@@ -176,6 +176,36 @@ def test_resume_from_a_checkpoint_that_was_cut_off_or_is_of_another_model(config
     assert "runs/a/checkpoints/last.ckpt does not fit the model of the config" in capsys.readouterr().err
 
 
+def test_auto_takes_the_newest_checkpoint_that_is_whole_and_says_what_it_skips(config, capsys):
+    assert fit(config) == 0
+    last, previous = (Path("runs/a/checkpoints") / name for name in ("last.ckpt", "last.previous.ckpt"))
+    last.write_bytes(last.read_bytes()[:-100])
+    capsys.readouterr()
+    assert fit(config, "--resume", str(last)) == 2  # a path that is named is taken or refused
+    assert "last.ckpt is damaged" in capsys.readouterr().err
+    assert fit(config, "--resume", "auto", "--trainer.max_epochs", "3") == 0
+    said = capsys.readouterr()
+    assert "skipped runs/a/checkpoints/last.ckpt, which is damaged" in said.err
+    assert "resuming from runs/a/checkpoints/last.previous.ckpt, step 2" in said.out
+    steps = [row["step"] for row in metrics("runs/a") if row["train/loss"]]
+    assert steps == ["0", "1", "2", "3", "4", "5"]
+    for path in (last, previous):
+        path.write_bytes(b"")
+    assert fit(config, "--resume", "auto") == 2
+    assert "no checkpoint of runs/a can be read; --overwrite true" in capsys.readouterr().err
+    assert last.exists()
+
+
+def test_the_stage_of_another_checkpoint_is_refused(config, tiny_config, tiny_tokenizer, capsys):
+    assert fit(config, "--trainer.max_steps", "1") == 0
+    model = {"config": tiny_config, "tokenizer": str(tiny_tokenizer)}
+    config["model"] = {"class_path": "RewardModule", "init_args": {"model": model}}
+    Path("pairs.jsonl").write_text('{"prompt": "the film", "chosen": "good", "rejected": "bad"}\n' * 4)
+    config["data"] = {"train": "pairs.jsonl", "batch_size": 2}
+    assert fit(config, "--resume", "runs/a/checkpoints/last.ckpt", "--trainer.default_root_dir", "runs/b") == 2
+    assert "last.ckpt does not fit the model of the config" in capsys.readouterr().err
+
+
 def test_a_run_that_stopped_before_its_first_step_may_be_started_again(config, capsys):
     assert fit(config, "--data.train", "nowhere.jsonl") == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
@@ -263,6 +293,9 @@ WRONG_VALUES = {
     "not a number": ("lr: 0.001", "lr: .nan", ".nan is not a number"),
     "negative": ("lr: 0.001", "lr: -0.001", "a learning rate is positive"),
     "twice": ("batch_size: 4", "batch_size: 4\n  batch_size: 5", "data.batch_size is set twice"),
+    "negative clipping": ("max_epochs: 2", "max_epochs: 2\n  gradient_clip_val: -1", "trainer.gradient_clip_val=-1"),
+    "no accumulation": ("max_epochs: 2", "max_epochs: 2\n  accumulate_grad_batches: 0", "batches=0: give at least 1"),
+    "no text": ("batch_size: 4", "batch_size: 4\0", "not YAML: unacceptable character"),
     "no YAML": ("batch_size: 4", "batch_size: [4", "not YAML"),
     "tag": ("batch_size: 4", "batch_size: !!python/object/apply:os.system [ls]", "is not allowed"),
     "import": ("torch.optim.AdamW", "os.system", "os.system is Python's own"),
