@@ -70,10 +70,10 @@ def draw(seeds: list[dict[str, Any]]) -> Path:
     axis.plot([], [], color=RED, marker=".", ls="--", label="SFT on as many tokens")
     axis.plot([100, 200], [0.7, 0.8], color=GREY, marker="_", ms=14, ls="", label="targets")
     axis.axhline(0.5, color=GREY, ls=":")
-    axis.text(200, 0.51, "the demonstrations", color=GREY, ha="right")
+    axis.text(200, 0.465, "the demonstrations", color=GREY, ha="right")
     axis.set(xlabel="step", ylabel="right answers, sampled", ylim=(0.2, 1))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc=(0.5, 0.36))
     path = HERE / "results" / "arithmetic.png"
     figure.savefig(path, dpi=130)
     plt.close(figure)

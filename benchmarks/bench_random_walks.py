@@ -52,7 +52,7 @@ def draw(seeds: list[dict[str, Any]]) -> Path:
         axis.plot(seed["curve"], color=BLUE, alpha=0.8)
     for value, name in ((seeds[0]["data"], "the walks imitated"), (0.95, "target")):
         axis.axhline(value, color=GREY, ls=":")
-        axis.text(len(seeds[0]["curve"]) - 1, value + 0.01, name, color=GREY, ha="right")
+        axis.text(len(seeds[0]["curve"]) - 1, value - 0.08, name, color=GREY, ha="right")
     axis.set(xlabel="step of GRPO", ylabel="optimality of 128 walks", ylim=(0, 1.05))
     axis.spines[["top", "right"]].set_visible(False)
     path = HERE / "results" / "random_walks.png"
