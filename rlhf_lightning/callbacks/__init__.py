@@ -3,8 +3,10 @@
 from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from rlhf_lightning.callbacks.checkpoint import LastCheckpoint
 from rlhf_lightning.callbacks.graceful_stop import GracefulStop
+from rlhf_lightning.callbacks.health import Health
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.callbacks.nan_guard import NaNGuard
 from rlhf_lightning.callbacks.progress import RolloutProgress
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.callbacks.throughput import Throughput
@@ -13,8 +15,10 @@ __all__ = [
     "AtomicCheckpointIO",
     "GracefulStop",
     "HFExport",
+    "Health",
     "LastCheckpoint",
     "MetricsCSV",
+    "NaNGuard",
     "RolloutProgress",
     "SampleLogger",
     "Throughput",

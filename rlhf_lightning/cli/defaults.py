@@ -10,13 +10,17 @@ from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.callbacks.checkpoint import LastCheckpoint
 from rlhf_lightning.callbacks.graceful_stop import GracefulStop
+from rlhf_lightning.callbacks.health import Health
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.callbacks.nan_guard import NaNGuard
 from rlhf_lightning.callbacks.progress import RolloutProgress
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.callbacks.throughput import Throughput
 
-DefaultCallback = Literal["checkpoint", "progress", "learning_rate", "throughput", "samples", "export", "stop"]
+DefaultCallback = Literal[
+    "checkpoint", "progress", "learning_rate", "throughput", "samples", "export", "nan_guard", "health", "stop"
+]
 
 
 def default_logger(folder: Path) -> Logger:
@@ -43,6 +47,8 @@ def default_callbacks(
         "throughput": (Throughput, Throughput),
         "samples": (SampleLogger, SampleLogger),
         "export": (HFExport, HFExport),
+        "nan_guard": (NaNGuard, NaNGuard),
+        "health": (Health, Health),
         "stop": (GracefulStop, GracefulStop),  # the last one: it ends a step that all others have seen
     }
     off = set()

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rlhf_lightning.callbacks.atomic_checkpoint import damage, entries_of, newest_first
 from rlhf_lightning.core.errors import UserError
 
-RUN_FILES = ("metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "finished.json")
-RUN_FOLDERS = ("checkpoints", "hf")
+RUN_FILES = ("metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "health.jsonl", "finished.json")
+RUN_FOLDERS = ("checkpoints", "hf", "nonfinite")
 
 
 @dataclass(frozen=True)
