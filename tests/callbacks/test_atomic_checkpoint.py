@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +15,9 @@ import torch
 from rlhf_lightning.callbacks import AtomicCheckpointIO, LastCheckpoint, atomic_checkpoint
 from rlhf_lightning.callbacks.atomic_checkpoint import damage, entries_of, newest_first, read_checkpoint
 from rlhf_lightning.core.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from bench_faults import kill_saves
 
 
 def state(step: int, size: int = 1000) -> dict:
@@ -125,45 +129,14 @@ def test_no_code_of_a_checkpoint_is_run(io, tmp_path, as_zip):
 # --- killed
 
 
-def children(kills: int, save, folder: Path, seed: int) -> tuple[int, int]:
-    """Kills `save(step, path)`, which runs over and over in a child, at random moments: (corrupt, lost)."""
-    draw, corrupt, lost = random.Random(seed), 0, 0
-    path, done = folder / "last.ckpt", folder / "done"
-    for _ in range(kills):
-        first = int(done.read_text() or 0) + 1 if done.exists() else 1
-        pid = os.fork()
-        if pid == 0:
-            for step in range(first, first + 1000):
-                save(step, path)
-                descriptor = os.open(done, os.O_WRONLY | os.O_CREAT)
-                os.pwrite(descriptor, f"{step:09d}".encode(), 0)
-                os.close(descriptor)
-            os._exit(0)
-        signal.sigtimedwait([], draw.uniform(0.003, 0.06))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        if not done.exists():
-            continue
-        try:
-            found = torch.load(path, weights_only=True)
-            whole = damage(path) is None and bool((found["state_dict"]["weight"] == found["global_step"]).all())
-        except Exception:
-            whole = False
-        corrupt += not whole
-        lost += whole and found["global_step"] < int(done.read_text())
-    return corrupt, lost
-
-
 def test_a_process_killed_at_any_instant_leaves_a_whole_checkpoint(io, tmp_path):
     torch.set_num_threads(1)
-    save = lambda step, path: io.save_checkpoint(state(step, 200_000), path)  # noqa: E731
-    assert children(12, save, tmp_path, seed=1) == (0, 0)
+    assert kill_saves(12, io.save_checkpoint, tmp_path, seed=1) == {"kills": 12, "corrupt": 0, "lost": 0}
 
 
 def test_a_naive_saver_is_caught_by_the_same_kills(tmp_path):
     torch.set_num_threads(1)
-    corrupt, _ = children(12, lambda step, path: torch.save(state(step, 200_000), path), tmp_path, seed=1)
-    assert corrupt > 0
+    assert kill_saves(12, torch.save, tmp_path, seed=1)["corrupt"] > 0
 
 
 @pytest.mark.parametrize("killed_before", range(1, 12))
