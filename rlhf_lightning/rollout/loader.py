@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, PairRollouts, PromptBatch, Rollouts, TokenBatch, step_totals
-from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.seeding import counter_seed
 
 BatchT = TypeVar("BatchT")
@@ -127,12 +126,6 @@ class RolloutLoader:
                 self._buffer = self.collector.collect(self._draw)
                 self.rollouts += 1
                 self._given = 0
-                rows = self._buffer.tokens.shape[0]
-                if self.rollouts == 1 and rows < self.updates.num_minibatches:  # later ones may have lost some
-                    raise UserError(
-                        f"updates.num_minibatches={self.updates.num_minibatches} of a rollout of {rows} answers leaves "
-                        "optimiser steps empty: give fewer, or a larger data.batch_size or generation.num_samples"
-                    )
             yield from self._steps(self._buffer)
             self._buffer = None
             self._rollouts_done = index + 1

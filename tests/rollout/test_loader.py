@@ -2,11 +2,9 @@
 
 from itertools import islice
 
-import pytest
 import torch
 
 from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
-from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
 
 
@@ -126,9 +124,3 @@ def test_a_step_cut_short_by_the_limit_has_the_totals_of_what_is_left_of_it():
     *_, last = list(loader(Answers(), limit=lambda: 11))
     assert last.totals["tokens"] == float(last.mask.sum())
     assert len(list(loader(Answers(), limit=lambda: 11))) == 11
-
-
-def test_more_minibatches_than_answers_is_an_error():
-    with pytest.raises(UserError, match="num_minibatches=2 of a rollout of 1 answers leaves optimiser steps empty"):
-        next(iter(loader(Answers(), sizes=(1, 4))))
-    assert len(list(loader(Answers(), sizes=(4, 1)))) == 16  # the last batch of an epoch may be a small one
