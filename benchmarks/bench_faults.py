@@ -202,7 +202,7 @@ def _hash(value: Any, hashed: Any) -> None:
 
 
 def kill_fits(config: Mapping[str, Any], folder: Path, runs: int, seed: int) -> dict[str, Any]:
-    """Runs that are killed at random moments, up to six times each, against one that is not."""
+    """Runs that are killed at random moments, up to eight times each, against one that is not."""
     draw = random.Random(seed)
     whole = folder / "whole"
     began = time.perf_counter()
@@ -211,11 +211,11 @@ def kill_fits(config: Mapping[str, Any], folder: Path, runs: int, seed: int) -> 
     seconds, expected = time.perf_counter() - began, digest(whole)
     same, kills, failed = 0, 0, []
     for number in range(runs):
-        run, left = folder / f"run{number}", draw.randint(2, 6)
+        run, left = folder / f"run{number}", draw.randint(3, 8)
         while True:
             pid = fit_child(config, run)
             if left:
-                time.sleep(draw.uniform(0.2, 1.1) * seconds)
+                time.sleep(draw.uniform(0.2, 0.95) * seconds)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]

@@ -319,6 +319,18 @@ def test_a_wrong_value_is_an_error_with_its_place(config, capsys, name):
     assert "Traceback" not in message
 
 
+def test_a_section_cannot_be_set_to_null_on_the_command_line(config, capsys):
+    Path("prompts.jsonl").write_text('{"prompt": "the film"}\n')
+    model = config["model"]["init_args"]["policy"]
+    rewards = [{"reward": {"class_path": "LengthReward"}}]
+    init_args = {"policy": model, "rewards": rewards, "critic": {"model": model}}
+    config |= {"model": {"class_path": "PPOModule", "init_args": init_args}, "data": {"train": "prompts.jsonl"}}
+    assert fit(config, "--model.critic.model", "null") == 2
+    said = capsys.readouterr().err
+    assert "--model.critic.model: a section cannot be set to null on the command line" in said
+    assert "model: null in this place as a further --config" in said
+
+
 def test_inert_keys_of_stage_and_trainer_are_errors(config, capsys):
     config["model"]["class_path"] = "mine.MySFT"
     config["model"]["init_args"]["gain"] = 0.5

@@ -128,6 +128,11 @@ def _no_attribute(key: str, module: str, name: str, sources: ConfigSources) -> s
 
 
 def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
+    if name == "None":  # the command line reads null, and then looks for a class of that name
+        return (
+            f"{_at(key, sources)}: a section cannot be set to null on the command line; give a YAML file with "
+            f"{key.rpartition('.')[2]}: null in this place as a further --config"
+        )
     return (
         f"{_at(f'{key}.class_path', sources)}: {name} is not a known class; {_nearest(name, known_classes(key), 12)} "
         "(your own needs its module: package.module.Class)"

@@ -39,7 +39,7 @@ def record_kind(columns: Sequence[str], batch_format: BatchFormat, label: str) -
     wanted = " or ".join("+".join(kind) for kind in KINDS[batch_format])
     raise UserError(
         f"{label}: missing column {hints}: this stage reads {batch_format} ({wanted}), the columns here are "
-        f"{', '.join(columns)}. Rename with columns: {{{missing[0]}: <name in your data>}}"
+        f"{', '.join(columns)}. Rename in the source: {{path: ..., columns: {{{missing[0]}: <name in your data>}}}}"
     )
 
 

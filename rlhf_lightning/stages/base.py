@@ -135,7 +135,17 @@ class RLHFModule(L.LightningModule, ABC):
         if self._saved_progress is not None and self._loader is not None:
             self._loader.restore(self._saved_progress)
         self._saved_progress = None
+        self._begin_next_epoch()
         self._apply_optimizer_options()
+
+    def _begin_next_epoch(self) -> None:
+        """Resumed after the last batch of an epoch, Lightning counts it as done and takes the next for its rest.
+
+        The next one would never be counted as begun, and a checkpoint at its end could not be resumed.
+        """
+        loop = self.trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+            loop.reset_restart_stage()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # every rank's progress travels in rank 0's file

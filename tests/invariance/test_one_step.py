@@ -35,6 +35,7 @@ CASES += [
 CASES += [
     ("dpo", "each prompt computed once", {"attributes": {"share_prompts": True}}),
     ("sft", "packing", {"data": {"packing": True, "max_length": 24}}),
+    ("sft", "packing, rows of two", {"data": {"packing": True, "max_length": 24}, "batch_size": 2, "accumulate": 100}),
     ("sft", "token budget", {"data": {"tokens_per_batch": 40}, "batch_size": 8, "accumulate": 100}),
     ("kto", "token budget", {"data": {"tokens_per_batch": 60}, "batch_size": 8, "accumulate": 100}),
 ]
@@ -45,6 +46,7 @@ ON_POLICY = {
     "reversed order": {"reverse": True},
     "wider padding on the left": {"attributes": {"extra_left": 5}},
     "wider padding on the right": {"attributes": {"extra_right": 3}},
+    "prompts padded on the right": {"attributes": {"pads_on_the_right": True}},
 }
 CASES += [(stage, name, how) for stage in ("ppo", "grpo", "online dpo") for name, how in ON_POLICY.items()]
 

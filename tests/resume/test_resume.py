@@ -102,7 +102,7 @@ def module_for(stage, model):
     )
 
 
-def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=()):
+def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=(), max_epochs=2):
     module = module_for(stage, model)
     if stage.endswith("cached"):
         module.reference_cache = str(folder / "reference")
@@ -117,7 +117,7 @@ def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=()):
         trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
-            max_epochs=2,
+            max_epochs=max_epochs,
             accumulate_grad_batches=2,
             gradient_clip_val=1.0,
             logger=False,
@@ -170,6 +170,25 @@ def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_pa
         assert resumed.keys() == expected.keys()
         different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
         assert not different, f"resumed at step {index + 1} of {steps}: {different}"
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_resuming_at_one_end_of_an_epoch_after_another(stage, tiny_model, write_jsonl, tmp_path):
+    """Left alone, Lightning forgets to count the epoch after the one that a run was resumed at the end of."""
+
+    class EndOfEpoch(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx + 1 == trainer.num_training_batches:
+                trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    expected = everything(*fit(stage, tiny_model, write_jsonl, tmp_path, max_epochs=3))
+    ckpt_path = None
+    for epochs in (1, 2, 3):  # the last batch of epoch `epochs` writes what the next run goes on from
+        run = fit(stage, tiny_model, write_jsonl, tmp_path, ckpt_path, [EndOfEpoch()], max_epochs=3)
+        ckpt_path = str(tmp_path / f"{epochs - 1}.ckpt")
+        resumed = everything(*run)
+        different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
+        assert not different, f"resumed at the end of epoch {epochs - 1}: {different}"
 
 
 def test_another_number_of_processes_is_refused(tiny_model, write_jsonl, tmp_path):

@@ -6,6 +6,7 @@ Run as a script it takes the same step in two processes: one_step.py STAGE MODEL
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ class Canned:
 
     extra_left = 0
     extra_right = 0
+    pads_on_the_right = False
+    """All padding behind the answer, none in front of the prompt."""
 
     def generate(self, prompts: PromptBatch, seed: int) -> Generated:
         copies = self.generation.num_samples
@@ -115,7 +118,13 @@ class Canned:
         longest = max(lengths) + self.extra_right
         answers = torch.stack([torch.arange(longest) * (7 + copy) % 11 + 4 + r["row"] % 3 for r, copy in asked])
         ends = left.shape[1] + torch.tensor(lengths)
-        return assemble(torch.cat((left, answers), 1), mask.repeat_interleave(copies, 0), ends, pad_id=pad)
+        made = assemble(torch.cat((left, answers), 1), mask.repeat_interleave(copies, 0), ends, pad_id=pad)
+        if not self.pads_on_the_right:
+            return made
+        in_front = made.attention_mask.int().argmax(-1, keepdim=True)
+        order = (torch.arange(made.tokens.shape[1]) + in_front) % made.tokens.shape[1]
+        rows = ("tokens", "attention_mask", "mask", "positions")
+        return replace(made, **{name: getattr(made, name).gather(1, order) for name in rows})
 
 
 class CannedPPO(Canned, PPOModule):
