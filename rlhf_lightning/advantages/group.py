@@ -82,7 +82,8 @@ class OutcomeCredit(Credit):
         add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
         counted = mask.any(-1)  # of an answer that was dropped nothing counts: it must not enter a mean or a deviation
-        kept = {name: scores[counted] for name, scores in breakdown.items()}
+        # reward functions give their scores on the CPU
+        kept = {name: scores.to(counted.device)[counted] for name, scores in breakdown.items()}
         answers = answers_of(rewards[counted], mask[counted], groups[counted], kept, add_over_ranks)
         both = torch.zeros(2, len(counted), dtype=torch.float64, device=rewards.device)
         both[:, counted] = torch.stack((self.of_answers(answers).double(), answers.scores))

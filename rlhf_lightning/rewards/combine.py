@@ -112,16 +112,25 @@ class ScoredSamples:
     def joined(batches: Sequence["ScoredSamples"]) -> "ScoredSamples":
         """What the same functions said about several batches of samples."""
         first = batches[0]
+        # a function that failed on the whole of a batch has scored no tokens there
+        by_token = any(batch.per_token is not None for batch in batches)
         return replace(
             first,
             total=torch.cat([batch.total for batch in batches]),
             at_end=torch.cat([batch.at_end for batch in batches]),
-            per_token=None if first.per_token is None else [row for batch in batches for row in batch.per_token or ()],
+            per_token=[row for batch in batches for row in batch._token_rows()] if by_token else None,
             breakdown={name: torch.cat([batch.breakdown[name] for batch in batches]) for name in first.breakdown},
             parts={name: torch.cat([batch.parts[name] for batch in batches]) for name in first.parts},
             valid=torch.cat([batch.counts for batch in batches]) if any(b.valid is not None for b in batches) else None,
             samples=[sample for batch in batches for sample in batch.samples],
         )
+
+    def _token_rows(self) -> list[Tensor]:
+        """`per_token`, spelt out: 0 for every token if no function scored them."""
+        if self.per_token is not None:
+            return self.per_token
+        kept = zip(self.samples, self.counts.tolist(), strict=True)
+        return [torch.zeros(len(sample.tokens) if counts else 0) for sample, counts in kept]
 
     def plus(self, scores: Tensor) -> "ScoredSamples":
         """With one more number per sample [batch], given at the end; dropped samples stay at 0."""

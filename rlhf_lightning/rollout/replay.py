@@ -59,32 +59,39 @@ class ReplayBuffer:
     def exchange(self, rollouts: Rollouts, informative: Tensor, *, rollout: int) -> tuple[Rollouts, int]:
         """Rollouts with uninformative groups replaced as far as the buffer reaches; the informative ones are kept.
 
+        A group is replaced if none of its answers is informative. Answers that carry no loss (dropped, or cut off and
+        masked) leave a group smaller than it was sampled: a replayed group takes the places of as many groups as it has
+        answers, and only the answers of a group that differ in score are kept.
+
         Args:
             rollouts: with their credit.
-            informative: True for answers of groups that teach something [batch].
+            informative: True for answers that teach something [batch].
             rollout: number of the rollout: names the draw, and tells how old a group is.
         Returns:
-            As many answers as before, and how many groups were replaced.
+            At most as many answers as before, and how many groups are replayed.
         """
         self._forget(rollout)
-        dull = _groups_of(rollouts, ~informative)
+        taught = torch.isin(rollouts.groups, rollouts.groups[informative])
+        dull = list(_groups_of(rollouts, ~taught))
         drawn = self._draw(len(dull), rollout)
         for rows in _groups_of(rollouts, informative):
-            self._add(rollouts.select(rows).to("cpu"), rollout)
-        if not drawn:
+            if len(rollouts.scores[rows].unique()) > 1:
+                self._add(rollouts.select(rows).to("cpu"), rollout)
+        leaving, entering = _fitting(dull, drawn)
+        if not entering:
             return rollouts, 0
         staying = torch.ones_like(informative)
-        staying[torch.cat(dull[: len(drawn)])] = False
+        staying[torch.cat(leaving)] = False
         first_free = int(rollouts.groups.max()) + 1
         replayed = [
             replace(
                 group.to(rollouts.tokens.device),
                 groups=torch.full_like(group.groups, first_free + i).to(staying.device),
             )
-            for i, group in enumerate(drawn)
+            for i, group in enumerate(entering)
         ]
         kept = [rollouts.select(staying.nonzero()[:, 0])] if staying.any() else []
-        return concatenate_rows([*kept, *replayed], pad_id=self.pad_id), len(drawn)
+        return concatenate_rows([*kept, *replayed], pad_id=self.pad_id), len(entering)
 
     def _draw(self, wanted: int, rollout: int) -> list[Rollouts]:
         number = min(wanted, len(self._groups))
@@ -121,6 +128,20 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._groups = [Rollouts(**group) for group in state["groups"]]
         self._born = list(state["born"])
+
+
+def _fitting(dull: Sequence[Tensor], drawn: Sequence[Rollouts]) -> tuple[list[Tensor], list[Rollouts]]:
+    """Which groups leave, by their rows, and which of those drawn take their places; no more answers than leave."""
+    left, leaving, entering = list(dull), [], []
+    for group in drawn:
+        freed: list[Tensor] = []
+        while left and sum(map(len, freed)) < len(group.scores):
+            freed.append(left.pop(0))
+        if sum(map(len, freed)) < len(group.scores):
+            break
+        leaving += freed
+        entering.append(group)
+    return leaving, entering
 
 
 def _groups_of(rollouts: Rollouts, chosen: Tensor) -> Sequence[Tensor]:

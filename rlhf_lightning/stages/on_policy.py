@@ -362,8 +362,9 @@ class OnPolicyModule(RLHFModule):
         if self.skips_step():
             closure = kwargs.get("optimizer_closure") or args[3]
             closure()
-            return
-        super().optimizer_step(*args, **kwargs)
+        else:
+            super().optimizer_step(*args, **kwargs)
+        # a step that was skipped counts like any other: else a reference whose turn falls on such steps never moves
         if self.reference_sync is not None and self.reference is not None:
             # what was collected keeps what the reference said then; the next rollout hears the new one
             assert self.policy is not None

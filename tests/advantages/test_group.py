@@ -147,6 +147,24 @@ def test_gdpo_with_one_reward_is_group_normalisation_of_every_group_that_varies(
     torch.testing.assert_close(twice, once / once.std())  # its mean is 0 already
 
 
+class OnTheCPU(torch.Tensor):
+    """Scores as reward functions give them, beside answers on a GPU: no index from there works before they move."""
+
+    def to(self, device):
+        return self.as_subclass(torch.Tensor)
+
+    def __getitem__(self, index):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+
+
+def test_scores_of_reward_functions_are_taken_to_where_the_answers_are():
+    scores = torch.tensor(SCORES)
+    groups = [0] * len(SCORES)
+    expected = advantages_of(Gdpo(), SCORES, groups, breakdown={"only": scores})
+    moved = advantages_of(Gdpo(), SCORES, groups, breakdown={"only": scores.as_subclass(OnTheCPU)})
+    torch.testing.assert_close(moved, expected)
+
+
 @pytest.mark.parametrize(
     ("credit", "breakdown", "message"),
     [

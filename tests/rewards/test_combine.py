@@ -6,7 +6,7 @@ import torch
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn, Sample
-from rlhf_lightning.rewards.combine import WeightedReward, score_samples
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
 
 SAMPLES = [
     Sample("Q: one?", "yes", tokens=(5, 6)),
@@ -34,6 +34,21 @@ def test_weighted_sum_and_breakdown():
     assert out.total.tolist() == out.at_end.tolist() == [0, 2, 1]
     assert out.per_token is None
     assert {name: values.tolist() for name, values in out.breakdown.items()} == {"a": [1, 2, 3], "b": [0.5, 0, 1]}
+
+
+def test_batches_are_joined_even_where_a_function_scored_no_token_of_one_of_them():
+    """It failed on all samples there: what it gave elsewhere stays in its place, and there it gives 0."""
+    nothing = score_samples([WeightedReward(Says([math.nan] * 3, "steps"), on_error="zero")], SAMPLES)
+    something = scored(WeightedReward(Says([[1.0, 2.0], [4.0], []], "steps")))
+    assert nothing.per_token is None
+    for batches in ([nothing, something], [something, nothing]):
+        joined = ScoredSamples.joined(batches)
+        assert [len(row) for row in joined.per_token] == [2, 1, 0, 2, 1, 0]
+        sums = [float(row.sum()) for row in joined.per_token]
+        assert (joined.at_end + torch.tensor(sums)).tolist() == joined.total.tolist()
+    dropped = nothing.keeping(torch.tensor([True, False, True]))
+    assert [len(row) for row in ScoredSamples.joined([dropped, something]).per_token] == [2, 0, 0, 2, 1, 0]
+    assert ScoredSamples.joined([nothing, nothing]).per_token is None
 
 
 def test_token_scores_are_kept_apart_and_counted_in_the_total():

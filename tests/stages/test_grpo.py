@@ -235,6 +235,24 @@ def test_replay_puts_earlier_groups_in_the_place_of_unanimous_ones(tiny_model, w
         ), "a replayed group keeps the log-probabilities that it was sampled with"
 
 
+@pytest.mark.parametrize("loss_taken_off", [{"mask_truncated": True}, {"on_error": "drop"}])
+def test_replay_never_makes_a_rollout_longer(loss_taken_off, tiny_model, write_jsonl, tmp_path):
+    """Answers that carry no loss leave groups of other sizes behind."""
+
+    class Sometimes(RewardFn):
+        def __call__(self, samples):
+            return [math.nan if s.tokens[0] % 3 == 0 and on_error == "drop" else float(s.finished) for s in samples]
+
+    on_error = loss_taken_off.pop("on_error", "error")
+    module = grpo(tiny_model, replay=ReplaySpec(capacity=16), kl=NO_KL, **loss_taken_off)
+    module.rewards = [WeightedReward(Sometimes(), name="reward", on_error=on_error)]
+    keep = Keep(module)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6}, max_epochs=3)
+    assert len(keep.rollouts) == 6
+    assert max(len(rollouts.scores) for rollouts in keep.rollouts) <= 24
+    assert all(math.isfinite(value) for value in trainer.callback_metrics.values())
+
+
 def test_only_the_tokens_of_highest_entropy_carry_the_loss(tiny_model, write_jsonl, tmp_path):
     module = grpo(tiny_model, entropy_top_frac=0.25)
     keep = Keep(module)
@@ -312,6 +330,22 @@ def test_the_reference_follows_the_policy_and_is_in_the_checkpoint(tiny_model, w
     other.configure_model()
     other.on_load_checkpoint(checkpoint)
     assert all(torch.equal(ours[name], value) for name, value in other.reference.policy.state_dict().items())
+
+
+def test_a_reference_follows_at_its_step_even_if_that_one_was_skipped(tiny_model, write_jsonl, tmp_path):
+    """target_kl ends every rollout after its second step: its fourth, the reference's turn, is never taken."""
+    module = grpo(
+        tiny_model,
+        updates=UpdateSpec(inner_epochs=4),
+        target_kl=1e-6,
+        reference_sync=ReferenceSync(every=4, share=1.0),
+    )
+    module.configure_model()
+    before = weights(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6})
+    assert largest_change(before, module) > 0
+    for followed, own in zip(module.reference.policy.parameters(), module.policy.parameters(), strict=True):
+        torch.testing.assert_close(followed, own)
 
 
 def test_bad_answers_that_the_policy_has_left_carry_no_loss(tiny_model, write_jsonl, tmp_path):
