@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test lint bench faults clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ bench: setup
 	$(BIN)/python benchmarks/bench_quickstart.py
 	$(BIN)/python benchmarks/bench_random_walks.py
 	$(BIN)/python benchmarks/bench_arithmetic.py
+	$(BIN)/python benchmarks/write_docs.py
+
+# kills, corruptions, full disks, signals: about half an hour
+faults: setup
+	cd benchmarks && ../$(BIN)/python bench_faults.py
 	$(BIN)/python benchmarks/write_docs.py
 
 clean:

@@ -262,8 +262,47 @@ def arithmetic() -> str:
     )
 
 
+def faults() -> str:
+    result = load("faults.json")
+    if result is None:
+        return ""
+    figures = {name: section["figures"] for name, section in result["sections"].items()}
+    parts = [
+        "## Faults",
+        "`python benchmarks/bench_faults.py`: what [reliability.md](reliability.md) promises, counted. Where something "
+        "naive stands beside ours, the same faults catch it.",
+    ]
+
+    def of_each(name: str, first: str) -> None:
+        header = [first, *next(iter(figures[name].values()))]
+        parts.append(table(header, [[what, *found.values()] for what, found in figures[name].items()]))
+
+    if "saves" in figures:
+        parts.append("kill -9 at random moments of a process that saves checkpoints over and over (0.8 MB each):")
+        of_each("saves", "saver")
+    if "fits" in figures:
+        parts.append(
+            "kill -9 at random moments of `fit --resume auto`, again and again until the run ends: are weights, "
+            "optimiser and schedule those of a run that nobody touched?"
+        )
+        of_each("fits", "stage")
+    for name, what in (
+        ("corruptions", "Truncated and bit-flipped checkpoints"),
+        ("full_disk", "A disk (tmpfs of 2 MB) without room for the next checkpoint"),
+        ("malicious", "Checkpoints that run code when they are unpickled"),
+    ):
+        if name in figures:
+            parts.append(f"{what}:")
+            parts.append(table(list(figures[name]), [list(figures[name].values())]))
+    if "two_processes" in figures:
+        parts.append("Signals to one process of a run of two (DDP, gloo); seconds until all are gone:")
+        of_each("two_processes", "signal")
+    parts.append(measured_with(result["about"]))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    sections = (quickstart(), random_walks(), arithmetic(), sentiment(), family(), verifiers())
+    sections = (quickstart(), random_walks(), arithmetic(), sentiment(), family(), verifiers(), faults())
     parts = (INTRO, *(part for section in sections for part in (section, "")))
     page = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
     (HERE.parent / "docs" / "benchmarks.md").write_text(page)

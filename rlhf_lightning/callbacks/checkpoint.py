@@ -66,5 +66,11 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         return str(Path(str(self.dirpath)) / "last.ckpt")
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):  # a run that goes on from here does not log these steps again
+                logger.save_before(trainer.global_step - 1)
+        super()._save_checkpoint(trainer, filepath)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore: the folder may have moved, and there is only one file."""

@@ -29,19 +29,28 @@ class _ContinuedWriter(ExperimentWriter):
             before.update(self.metrics.pop())
 
     def forget_from(self, step: int) -> None:
-        """Drops the rows of `step` and later: a resumed run will write them again."""
+        """Drops the rows of `step` and later, which a resumed run writes again, and a row that was cut off."""
         path = Path(self.metrics_file_path)
         if not path.exists():
             return
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
+        rows = list(csv.DictReader(whole.splitlines()))
         kept = [row for row in rows if not row.get("step") or float(row["step"]) < step]
-        if len(kept) < len(rows):
-            self._fs.rm_file(self.metrics_file_path)
-            with path.open("w", newline="") as file:
+        if len(kept) < len(rows) or whole != text:
+            partial = path.with_name(f".{path.name}.partial")
+            with partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
                 writer.writeheader()
                 writer.writerows(kept)
+            partial.replace(path)
+
+    def save_before(self, step: int) -> None:
+        """Writes the rows of earlier steps, which are whole; those of `step` may still grow."""
+        waiting = [row for row in self.metrics if row.get("step", 0) >= step]
+        self.metrics = [row for row in self.metrics if row.get("step", 0) < step]
+        self.save()
+        self.metrics = waiting
 
 
 class MetricsCSV(CSVLogger):
@@ -77,3 +86,8 @@ class MetricsCSV(CSVLogger):
     def forget_from(self, step: int) -> None:
         """Drops the rows of `step` and later: a resumed run will write them again."""
         self.experiment.forget_from(step)
+
+    @rank_zero_only
+    def save_before(self, step: int) -> None:
+        """Writes the rows of earlier steps to disk."""
+        self.experiment.save_before(step)

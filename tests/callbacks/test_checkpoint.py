@@ -2,6 +2,7 @@
 
 import shutil
 
+import lightning as L
 import torch
 
 from rlhf_lightning.callbacks import LastCheckpoint, MetricsCSV
@@ -67,3 +68,19 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(sft, trainer_of, tm
         trainer_of(LastCheckpoint(), logger=MetricsCSV(tmp_path), **options).fit(*sft, ckpt_path=early)
     steps = [row.split(",")[1] for row in (tmp_path / "metrics.csv").read_text().splitlines()]
     assert steps == ["step", "0", "1", "2", "3"]
+
+
+def test_metrics_from_before_a_checkpoint_are_on_disk_with_it(sft, trainer_of, tmp_path, monkeypatch):
+    module, data = sft
+    written = []
+    save = L.Trainer.save_checkpoint
+
+    def look(self, *args, **kwargs):
+        file = tmp_path / "metrics.csv"
+        written.append(len(file.read_text().splitlines()) - 1 if file.exists() else 0)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", look)
+    callbacks = [LastCheckpoint(tmp_path, every_n_train_steps=1)]
+    trainer_of(*callbacks, logger=MetricsCSV(tmp_path), max_epochs=2, log_every_n_steps=1).fit(module, datamodule=data)
+    assert written == [0, 1, 2, 3]
