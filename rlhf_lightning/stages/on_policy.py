@@ -218,8 +218,6 @@ class OnPolicyModule(RLHFModule):
         prompts = draw().to(self.device)
         with phase("generate"):
             answers = self.sample(prompts)
-            if not self.renormalise_truncated:
-                answers = replace(answers, kept=None)
         with phase("score"):
             scored = self.score(prompts, answers)
         tell(self, "on_rollout_scored", answers, scored)
@@ -236,7 +234,8 @@ class OnPolicyModule(RLHFModule):
 
     def generate(self, prompts: PromptBatch, seed: int) -> Generated:
         """Answers to prompts; the same seed and weights give the same answers."""
-        return self.engine.generate(self.policy, prompts, seed=seed)
+        answers = self.engine.generate(self.policy, prompts, seed=seed)
+        return answers if self.renormalise_truncated else replace(answers, kept=None)
 
     def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
         """Answers as text, the way reward functions see them."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fits import fit
-from one_step import records
+from one_step import another, records
 
 from rlhf_lightning.advantages import BatchNormalised, Centred, FixedKL, Gae, LeaveOneOut, ReMax
 from rlhf_lightning.core.errors import UserError
@@ -90,6 +90,21 @@ def test_the_ratio_of_the_first_minibatch_is_1_whatever_the_sampler_cuts_off(
     assert metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-6)
     assert metrics["policy/clip_frac"].item() == 0
     assert metrics["rollout/kl"].item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_validation_measures_truncated_samples_as_training_does(renormalise, tiny_model, write_jsonl, tmp_path):
+    """The weights stay as they are; against another model the two choices are far apart."""
+    module = grpo(
+        tiny_model,
+        reference=another(str(tiny_model)),
+        renormalise_truncated=renormalise,
+        generation=GenerationSpec(max_new_tokens=5, num_samples=4, top_k=3),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
+    )
+    path = prompts(write_jsonl)
+    metrics = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 12}).callback_metrics
+    assert metrics["val/kl"].item() == pytest.approx(metrics["rollout/kl"].item(), rel=0.3)
 
 
 def test_a_second_step_on_truncated_samples_has_the_ratio_of_the_renormalised_policies(
