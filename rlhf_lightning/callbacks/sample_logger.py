@@ -139,7 +139,7 @@ class SampleLogger(Callback):
             return
         ids = [_prompt_of(batch, row) for row in range(min(self.num_prompts, batch.tokens.shape[0]))]
         self._prompt_ids = [row for row in ids if row]
-        if self._prompt_ids:
+        if trainer.strategy.reduce_boolean_decision(bool(self._prompt_ids)):  # sharded weights answer together
             self._records = [{} for _ in self._prompt_ids]
             samples, scores, breakdowns = self._ask(trainer, module)
             answers = [list(sample.tokens) for sample in samples]
@@ -187,9 +187,10 @@ class SampleLogger(Callback):
         return row["rollout"] < self._num_rollouts if "rollout" in row else row["step"] <= step
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self._before:
+        # on every rank or none: sharded weights answer together
+        if not trainer.strategy.reduce_boolean_decision(bool(self._before)):
             return
-        samples, scores, breakdowns = self._ask(trainer, module)  # on every rank: sharded weights answer together
+        samples, scores, breakdowns = self._ask(trainer, module)
         self._asked_at = trainer.global_step
         if not trainer.is_global_zero:
             return

@@ -27,6 +27,7 @@ from rlhf_lightning.models.loading import HEAD_FILE, no_progress_bar
 from rlhf_lightning.models.lora import merged, wrap
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharded import is_sharded, whole_state_dict, writes_files
 
 __all__ = ["ModelCard", "export_policy", "export_scalar_model"]
 
@@ -66,8 +67,13 @@ def export_policy(
     Args:
         folder: is replaced, in one rename, once everything is written; refused if it holds something else than a model.
         card: what README.md says.
-        state_dict: the policy's weights, where they are not all in its own modules (gathered from several ranks).
+        state_dict: the policy's weights, if not its own. Sharded ones are gathered: all ranks must call this then, and
+            the first one writes.
     """
+    if state_dict is None and is_sharded(policy):
+        state_dict = whole_state_dict(policy)
+    if not writes_files(policy):
+        return Path(folder)
     model = _whole(policy.model, _under("model.", state_dict))
     card = card or ModelCard()
     with _replacing(folder) as temporary, no_progress_bar(), _completed_generation_config(model, tokenizer):
@@ -91,6 +97,10 @@ def export_scalar_model(
     Pooling and normalisation go to config.json. A family without such a class in transformers gets its decoder and a
     head file that only `load_scalar_model` reads.
     """
+    if state_dict is None and is_sharded(model):
+        state_dict = whole_state_dict(model)
+    if not writes_files(model):
+        return Path(folder)
     backbone = _whole(model.backbone, _under("backbone.", state_dict))
     head = {key: value.detach().cpu() for key, value in model.head.state_dict().items()}
     if state_dict is not None:

@@ -149,6 +149,11 @@ class Policy(nn.Module):
             # peft lends the model its wrapper's generation config and does not take it back
             self.causal_lm.generation_config = own
 
+    def next_logits(self, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Logits of the next token [rows, vocab] and the cache, from what transformers' forward takes."""
+        output = self.model(**kwargs, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], output.past_key_values
+
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """The model as it was before its adapter was trained."""

@@ -15,6 +15,7 @@ from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.models.body import evaluating
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import HasTokens, Policy
+from rlhf_lightning.models.sharded import load_whole_state_dict, reshard, whole_state_dict
 from rlhf_lightning.models.spec import ModelSpec
 
 
@@ -68,6 +69,8 @@ class Reference:
             share: 1 copies.
         """
         assert not self.shared, "a reference that is the policy without its adapter has nothing to move"
+        reshard(self.policy)
+        reshard(policy)
         for mine, theirs in zip(self.policy.parameters(), policy.parameters(), strict=True):
             if share == 1:
                 mine.copy_(theirs)
@@ -76,11 +79,15 @@ class Reference:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights, on the CPU: for the checkpoint of a run whose reference is no longer what it was loaded as."""
-        return {name: value.cpu() for name, value in self.policy.state_dict().items()}
+        return whole_state_dict(self.policy)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up weights that `state_dict` gave."""
-        self.policy.load_state_dict(state)
+        load_whole_state_dict(self.policy, state)
+
+    def own_models(self) -> list[Policy]:
+        """The models that belong to the reference alone."""
+        return [] if self.shared else [self.policy]
 
     def to(self, device: Any) -> None:
         """Move the weights; does nothing where they are the policy's own."""
@@ -96,6 +103,10 @@ class MeasuredReference:
         assert temperature == 1.0, "references are measured at temperature 1"
         assert batch.ref_logprobs is not None, "this batch was not measured"
         return TokenScores(batch.ref_logprobs, None, torch.zeros_like(batch.mask))
+
+    def own_models(self) -> list[Policy]:
+        """None: there are no weights."""
+        return []
 
     def to(self, device: Any) -> None:
         """Nothing: there are no weights."""

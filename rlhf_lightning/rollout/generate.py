@@ -1,6 +1,7 @@
 """Answers from transformers' own `generate`: left-padded batches, a KV cache, rows that stop when they are done."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from rlhf_lightning.core.batches import Generated, PromptBatch, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.kept import pack_kept
+from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.rollout.mixture import GeometricMixture, MixtureSpec
 
 
@@ -197,7 +199,7 @@ class HFGenerate(RolloutEngine):
         policy.eval()
         devices = [tokens.device] if tokens.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), self._gathered(policy):
                 torch.manual_seed(seed)
                 parts = [
                     self._generate_rows(policy, t, a)
@@ -213,6 +215,15 @@ class HFGenerate(RolloutEngine):
             real = {k: x if x is None or x.dim() > 2 else torch.where(answers.mask, x, 0.0) for k, x in noted.items()}
             assembled.append(replace(answers, **real))
         return concatenate_rows(assembled, pad_id=pad)
+
+    @contextmanager
+    def _gathered(self, policy: Any) -> Iterator[None]:
+        """Sharded weights are exchanged once, and not for every token."""
+        others = [] if self.mixture is None else [self.mixture.reference.policy]
+        with ExitStack() as stack:
+            for model in (policy, *others):
+                stack.enter_context(gathered_once(model))
+            yield
 
     def _check_context(self, policy: Any, prompts: PromptBatch) -> None:
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)

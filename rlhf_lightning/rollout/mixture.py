@@ -53,13 +53,11 @@ class GeometricMixture(LogitsProcessor):
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         reference = self.spec.reference
         with reference.as_it_was():
-            output = reference.policy.model(
+            logits, self._cache = reference.policy.next_logits(
                 input_ids=tokens[:, self._seen :],
                 attention_mask=real.long(),
                 position_ids=positions[:, self._seen :],
                 past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
             )
-        self._cache, self._seen = output.past_key_values, tokens.shape[1]
-        return output.logits[:, -1]
+        self._seen = tokens.shape[1]
+        return logits

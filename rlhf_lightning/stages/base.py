@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.batches import Batch
@@ -19,6 +19,7 @@ from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
 from rlhf_lightning.models.loading import context_length, load_tokenizer
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_loader import StepLoader
 from rlhf_lightning.stages.step_means import StepMeans
@@ -81,6 +82,10 @@ class RLHFModule(L.LightningModule, ABC):
         """Options set away from their default that the rest of the configuration leaves without effect, and why."""
         if self.lr_scheduler is not None and self.schedule != Schedule():
             yield "schedule", "lr_scheduler replaces it"
+
+    def frozen_models(self) -> list[nn.Module]:
+        """Models that are neither trained nor saved, and so not among the module's own; sharded as those are."""
+        return []
 
     # ---- averaging -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch
 from rlhf_lightning.core.errors import UserError
@@ -153,6 +153,9 @@ class DPOModule(RLHFModule):
     def reference(self) -> AnyReference | None:
         """What the policy is compared with; None: the loss needs nothing."""
         return self._frozen.get("reference")
+
+    def frozen_models(self) -> list[nn.Module]:
+        return [] if self.reference is None else list(self.reference.own_models())
 
     def on_fit_start(self) -> None:
         self._move_reference()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Batch, TokenBatch, UnpairedBatch
 from rlhf_lightning.core.errors import UserError
@@ -132,6 +132,9 @@ class KTOModule(RLHFModule):
     @property
     def reference(self) -> Reference | MeasuredReference:
         return self._frozen["reference"]
+
+    def frozen_models(self) -> list[nn.Module]:
+        return list(self.reference.own_models())
 
     def on_fit_start(self) -> None:
         self.reference.to(self.device)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
@@ -22,6 +22,7 @@ from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import Reference, ReferenceSync, make_reference
+from rlhf_lightning.models.sharded import gathered_once, is_sharded
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
@@ -157,6 +158,9 @@ class OnPolicyModule(RLHFModule):
     def reference(self) -> Reference | None:
         return self._frozen.get("reference")
 
+    def frozen_models(self) -> list[nn.Module]:
+        return [] if self.reference is None else list(self.reference.own_models())
+
     def on_fit_start(self) -> None:
         self._move_frozen()
 
@@ -252,7 +256,8 @@ class OnPolicyModule(RLHFModule):
             assert answers.sampler_logprobs is not None
             assert answers.sampler_entropy is not None
             return answers.sampler_logprobs, answers.sampler_entropy, {}
-        parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
+        with gathered_once(self.policy):  # ranks may have different numbers of parts
+            parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
         logprobs = torch.cat([part.logprobs for part in parts]).float()
         sampler = {}
         if answers.kept is not None:
@@ -266,7 +271,8 @@ class OnPolicyModule(RLHFModule):
         if self.reference is None:
             return torch.zeros(answers.tokens.shape, device=self.device)
         temperature = self.generation.temperature
-        parts = [self.reference(part, temperature=temperature).logprobs for part in self._parts(answers)]
+        with gathered_once(self.reference.policy):
+            parts = [self.reference(part, temperature=temperature).logprobs for part in self._parts(answers)]
         return torch.cat(parts).float()
 
     def _token_scores(self, batch: Any, *, with_entropy: bool) -> TokenScores:
@@ -354,6 +360,8 @@ class OnPolicyModule(RLHFModule):
 
     def zero_loss(self) -> Tensor:
         """Nothing to learn, but every parameter takes part, for DDP's sake."""
+        if is_sharded(self):  # which waits for no gradient
+            return torch.zeros((), device=self.device, requires_grad=True)
         return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0  # type: ignore[return-value]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

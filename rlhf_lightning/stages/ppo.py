@@ -18,6 +18,7 @@ from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.losses.value import ClippedValue
 from rlhf_lightning.models.export import export_policy, export_scalar_model
 from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec
@@ -161,7 +162,8 @@ class PPOModule(PolicyGradientModule):
         assert self.policy is not None
         assert self.critic is not None
         answers = answered.answers
-        values = [critic_values(self.critic, self.policy, part) for part in self._parts(answers)]
+        with gathered_once(self.policy), gathered_once(self.critic):
+            values = [critic_values(self.critic, self.policy, part) for part in self._parts(answers)]
         return torch.where(answers.mask, torch.cat(values).float(), 0.0)
 
     def rollout_metrics(

@@ -1,0 +1,168 @@
+"""`strategy: fsdp2`: weights, gradients and optimiser state shared out over all processes."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.sharded import load_whole_state_dict, reshard
+from rlhf_lightning.parallel.shard import check_all_sharded, models_of, shard_model
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's `ModelParallelStrategy`, with the sharding done that it leaves to the user.
+
+    Each process reads its own share of every batch and holds 1 / processes of every weight, gradient and optimiser
+    state, and of a frozen reference. A layer is gathered while it runs. (Lightning's own default on one machine is
+    tensor parallelism over all devices, which shards nothing by itself and gives all of them the same data.)
+
+    Checkpoints are one file, gathered on the first process and written by the trainer's CheckpointIO: `generate` and
+    `export` read them in one process.
+
+    Args:
+        num_replicas: groups of processes of which each holds the whole model (HSDP): weights are gathered within a
+            group only, gradients added over all. As a rule one group per machine.
+        reshard_after_forward: let go of a layer's weights between its forward and backward pass; false gathers half as
+            often and needs memory for all weights.
+        param_dtype: weights are gathered, and layers computed, in this dtype; None: their own.
+        reduce_dtype: gradients are added over processes in this dtype; None: `param_dtype`.
+        process_group_backend: nccl, gloo; None: what fits the device.
+        timeout_minutes: how long a process waits for the others before the run fails.
+
+    References:
+        Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023. arXiv:2304.11277
+    """
+
+    def __init__(
+        self,
+        num_replicas: int = 1,
+        reshard_after_forward: bool = True,
+        param_dtype: Dtype | None = None,
+        reduce_dtype: Dtype | None = None,
+        process_group_backend: str | None = None,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        if num_replicas < 1:
+            raise UserError(f"num_replicas={num_replicas}: 1 shards over all processes, 2 makes two groups of them")
+        if not timeout_minutes > 0:
+            raise UserError(f"timeout_minutes={timeout_minutes}: give a positive number")
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.num_replicas = num_replicas
+        self.reshard_after_forward = reshard_after_forward
+        self.precision_policy = MixedPrecisionPolicy(param_dtype=_dtype(param_dtype), reduce_dtype=_dtype(reduce_dtype))
+        self._shard_mesh: DeviceMesh | None = None
+
+    # ---- building --------------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        processes = self.num_nodes * self.num_processes
+        if processes % self.num_replicas:
+            raise UserError(
+                f"strategy fsdp2: {processes} processes cannot be shared out over num_replicas={self.num_replicas} "
+                "groups: use a divisor"
+            )
+        self._data_parallel_size, self._tensor_parallel_size = processes, 1
+        super().setup_environment()
+        if self.num_replicas == 1:
+            self._shard_mesh = self.device_mesh["data_parallel"]
+        else:
+            shape = (self.num_replicas, processes // self.num_replicas)
+            self._shard_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        assert self._shard_mesh is not None
+        frozen = getattr(module, "frozen_models", list)()
+        for model in [*models_of(module), *frozen]:
+            shard_model(
+                model, self._shard_mesh, self.precision_policy, reshard_after_forward=self.reshard_after_forward
+            )
+        reshard(module)
+        check_all_sharded(module)
+        # weights are gathered into tensors that training uses again, and inference mode would leave its own kind there
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False
+        trainer.predict_loop.inference_mode = False
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            # a forward pass without a backward leaves embedding and head gathered: stale after the step
+            optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self.lightning_module is not None
+        reshard(self.lightning_module)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state, by names of parameters, on the first process; {} on the others."""
+        assert self.lightning_module is not None
+        reshard(self.lightning_module)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(
+            self.lightning_module, getattr(optimizer, "optimizer", optimizer), options=options
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """What the trainer's CheckpointIO reads; weights and optimiser state are taken up already."""
+        path = self.broadcast(checkpoint_path)
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder, a checkpoint in shards; strategy fsdp2 writes and reads single files")
+        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        module = self.lightning_module
+        assert module is not None
+        load_whole_state_dict(module, checkpoint["state_dict"], strict=module.strict_loading)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            states = checkpoint.get("optimizer_states", [])
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                self._load_optimizer(optimizer, state, path)
+        return checkpoint
+
+    def _load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any], path: Any) -> None:
+        module = self.lightning_module
+        assert module is not None
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        ours = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        theirs = [name for group in state["param_groups"] for name in group["params"]]
+        if sorted(map(str, ours)) != sorted(map(str, theirs)):
+            raise UserError(
+                f"{path} holds an optimiser's state that is not by these parameters' names: it was written under "
+                "another strategy, or for another model. Resume with the strategy it was written with, or start a new "
+                "run from the exported model"
+            )
+        # not strict: a parameter that has had no gradient yet has no state
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_optimizer_state_dict(module, optimizer, dict(state), options=options)
+
+
+def _dtype(name: Dtype | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+StrategyRegistry.register(
+    "fsdp2", FSDP2Strategy, description="weights, gradients and optimiser state sharded over all processes (FSDP2)"
+)
