@@ -194,7 +194,7 @@ def test_a_stage_takes_a_step_and_exports(config, tmp_path, tiny_model, tiny_tok
 @pytest.mark.parametrize("config", OVERLAYS)
 def test_an_overlay_takes_a_step_on_one_cpu(config, tmp_path, tiny_model, tiny_tokenizer, tiny_reward):
     options = stand_ins(content("configs/sft.yaml"), tmp_path, str(tiny_model), str(tiny_tokenizer), tiny_reward)
-    here = ["--trainer.devices=1", "--trainer.strategy=auto"]
+    here = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
     metrics = run_one_step(["--config", "configs/sft.yaml", "--trainer", config, *options, *here], tmp_path)
     assert math.isfinite(metrics["train/loss"])
 

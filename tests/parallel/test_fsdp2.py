@@ -1,0 +1,166 @@
+"""Sharded over processes, a stage takes the steps that it takes in one; nothing is gathered, kept or lost beyond need."""
+
+import pytest
+import torch
+from parallel_fits import (
+    CASES,
+    SPECS,
+    STAGES,
+    following_reference,
+    in_processes,
+    of_stage,
+    shared_critic,
+    write_records,
+)
+from safetensors.torch import load_file
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.parallel import FSDP2Strategy
+
+IN_CI = [name for name in CASES if name != "ppo, replicas"]
+EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "replicas", *SPECS)]
+HALF = ["sft, bfloat16", "sft, bf16-mixed"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model):
+    """What two processes on the CPU gave, a file per case."""
+    made = tmp_path_factory.mktemp("parallel")
+    write_records(made)
+    in_processes(IN_CI, str(tiny_model), made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tiny_model):
+    """The same stage in one process; each computed once."""
+    known = {}
+
+    def result(stage, spec=""):
+        if (stage, spec) not in known:
+            known[stage, spec] = of_stage(stage, str(tiny_model), folder, spec=SPECS.get(spec, {}))
+        return known[stage, spec]
+
+    return result
+
+
+def result(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    assert len(expected["losses"]) == 5
+    assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance, abs=tolerance)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_five_steps_move_the_weights_that_are_compared(stage, alone, tiny_model):
+    start = load_file(tiny_model / "model.safetensors")
+    weights = alone(stage)["weights"]
+    under = "model.backbone." if stage == "reward" else "policy.model.model."
+    moved = [
+        float((weights[under + n.removeprefix("model.")] - w).abs().max()) for n, w in start.items() if "layers" in n
+    ]
+    assert max(moved) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_take_the_steps_of_one(name, folder, alone):
+    stage, how = name.split(", ")
+    assert_same(result(folder, name), alone(stage, how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALF)
+def test_layers_in_bfloat16_keep_weights_in_float32(name, folder, alone):
+    found, expected = result(folder, name), alone("sft")
+    assert_same(found, expected, tolerance=1e-2)
+    assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
+    assert found["losses"] != pytest.approx(expected["losses"], abs=1e-6), "that was float32"
+
+
+@pytest.mark.slow
+def test_a_value_head_is_a_unit_of_its_own(folder, tiny_model):
+    assert_same(result(folder, "ppo, shared critic"), shared_critic(str(tiny_model), folder, 1))
+
+
+@pytest.mark.slow
+def test_a_sharded_reference_follows_a_sharded_policy(folder, tiny_model):
+    assert_same(result(folder, "dpo, following reference"), following_reference(str(tiny_model), folder, 1))
+
+
+@pytest.mark.slow
+def test_an_answer_costs_one_gather_per_unit_however_long_it_gets(folder):
+    found = result(folder, "ppo, generation")
+    assert found["units"] == 3, "two layers, and the rest"
+    assert found["gathers"] == [3, 3]
+    # one by one: the sum is how often the model ran
+    first, second = ([sum(lengths) for lengths in rank] for rank in found["lengths"])
+    assert first != second, "ranks that sample alike show nothing"
+    assert min(*first, *second) > 3
+
+
+@pytest.mark.slow
+def test_two_sharded_models_sample_together(folder):
+    losses = result(folder, "online dpo, mixture")["losses"]
+    assert len(losses) == 2
+    assert all(torch.tensor(losses).isfinite())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+def test_a_run_resumes_with_the_same_bits(stage, folder):
+    found = result(folder, f"{stage}, resumed")
+    assert found["whole"]["losses"] == found["resumed"]["losses"]
+    for name, weight in found["whole"]["weights"].items():
+        assert torch.equal(weight, found["resumed"]["weights"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_reference_is_sharded_and_in_no_checkpoint(stage, folder):
+    found = result(folder, f"{stage}, resumed")
+    assert 0.5 <= found["frozen_share"] < 0.51, "21 rows of an embedding are 11 and 10"
+    assert {name.split(".")[0] for name in found["in_checkpoint"]} == (
+        {"policy", "critic"} if stage == "ppo" else {"policy"}
+    )
+
+
+@pytest.mark.slow
+def test_the_first_process_exports_what_all_hold(folder):
+    weights = result(folder, "ppo, exported")["weights"]
+    for part, under in (("hf", "policy.model."), ("hf/critic", "critic.backbone.")):
+        for name, weight in load_file(folder / part / "model.safetensors").items():
+            ours = (
+                "critic.head.weight" if name == "score.weight" else under + name.removeprefix("model." * (part != "hf"))
+            )
+            assert torch.equal(weight, weights[ours]), name
+
+
+@pytest.mark.slow
+def test_what_cannot_work_is_said(folder):
+    other, shards = result(folder, "sft, foreign checkpoint")["said"]
+    assert "foreign.ckpt holds an optimiser's state that is not by these parameters' names" in other
+    assert "Resume with the strategy it was written with" in other
+    assert "is a folder, a checkpoint in shards" in shards
+    loose, groups = result(folder, "sft, loose parameter")["said"]
+    assert "temperature is trained outside every sharded unit" in loose
+    assert "use strategy: ddp" in loose
+    assert "2 processes cannot be shared out over num_replicas=3 groups" in groups
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_replicas": 0}, "num_replicas=0: 1 shards over all processes"),
+        ({"timeout_minutes": 0.0}, "timeout_minutes=0.0: give a positive number"),
+    ],
+)
+def test_meaningless_options_are_errors(options, said):
+    with pytest.raises(UserError, match=said):
+        FSDP2Strategy(**options)

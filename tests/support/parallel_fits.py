@@ -1,0 +1,356 @@
+"""Five steps of every stage under any strategy, and the weights gathered at the end.
+
+Run as a script by each of several processes: parallel_fits.py CASES MODEL FOLDER, with LOCAL_RANK and its kin in the
+environment. CASES are names of cases below, with ; between; the first process writes what each gives to FOLDER/CASE.pt.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from one_step import module_for, records
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
+from rlhf_lightning.callbacks.hf_export import export
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.preference_online import NashMD
+from rlhf_lightning.models.reference import ReferenceSync
+from rlhf_lightning.models.sharded import whole_state_dict
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.parallel import FSDP2Strategy
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import DPOModule, OnlineDPOModule, PPOModule, SFTModule
+from rlhf_lightning.stages.critic import CriticSpec
+from rlhf_lightning.stages.online_dpo import Opponent
+
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+STEPS = 5
+LOSSES = ("train/loss", "policy/loss", "value/loss")
+
+
+class Losses(L.Callback):
+    """The losses of every optimiser step, added."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if self._step < trainer.global_step:
+            self._step = trainer.global_step
+            seen = trainer.callback_metrics
+            self.values.append(sum(float(seen[name]) for name in LOSSES if name in seen))
+
+
+def trainer_for(folder: Path, callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": STEPS, "gradient_clip_val": 0.5}
+    return L.Trainer(
+        **{**defaults, "enable_checkpointing": False, "accumulate_grad_batches": 3, **options},
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        callbacks=list(callbacks),
+    )
+
+
+def fit(
+    module: L.LightningModule,
+    stage: str,
+    folder: Path,
+    *,
+    ckpt_path: Path | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    **options: Any,
+) -> list[float]:
+    """Train on the twelve records of `stage`; the losses. A step is an epoch: the same, however many share it."""
+    batch_size = 12 if stage in ("ppo", "grpo") else 4
+    losses = Losses()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trainer_for(folder, [losses, *callbacks], **options)
+        data = RLHFDataModule(train=str(folder / f"{stage}.jsonl"), batch_size=batch_size // options.get("devices", 1))
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return losses.values
+
+
+def outcome(module: L.LightningModule, losses: list[float]) -> dict[str, Any]:
+    """Losses, and the weights of every trained model, whole."""
+    weights: dict[str, Tensor] = {}
+    for name in ("policy", "model", "critic"):
+        if isinstance(model := getattr(module, name, None), nn.Module):
+            weights |= {f"{name}.{key}": value for key, value in whole_state_dict(model).items()}
+    return {"losses": losses, "weights": weights}
+
+
+def of_stage(stage: str, model: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Five steps; `spec` are options of the model."""
+    module = module_for(stage, model, **options.pop("spec", {}))
+    return outcome(module, fit(module, stage, folder, **options))
+
+
+def write_records(folder: Path) -> None:
+    for stage in STAGES:
+        (folder / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
+
+
+def in_processes(cases: Sequence[str], model: str, folder: Path, *, count: int = 2, timeout: float = 240) -> None:
+    """Run cases in `count` processes; an error, with what they said, if one of them fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    environment |= {"WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__)), ";".join(cases), model, str(folder)]
+    outputs = [folder / f"rank{rank}.txt" for rank in range(count)]
+    running = []
+    for rank, output in enumerate(outputs):
+        with output.open("w") as said:
+            own = environment | {"LOCAL_RANK": str(rank)}
+            running.append(subprocess.Popen(command, env=own, stdout=said, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert codes == [0] * count, "\n".join(output.read_text()[-3000:] for output in outputs)
+
+
+# --- cases: model, folder and number of processes -> what is compared
+
+Case = Callable[[str, Path, int], dict[str, Any]]
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def compared(stage: str, strategy: Callable[[], Any], **options: Any) -> Case:
+    """Five steps of a stage, to be compared with one process."""
+
+    def case(model: str, folder: Path, world: int) -> dict[str, Any]:
+        return of_stage(stage, model, folder, devices=world, strategy=strategy(), **options)
+
+    return case
+
+
+def shared_critic(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """A value head, a unit of its own, on the policy's hidden states."""
+    module = module_for("ppo", model)
+    module.critic_spec = CriticSpec(kind="shared")
+    return outcome(module, fit(module, "ppo", folder, devices=world, strategy="fsdp2" if world > 1 else "auto"))
+
+
+def following_reference(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """A reference that moves with the policy, both sharded."""
+    module = module_for("dpo", model)
+    module.reference_sync = ReferenceSync(every=2, share=0.6)
+    return outcome(module, fit(module, "dpo", folder, devices=world, strategy="fsdp2" if world > 1 else "auto"))
+
+
+def sampling_ppo(model: str) -> PPOModule:
+    """PPO on answers that it samples itself, one by one: ranks take different numbers of steps to sample theirs."""
+    return PPOModule(
+        ModelSpec(path=model),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=12, rows_at_once=1),
+        updates=UpdateSpec(inner_epochs=2, num_minibatches=1),
+        rows_at_once=4,
+        optimizer=adamw,
+        seed=3,
+    )
+
+
+class CountGathers(L.Callback):
+    """How many all-gathers each call of `generate` makes."""
+
+    def __init__(self) -> None:
+        self.gathers: list[int] = []
+        self.lengths: list[list[int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        own, gather = module.engine.generate, _fsdp_param_group.foreach_all_gather
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with mock.patch.object(_fsdp_param_group, "foreach_all_gather", wraps=gather) as seen:
+                answers = own(*args, **kwargs)
+            self.gathers.append(seen.call_count)
+            self.lengths.append(answers.mask.sum(-1).tolist())
+            return answers
+
+        module.engine.generate = generate
+
+
+def generation(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """All-gathers while answers are sampled, how many units there are, and the answers' lengths on every rank."""
+    module, count = sampling_ppo(model), CountGathers()
+    fit(module, "ppo", folder, devices=world, strategy="fsdp2", max_epochs=2, callbacks=[count])
+    lengths: list[Any] = [None] * world
+    torch.distributed.all_gather_object(lengths, count.lengths)
+    units = sum(isinstance(part, FSDPModule) for part in module.policy.modules())
+    return {"lengths": lengths, "gathers": count.gathers, "units": units}
+
+
+def mixture(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """Answers drawn from policy and reference at once, both sharded."""
+    module = OnlineDPOModule(
+        ModelSpec(path=model),
+        [WeightedReward(LengthReward(target=3))],
+        loss=NashMD(),
+        opponent=Opponent(reference_share=0.5),
+        generation=GenerationSpec(max_new_tokens=6, num_samples=2),
+        optimizer=adamw,
+        seed=3,
+    )
+    return outcome(module, fit(module, "ppo", folder, devices=world, strategy="fsdp2", max_epochs=2))
+
+
+class Watch(L.Callback):
+    """What a run looks like from inside."""
+
+    def __init__(self) -> None:
+        self.here = self.everywhere = 0
+        """Elements of frozen models."""
+        self.in_checkpoint: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for parameter in (p for model in module.frozen_models() for p in model.parameters()):
+            self.here += parameter.to_local().numel()
+            self.everywhere += parameter.numel()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.in_checkpoint = sorted(checkpoint["state_dict"])
+
+
+def resumed(stage: str) -> Case:
+    """A run of four epochs, and one that is stopped after the second and goes on from its checkpoint."""
+
+    def made(model: str) -> L.LightningModule:
+        if stage == "dpo":
+            return DPOModule(ModelSpec(path=model), reference_sync=ReferenceSync(every=1, share=0.5), optimizer=adamw)
+        return sampling_ppo(model) if stage == "ppo" else SFTModule(ModelSpec(path=model), optimizer=adamw)
+
+    def case(model: str, folder: Path, world: int) -> dict[str, Any]:
+        given = {"devices": world, "strategy": "fsdp2"}
+        whole, first, second, watch = made(model), made(model), made(model), Watch()
+        losses = fit(whole, stage, folder, max_epochs=4, **given)
+        keep = ModelCheckpoint(dirpath=folder / f"{stage} half", filename="half", enable_version_counter=False)
+        fit(first, stage, folder, max_epochs=2, callbacks=[keep, watch], enable_checkpointing=True, **given)
+        path = folder / f"{stage} half" / "half.ckpt"
+        rest = fit(second, stage, folder, max_epochs=4, ckpt_path=path, **given)
+        return {
+            "whole": outcome(whole, losses),
+            "resumed": outcome(second, losses[: len(losses) - len(rest)] + rest),
+            "in_checkpoint": watch.in_checkpoint,
+            "frozen_share": watch.here / max(watch.everywhere, 1),
+        }
+
+    return case
+
+
+def foreign_checkpoint(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """What is said when a checkpoint of `ddp` is resumed, and one in shards."""
+    keep = ModelCheckpoint(dirpath=folder / "foreign", filename="foreign", enable_version_counter=False)
+    first = SFTModule(ModelSpec(path=model), optimizer=adamw)
+    fit(first, "sft", folder, max_epochs=1, callbacks=[keep], enable_checkpointing=True, devices=world, strategy="ddp")
+    said = []
+    for path in (folder / "foreign" / "foreign.ckpt", folder / "foreign"):
+        second = SFTModule(ModelSpec(path=model), optimizer=adamw)
+        try:
+            fit(second, "sft", folder, max_epochs=2, ckpt_path=path, devices=world, strategy="fsdp2")
+        except UserError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
+def exported(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """Hugging Face folders of policy and critic, and the weights that they were written from."""
+    module = sampling_ppo(model)
+    trainer = trainer_for(folder, max_epochs=1, devices=world, strategy="fsdp2")
+    trainer.fit(module, datamodule=RLHFDataModule(train=str(folder / "ppo.jsonl"), batch_size=12 // world))
+    export(trainer, module, folder / "hf")
+    return outcome(module, [])
+
+
+def loose_parameter(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """What is said of a parameter outside every unit, and of groups that do not divide the processes."""
+    said = []
+    module = SFTModule(ModelSpec(path=model))
+    module.temperature = nn.Parameter(torch.ones(()))
+    for what, strategy in (
+        (module, FSDP2Strategy()),
+        (SFTModule(ModelSpec(path=model)), FSDP2Strategy(num_replicas=3)),
+    ):
+        try:
+            fit(what, "sft", folder, devices=world, strategy=strategy)
+        except UserError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
+def named(strategy: str) -> Callable[[], str]:
+    return lambda: strategy
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": LoraSpec(r=2)},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+CASES: dict[str, Case] = {
+    f"{stage}, {name}": compared(stage, named(name)) for stage in STAGES for name in ("fsdp2", "ddp")
+}
+CASES |= {
+    f"{stage}, {name}": compared(stage, named("fsdp2"), spec=SPECS[name])
+    for stage, name in (("sft", "lora"), ("dpo", "lora"), ("grpo", "lora"), ("sft", "gradient checkpointing"))
+}
+CASES |= {
+    "sft, not resharded": compared("sft", lambda: FSDP2Strategy(reshard_after_forward=False)),
+    "sft, bfloat16": compared("sft", lambda: FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")),
+    "sft, bf16-mixed": compared("sft", named("fsdp2"), precision="bf16-mixed"),
+    "sft, replicas": compared("sft", lambda: FSDP2Strategy(num_replicas=2)),
+    "ppo, replicas": compared("ppo", lambda: FSDP2Strategy(num_replicas=2)),
+    "ppo, shared critic": shared_critic,
+    "dpo, following reference": following_reference,
+    "ppo, generation": generation,
+    "online dpo, mixture": mixture,
+    "sft, resumed": resumed("sft"),
+    "dpo, resumed": resumed("dpo"),
+    "ppo, resumed": resumed("ppo"),
+    "sft, foreign checkpoint": foreign_checkpoint,
+    "ppo, exported": exported,
+    "sft, loose parameter": loose_parameter,
+}
+
+
+def main() -> None:
+    names, model, folder = sys.argv[1:]
+    world = int(os.environ["WORLD_SIZE"])  # Lightning takes it away after a fit
+    for name in names.split(";"):
+        result = CASES[name](model, Path(folder), world)
+        if os.environ["LOCAL_RANK"] == "0":
+            torch.save(result, Path(folder) / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main()
