@@ -1,4 +1,4 @@
-"""Sharded over processes, a stage takes the steps that it takes in one; nothing is gathered, kept or lost beyond need."""
+"""Sharded over processes, a stage takes the steps of one process; nothing is gathered or kept beyond need."""
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ from unittest import mock
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from one_step import module_for, records
+from one_step import another, module_for, records
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -28,6 +29,7 @@ from rlhf_lightning.callbacks.hf_export import export
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.preference_online import NashMD
+from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.sharded import whole_state_dict
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
@@ -167,6 +169,29 @@ def following_reference(model: str, folder: Path, world: int) -> dict[str, Any]:
     module = module_for("dpo", model)
     module.reference_sync = ReferenceSync(every=2, share=0.6)
     return outcome(module, fit(module, "dpo", folder, devices=world, strategy="fsdp2" if world > 1 else "auto"))
+
+
+def tied(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """An output head that is the input embedding."""
+    shape = another(model)
+    spec = replace(shape, config={**(shape.config or {}), "tie_word_embeddings": True})
+    module = SFTModule(spec, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    found = outcome(module, fit(module, "sft", folder, devices=world, strategy="fsdp2" if world > 1 else "auto"))
+    export_policy(module.policy, module.tokenizer, folder / f"tied {world}")
+    return found
+
+
+class AskInBetween(L.Callback):
+    """Runs the model after the backward pass and before the optimiser: what it gathers is stale after the step."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        tokens = torch.tensor([[1, 5, 6]])
+        with torch.no_grad():
+            module.policy.hidden_states(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(3)[None])
+
+
+def asked_in_between(model: str, folder: Path, world: int) -> dict[str, Any]:
+    return of_stage("sft", model, folder, devices=world, strategy="fsdp2", callbacks=[AskInBetween()])
 
 
 def sampling_ppo(model: str) -> PPOModule:
@@ -328,6 +353,8 @@ CASES |= {
     "sft, not resharded": compared("sft", lambda: FSDP2Strategy(reshard_after_forward=False)),
     "sft, bfloat16": compared("sft", lambda: FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")),
     "sft, bf16-mixed": compared("sft", named("fsdp2"), precision="bf16-mixed"),
+    "sft, asked in between": asked_in_between,
+    "sft, tied": tied,
     "sft, replicas": compared("sft", lambda: FSDP2Strategy(num_replicas=2)),
     "ppo, replicas": compared("ppo", lambda: FSDP2Strategy(num_replicas=2)),
     "ppo, shared critic": shared_critic,
