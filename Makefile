@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
-.PHONY: setup quickstart test lint bench faults clean
+.PHONY: setup quickstart test lint bench faults parallel clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ bench: setup
 	$(BIN)/python benchmarks/bench_random_walks.py
 	$(BIN)/python benchmarks/bench_arithmetic.py
 	$(BIN)/python benchmarks/write_docs.py
+
+# sharded and replicated runs beside one process, groups of two times two included
+parallel: setup
+	RLHF_FOUR_PROCESSES=1 $(BIN)/python -m pytest tests/parallel
 
 # kills, corruptions, full disks, signals: about half an hour
 faults: setup

@@ -109,10 +109,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            # a forward pass without a backward leaves embedding and head gathered: stale after the step
-            optimizer.register_step_pre_hook(self._before_step)
+            # a forward pass without a backward leaves embedding and head gathered: stale after the step. Before the step
+            # would be too soon: Lightning's optimisers run forward and backward inside it
+            optimizer.register_step_post_hook(self._after_step)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self.lightning_module is not None
         reshard(self.lightning_module)
 

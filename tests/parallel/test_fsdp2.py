@@ -1,5 +1,7 @@
 """Sharded over processes, a stage takes the steps of one process; nothing is gathered or kept beyond need."""
 
+import os
+
 import pytest
 import torch
 from parallel_fits import (
@@ -10,6 +12,7 @@ from parallel_fits import (
     in_processes,
     of_stage,
     shared_critic,
+    tied,
     write_records,
 )
 from safetensors.torch import load_file
@@ -17,8 +20,8 @@ from safetensors.torch import load_file
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.parallel import FSDP2Strategy
 
-IN_CI = [name for name in CASES if name != "ppo, replicas"]
-EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "replicas", *SPECS)]
+IN_CI = [name for name in CASES if not name.endswith(", replicas")]
+EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "asked in between", *SPECS)]
 HALF = ["sft, bfloat16", "sft, bf16-mixed"]
 
 
@@ -82,6 +85,23 @@ def test_layers_in_bfloat16_keep_weights_in_float32(name, folder, alone):
     assert_same(found, expected, tolerance=1e-2)
     assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
     assert found["losses"] != pytest.approx(expected["losses"], abs=1e-6), "that was float32"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("RLHF_FOUR_PROCESSES" not in os.environ, reason="four processes: make parallel")
+def test_two_groups_of_two_that_each_hold_the_model(tiny_model, alone, tmp_path):
+    write_records(tmp_path)
+    in_processes(["sft, replicas", "ppo, replicas"], str(tiny_model), tmp_path, count=4)
+    for stage in ("sft", "ppo"):
+        assert_same(result(tmp_path, f"{stage}, replicas"), alone(stage))
+
+
+@pytest.mark.slow
+def test_a_head_that_is_the_embedding_stays_one(folder, tiny_model):
+    assert_same(result(folder, "sft, tied"), tied(str(tiny_model), folder, 1))
+    several, one = (load_file(folder / f"tied {count}" / "model.safetensors") for count in (2, 1))
+    assert several.keys() == one.keys()
+    assert "lm_head.weight" not in several
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def of_stage(stage: str, model: str, folder: Path, **options: Any) -> dict[str, 
 
 
 def write_records(folder: Path) -> None:
-    for stage in STAGES:
+    for stage in (*STAGES, "kto"):
         (folder / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
 
 
@@ -350,6 +350,7 @@ CASES |= {
     for stage, name in (("sft", "lora"), ("dpo", "lora"), ("grpo", "lora"), ("sft", "gradient checkpointing"))
 }
 CASES |= {
+    "kto, fsdp2": compared("kto", named("fsdp2")),
     "sft, not resharded": compared("sft", lambda: FSDP2Strategy(reshard_after_forward=False)),
     "sft, bfloat16": compared("sft", lambda: FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")),
     "sft, bf16-mixed": compared("sft", named("fsdp2"), precision="bf16-mixed"),
