@@ -109,8 +109,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            # a forward pass without a backward leaves embedding and head gathered: stale after the step. Before the step
-            # would be too soon: Lightning's optimisers run forward and backward inside it
+            # a forward pass without a backward leaves embedding and head gathered: stale after the step. A hook before
+            # the step would come too soon: Lightning runs forward and backward inside it
             optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
