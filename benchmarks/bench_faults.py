@@ -370,6 +370,7 @@ def _signalled(folder: Path, what: str, rank: int) -> tuple[int, float, int]:
     shutil.rmtree(pids, ignore_errors=True)
     pids.mkdir()
     command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", "fit.yaml", "--overwrite", "true"]
+    command += ["--allow_module", "slow"]
     with (folder / "out.txt").open("w") as out:
         env = {**os.environ, "PIDS": str(pids)}
         started = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)

@@ -1,6 +1,7 @@
 """PPO that also dislikes length: a stage of your own is a subclass with one method overridden.
 
-PYTHONPATH=examples rlhf-lightning fit --config configs/ppo.yaml --model shorter_answers.ShorterAnswersPPO
+PYTHONPATH=examples rlhf-lightning fit --config configs/ppo.yaml --model shorter_answers.ShorterAnswersPPO \
+  --allow_module shorter_answers
 """
 
 from rlhf_lightning.core.batches import Generated, PromptBatch

@@ -9,6 +9,8 @@ from rlhf_lightning import __version__
 from rlhf_lightning.cli.first_error import claim, code_of_another, forget_job
 from rlhf_lightning.core.errors import Stopped, UserError
 
+ALLOW_FLAGS = ("--allow_module", "--allow-module")
+
 SUBCOMMANDS = {
     "fit": "train a stage: SFT, reward model, PPO, or your own",
     "validate": "run the validation set once",
@@ -27,6 +29,7 @@ OVERVIEW = """usage: rlhf-lightning [--version] [--debug] SUBCOMMAND [options]
 Each has its own help:      rlhf-lightning fit --help
 Options of a stage:         rlhf-lightning fit --model.help SFTModule
 A config with every key:    rlhf-lightning fit --config configs/sft.yaml --print_config
+Code of your own:           --allow_module mine (a module, my_rewards.py, or the folder of a model)
 Show tracebacks of errors:  --debug
 """
 
@@ -42,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if (
-        os.getcwd() not in sys.path
-    ):  # a console script, unlike `python -m`, cannot import the user's own modules otherwise
-        sys.path.insert(0, os.getcwd())
+    _set_import_path(args, own_process=argv is None)
     try:
         return _dispatch(args, debug)
     except UserError as error:
@@ -73,6 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code  # what failed here is the connection to a process that has said why it ended
     finally:
         forget_job()
+
+
+def _set_import_path(args: Sequence[str], own_process: bool) -> None:
+    """Modules in the working directory are imported only if the user names some, and installed ones come first.
+
+    `python -m` puts the directory first: there a file named as a package is would be taken for that package.
+    """
+    here = os.getcwd()
+    if own_process and sys.path[:1] in ([here], [""]):
+        del sys.path[0]
+    if here not in sys.path and any(arg.partition("=")[0] in ALLOW_FLAGS for arg in args):
+        sys.path.append(here)
 
 
 def _report(error: UserError, debug: bool) -> int:

@@ -14,6 +14,7 @@ import yaml
 from rlhf_lightning.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ALLOW = ("--allow_module", "mine")
 
 OWN_STAGE = '''
 import torch
@@ -224,8 +225,8 @@ def test_overlays_of_the_trainer_section_keep_what_they_do_not_name(config, caps
 
 def test_the_command_line_beats_the_checkpoint(config):
     own = {**config, "model": {"class_path": "mine.MySFT", "init_args": {**config["model"]["init_args"], "gain": 0.2}}}
-    assert fit(own, "--trainer.max_epochs", "1") == 0
-    assert fit(own, "--ckpt_path", "runs/a/checkpoints/last.ckpt", "--model.gain", "0.9") == 0
+    assert fit(own, "--trainer.max_epochs", "1", *ALLOW) == 0
+    assert fit(own, "--ckpt_path", "runs/a/checkpoints/last.ckpt", "--model.gain", "0.9", *ALLOW) == 0
     gains = [float(row["train/gain"]) for row in metrics("runs/a") if row["train/gain"]]
     assert gains == pytest.approx([0.2, 0.2, 0.9, 0.9])
 
@@ -234,7 +235,7 @@ def test_the_command_line_beats_the_checkpoint(config):
 
 
 def test_a_users_own_stage_is_selected_by_its_path(config):
-    options = ["--model", "mine.MySFT", "--model.gain", "2.0", "--trainer.fast_dev_run", "true"]
+    options = ["--model", "mine.MySFT", "--model.gain", "2.0", "--trainer.fast_dev_run", "true", *ALLOW]
     assert fit(config, *options) == 0
 
 
@@ -335,7 +336,7 @@ def test_inert_keys_of_stage_and_trainer_are_errors(config, capsys):
     config["model"]["class_path"] = "mine.MySFT"
     config["model"]["init_args"]["gain"] = 0.5
     config["trainer"]["gradient_clip_algorithm"] = "norm"
-    assert fit(config) == 2
+    assert fit(config, *ALLOW) == 2
     message = capsys.readouterr().err
     assert "model.init_args.gain does nothing: a half gain is none" in message
     assert "trainer.gradient_clip_algorithm does nothing: gradient_clip_val is not set" in message
@@ -411,7 +412,7 @@ def test_missing_model_folder(config, capsys):
 
 
 def test_interrupt_exits_with_130(config):
-    assert fit(config, "--model", "mine.Interrupted") == 130
+    assert fit(config, "--model", "mine.Interrupted", *ALLOW) == 130
 
 
 def test_default_callbacks_can_be_named_away_and_replaced(config):

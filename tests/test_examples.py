@@ -13,6 +13,7 @@ from rlhf_lightning.__main__ import main
 from rlhf_lightning.cli.app import check_command_line
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OWN = ["--model", "shorter_answers.ShorterAnswersPPO", "--allow_module", "shorter_answers"]
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 
 
@@ -29,6 +30,7 @@ def examples_on_the_path(monkeypatch):
 def test_the_command_in_its_head_is_real(example, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     head = example.read_text().split('"""')[1]
+    head = re.sub(r"\\\n\s*", "", head)  # a command may go on in the next line
     commands = re.findall(r"^(?:PYTHONPATH=examples )?rlhf-lightning (.*)$", head, re.MULTILINE)
     assert commands
     for command in commands:
@@ -77,7 +79,7 @@ def test_shorter_answers_pays_for_every_token(tmp_path, tiny_model, write_jsonl)
     )
     common = ["fit", "--config", str(tmp_path / "ppo.yaml")]
     assert main([*common, f"--trainer.default_root_dir={tmp_path / 'plain'}"]) == 0
-    own = ["--model", "shorter_answers.ShorterAnswersPPO", "--model.price_per_token", "0.5"]
+    own = [*OWN, "--model.price_per_token", "0.5"]
     assert main([*common, *own, f"--trainer.default_root_dir={tmp_path / 'own'}"]) == 0
     plain, shorter = scores(tmp_path / "plain"), scores(tmp_path / "own")
     # the same seed and weights give the same answers: only the score differs, by the price of their tokens
@@ -87,6 +89,6 @@ def test_shorter_answers_pays_for_every_token(tmp_path, tiny_model, write_jsonl)
 
 
 def test_a_misspelt_option_of_an_own_stage_is_an_error(tmp_path, capfd):
-    args = ["fit", "--config", str(REPOSITORY / "configs/ppo.yaml"), "--model", "shorter_answers.ShorterAnswersPPO"]
+    args = ["fit", "--config", str(REPOSITORY / "configs/ppo.yaml"), *OWN]
     assert main([*args, "--model.price_per_tokn=1"]) == 2
     assert "price_per_token" in capfd.readouterr().err

@@ -132,7 +132,8 @@ def two(tmp_path, tiny_tokenizer, tiny_config):
 
     def start(*options: str) -> subprocess.Popen:
         path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-        command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", "fit.yaml", *options]
+        command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", "fit.yaml"]
+        command += ["--allow_module", "mine", *options]
         return subprocess.Popen(
             command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
         )

@@ -111,6 +111,15 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         raise UserError(f"{path} holds more than weights and numbers and is not read: {why}") from error
 
 
+def check_plain(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` if a checkpoint, one file, holds anything but tensors and plain values; reads no tensor."""
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        why = (str(error).splitlines() or ["?"])[0]
+        raise UserError(f"{path} holds more than weights and numbers and is not read: {why}") from error
+
+
 def damage(path: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint is not as it was written; None if it is. One without a manifest is only known to be whole."""
     file = Path(path)

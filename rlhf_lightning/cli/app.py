@@ -17,11 +17,12 @@ from lightning.pytorch.plugins import CheckpointIO
 from rlhf_lightning import __version__
 from rlhf_lightning import callbacks as _callbacks  # noqa: F401  short class names resolve once imported
 from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
-from rlhf_lightning.cli.checks import check_config, check_instances, check_trainer_names
+from rlhf_lightning.cli.checks import at, check_config, check_instances, check_trainer_names
 from rlhf_lightning.cli.defaults import DefaultCallback, default_callbacks, default_logger
+from rlhf_lightning.cli.imports import only_from, split_allowed
 from rlhf_lightning.cli.messages import explain, located
 from rlhf_lightning.cli.ranks import watched
-from rlhf_lightning.cli.run_folder import RunFolder, misfit
+from rlhf_lightning.cli.run_folder import RunFolder, checked, misfit
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.cli.trainer import RLHFTrainer
 from rlhf_lightning.core.errors import UserError
@@ -127,7 +128,11 @@ class RLHFCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, *, parse_only: bool = False) -> None:
         self.parse_only = parse_only
         be_quiet()
-        self.args = list(sys.argv[1:] if args is None else args)
+        self.args, named = split_allowed(sys.argv[1:] if args is None else args)
+        with only_from(named):
+            self._run()
+
+    def _run(self) -> None:
         self.sources = ConfigSources.of_command_line(self.args[1:])
         self.run_folder: RunFolder | None = None
         model_class, datamodule_class = family()
@@ -186,7 +191,7 @@ class RLHFCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.sources.check()
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(args, env=False)  # whatever JSONARGPARSE_DEFAULT_ENV says
         except UserError as error:
             raise UserError(explain(str(error), self.sources, self._subcommand_parsers[self.args[0]])) from error
         check_config(self.config[self.config.subcommand], self.sources)
@@ -207,6 +212,13 @@ class RLHFCLI(LightningCLI):
         elif config.get("ckpt_path") in ("last", "auto"):
             last = self.run_folder.last_checkpoint(required=config.ckpt_path == "last")
             config.ckpt_path = None if last is None else str(last)
+        elif "://" not in (config.get("ckpt_path") or "://"):
+            config.ckpt_path = checked(config.ckpt_path)
+        if "weights_only" in config:
+            if config.weights_only is False:
+                place = at("weights_only", self.sources)
+                raise UserError(f"{place}=false would run code from a checkpoint; leave it out")
+            config.weights_only = True
 
     def instantiate_classes(self) -> None:
         try:

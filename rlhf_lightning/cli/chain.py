@@ -3,7 +3,10 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+from rlhf_lightning.cli.imports import only_from, split_allowed
+from rlhf_lightning.cli.secrets import remedy, secret_in
 from rlhf_lightning.cli.sources import ConfigSources
+from rlhf_lightning.core import trust
 from rlhf_lightning.core.errors import UserError
 
 
@@ -36,7 +39,16 @@ def chain_command(args: Sequence[str], *, launch: Callable[[list[str]], int], de
     )
     parser.add_argument("--from", dest="start_at", metavar="STAGE", help="run this stage and all later ones anew")
     parser.add_argument("--force", action="store_true", help="run all stages anew")
-    options = parser.parse_args(list(args))
+    args, named = split_allowed(args)
+    options = parser.parse_args(args)
+    for setting in options.set:
+        if (secret := secret_in(setting)) is not None:
+            raise UserError(f"--set {setting.partition('=')[0]}: {remedy(secret[0])}")
+    with only_from(named):
+        return _run(options, [f"{trust.FLAG}={name}" for name in named], launch, debug)
+
+
+def _run(options: argparse.Namespace, allowed: Sequence[str], launch: Callable[[list[str]], int], debug: bool) -> int:
 
     from rlhf_lightning.cli.app import check_command_line
     from rlhf_lightning.pipelines.chain import run_chain
@@ -50,4 +62,11 @@ def chain_command(args: Sequence[str], *, launch: Callable[[list[str]], int], de
     def launch_stage(command: list[str]) -> int:
         return launch([*command, "--debug"] if debug else command)
 
-    return run_chain(spec, launch_stage, check=check_command_line, start_at=options.start_at, force=options.force)
+    return run_chain(
+        spec,
+        launch_stage,
+        check=check_command_line,
+        start_at=options.start_at,
+        force=options.force,
+        options=allowed,
+    )

@@ -27,8 +27,8 @@ def check_config(config: Any, sources: ConfigSources) -> None:
     for key, value in leaves(config.as_dict() if hasattr(config, "as_dict") else config):
         if not isinstance(value, float | int) or isinstance(value, bool):
             continue
-        if math.isnan(value):
-            raise UserError(f"{at(key, sources)}={value} is not a number")
+        if not math.isfinite(value):
+            raise UserError(f"{at(key, sources)}={value} is not a number that anything can be computed with")
         if key.rpartition(".")[2] == "lr" and not 0 < value <= 100:
             raise UserError(f"{at(key, sources)}={value}: a learning rate is positive, usually 1e-7 to 1e-1")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_lightning.cli.options import class_of, known_classes, valid_children
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
+from rlhf_lightning.core import trust
 from rlhf_lightning.core.errors import UserError
 
 BOILERPLATE = re.compile(
@@ -26,6 +27,7 @@ WRONG_TYPE = re.compile(r"Expected (?:a|an) (?P<type>.+?)\.? Got value: (?P<valu
 WRONG_TYPE_OF_UNION = re.compile(r"Expected (?:a|an) <class '(?P<type>[^']+)'>$")
 LITERAL = re.compile(r"Literal\[(?P<options>.*)\]")
 UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)$")
+DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
 NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 
 
@@ -50,6 +52,9 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
         key = missing.group(1).partition(".")[2] or missing.group(1)
         return f"{key} is missing: set it in the YAML file or by --{key}"
     complaints = _complaints(message)
+    for complaint in complaints:
+        if match := DENIED.search(complaint.text):
+            return f"{_at(complaint.key, sources)}: {trust.refusal(match['path'])}"
     for complaint in complaints:
         for pattern in UNKNOWN:
             if match := pattern.search(complaint.text):

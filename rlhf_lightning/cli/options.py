@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
-from rlhf_lightning.core import interfaces
+from rlhf_lightning.core import interfaces, trust
 
 
 def valid_children(parent: str, place: Place | None, sources: ConfigSources, parser: Any) -> set[str]:
@@ -79,6 +79,8 @@ def known_classes(key: str = "") -> dict[str, type]:
 def _import(name: str) -> type | None:
     if "." not in name:
         return known_classes().get(name)
+    if not trust.allows(name):
+        return None
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(import_module(module), attribute, None)

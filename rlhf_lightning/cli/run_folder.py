@@ -9,8 +9,9 @@ from tempfile import TemporaryFile
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.callbacks.atomic_checkpoint import damage, entries_of, newest_first
+from rlhf_lightning.callbacks.atomic_checkpoint import check_plain, damage, entries_of, newest_first
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.parallel.sharded_checkpoint import check_sharded
 
 RUN_FILES = ("metrics.csv", "hparams.yaml", "samples.jsonl", "data_report.json", "health.jsonl", "finished.json")
 RUN_FOLDERS = ("checkpoints", "hf", "nonfinite")
@@ -75,6 +76,8 @@ class RunFolder:
             The checkpoint to go on from, or None to start anew.
         """
         check_writable(self.path, "--trainer.default_root_dir")
+        for left in self.path.glob("hpc_ckpt_*.ckpt"):  # Lightning goes on from these under SLURM without being asked
+            checked(left)
         if ckpt_path is not None:
             if resume not in ("never", str(ckpt_path)):
                 raise UserError(f"both --ckpt_path {ckpt_path} and --resume {resume} are given; keep one")
@@ -86,6 +89,8 @@ class RunFolder:
             return None
         if resume == "auto":
             last = self.last_checkpoint()
+            if last is not None:
+                check_plain(last)
             if last is None:
                 self.clear()  # it broke before its first checkpoint: there is nothing to go on from
             if last is not None and not rank_zero_only.rank:
@@ -127,6 +132,11 @@ def checked(checkpoint: str | Path) -> str:
         raise UserError(f"{path}: no such checkpoint")
     if path.is_file() and (reason := damage(path)) is not None:
         raise UserError(f"{path} {reason}")
+    # here, whatever reads it later: some of Lightning's strategies do so by pickle
+    if path.is_dir():
+        check_sharded(path)
+    else:
+        check_plain(path)
     return str(path)
 
 

@@ -1,21 +1,22 @@
 """The YAML files of a command line, with line numbers: where each key was set, and what would pass without a word."""
 
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import yaml
 
+from rlhf_lightning.cli.secrets import remedy, secret_in
+from rlhf_lightning.core import trust
 from rlhf_lightning.core.errors import UserError
 
 CONFIG_FLAGS = {"-c": "", "--config": "", "--model": "model", "--data": "data", "--trainer": "trainer"}
 """Options that take a YAML file, and the key that the file's contents stand under."""
 
-CALLABLE_KEYS = {"class_path"}
-"""Keys whose value is imported."""
-
-STANDARD_LIBRARY_ALLOWED = {"datetime", "pathlib", "typing", "fractions", "decimal"}
+DEEPEST = 60
+LARGEST = 100_000
+"""Keys and items of one file: a config has hundreds, a file whose aliases multiply has billions."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,25 @@ class ConfigSources:
 
     places: list[Place] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    _walked: Iterator[int] = field(default_factory=count)
+    _inner_files: list[Path] = field(default_factory=list)
 
     @classmethod
     def of_command_line(cls, args: Sequence[str]) -> "ConfigSources":
         sources = cls()
         position = 0
         while position < len(args):
+            if (secret := secret_in(args[position])) is not None:
+                raise UserError(f"command line, word {position + 1}: {remedy(secret[0])}")
             option, equals, value = args[position].partition("=")
             if option.startswith("-") and not equals and position + 1 < len(args):
                 value = args[position + 1]
             if option in CONFIG_FLAGS and value.endswith((".yaml", ".yml", ".json")):
                 sources._read(Path(value), CONFIG_FLAGS[option])
             elif option.startswith("--"):
-                sources.places.append(Place(option[2:].rstrip("+"), "", 0, value))
+                key = option[2:].rstrip("+")
+                sources.places.append(Place(key, "", 0, value))
+                sources.places.extend(sources._inside(value, key, "", 0))
             position += 1
         return sources
 
@@ -78,19 +85,28 @@ class ConfigSources:
             raise UserError("\n  ".join(self.problems))
         for place in self.places:
             leaf = place.key.rpartition(".")[2]
-            root = place.value.replace(":", ".").split(".", 1)[0]
-            imports = (leaf in CALLABLE_KEYS and "." in place.value) or self._is_function(place)
-            if imports and root in sys.stdlib_module_names and root not in STANDARD_LIBRARY_ALLOWED:
-                raise UserError(
-                    f"{place}: {place.key}: {place.value} is Python's own, not a class or function made for training; "
-                    "name one of yours"
-                )
+            if leaf == "class_path" or place.key == "model":
+                self._check_class(place)
+            if leaf == "path" and self._of_python_function(place):
+                self._check_function(place)
 
-    def _is_function(self, place: Place) -> bool:
-        """Whether the place names the function of a `PythonFunction`."""
-        owner = place.key.removesuffix(".path").removesuffix(".init_args") + ".class_path"
-        beside = (other for other in self.places if other.file == place.file and other.key == owner)
-        return place.key.endswith(".path") and any(other.value.endswith("PythonFunction") for other in beside)
+    def _check_class(self, place: Place) -> None:
+        if "." in place.value and trust.is_dotted(place.value) and not trust.allows(place.value):
+            raise UserError(f"{place}: {place.key}: {trust.refusal(place.value)}")
+
+    def _check_function(self, place: Place) -> None:
+        """The function of a `PythonFunction`: our own packages, too, have some that run what they are told to."""
+        home = place.value.rpartition(":" if ":" in place.value else ".")[0]
+        if home and not trust.allows_function(home):
+            raise UserError(f"{place}: {place.key}: {trust.function_refusal(place.value, home)}")
+
+    def _of_python_function(self, place: Place) -> bool:
+        owner = place.key.removesuffix(".path").removesuffix(".init_args")
+        beside = [other for other in self.places if other.file == place.file]
+        return any(
+            (other.key == f"{owner}.class_path" or other.key == owner) and other.value.endswith("PythonFunction")
+            for other in beside
+        )
 
     # --- reading
 
@@ -99,7 +115,12 @@ class ConfigSources:
             self.problems.append(f"{path}: no such config file")
             return
         try:
-            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            text = path.read_text(encoding="utf-8")
+            if (secret := secret_in(text)) is not None:
+                line = text.count("\n", 0, secret[1]) + 1
+                self.problems.append(f"{path}:{line}: {remedy(secret[0])}")
+                return
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
         except UnicodeDecodeError as error:
             self.problems.append(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
             return
@@ -110,6 +131,9 @@ class ConfigSources:
         except yaml.YAMLError as error:  # characters that no text has
             self.problems.append(f"{path}: not YAML: {str(error).splitlines()[0]}")
             return
+        except RecursionError:
+            self.problems.append(f"{path}: nested too deeply to be a config")
+            return
         if root is None:
             self.problems.append(f"{path}: the file is empty; a config has keys such as trainer, model and data")
         elif not isinstance(root, yaml.MappingNode):
@@ -117,7 +141,11 @@ class ConfigSources:
         else:
             self.places.extend(self._walk(root, prefix, str(path)))
 
-    def _walk(self, node: yaml.Node, prefix: str, file: str) -> Iterator[Place]:
+    def _walk(self, node: yaml.Node, prefix: str, file: str, depth: int = 0) -> Iterator[Place]:
+        # aliases (*name) come by again wherever they stand: few bytes may be a config without an end
+        if depth > DEEPEST or next(self._walked) > LARGEST:
+            where = f"{file}:{node.start_mark.line + 1}: {prefix[:60]}"
+            raise UserError(f"{where}: no config is as deep or as large as this one becomes; write its aliases (*) out")
         if isinstance(node, yaml.MappingNode):
             seen: dict[str, int] = {}
             for key_node, value_node in node.value:
@@ -128,21 +156,41 @@ class ConfigSources:
                 seen[name] = line
                 value = value_node.value if isinstance(value_node, yaml.ScalarNode) else ""
                 yield Place(key, file, line, value)
+                self._check_scalar(key_node, key, file)
                 self._check_scalar(value_node, key, file)
-                yield from self._walk(value_node, key, file)
+                yield from self._inside(value, key, file, line)
+                yield from self._walk(value_node, key, file, depth + 1)
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self._check_scalar(item, f"{prefix}[{index}]", file)
-                yield from self._walk(item, prefix, file)
+                if isinstance(item, yaml.ScalarNode):
+                    yield from self._inside(item.value, prefix, file, item.start_mark.line + 1)
+                yield from self._walk(item, prefix, file, depth + 1)
+
+    def _inside(self, text: str, key: str, file: str, line: int) -> Iterator[Place]:
+        """What the parser reads as a piece of config although it is a text: YAML in quotes, the name of another file."""
+        if "class_path" in text:
+            try:
+                node = yaml.compose(text, Loader=yaml.SafeLoader)
+            except (yaml.YAMLError, RecursionError):
+                return
+            if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+                yield from (replace(place, line=line) for place in self._walk(node, key, file))
+        elif text.endswith((".yaml", ".yml")) and key.partition(".")[0] in ("model", "trainer"):
+            beside = Path(file).parent / text
+            inner = beside if beside.is_file() else Path(text)
+            if inner.is_file() and inner not in self._inner_files:
+                self._inner_files.append(inner)
+                self._read(inner, key)
 
     def _check_scalar(self, node: yaml.Node, key: str, file: str) -> None:
         where = f"{file}:{node.start_mark.line + 1}: {key}"
         if node.tag.startswith("tag:yaml.org,2002:python") or node.tag.startswith("!"):
             self.problems.append(f"{where}: the YAML tag {node.tag} is not allowed; write a plain value or class_path")
-        if not isinstance(node, yaml.ScalarNode):
+        if not isinstance(node, yaml.ScalarNode) or not node.tag.endswith(":float"):
             return
-        if node.tag.endswith(":float") and node.value.lower().lstrip("+-") == ".nan":
-            self.problems.append(f"{where}: {node.value} is not a number")
+        if node.value.lower().lstrip("+-") in (".nan", ".inf"):
+            self.problems.append(f"{where}: {node.value} is not a number that anything can be computed with")
 
 
 def short_key(key: str) -> str:

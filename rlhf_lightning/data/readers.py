@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.names import hub_id, looks_like_a_path
 
 FileFormat = Literal["jsonl", "json", "parquet", "csv"]
 _FORMATS: dict[str, FileFormat] = {
@@ -74,7 +75,9 @@ def read_source(source: Source, *, skip_bad: bool = False) -> Table:
         skip_bad: whether a line that is no JSON is noted and left out instead of being an error.
     """
     path = Path(source.path).expanduser()
-    if path.is_file():
+    if hub_id(source.path) is not None:
+        table = _read_hub(source)
+    elif path.is_file():
         table = _read_file(path, source.format, skip_bad)
     elif path.is_dir():
         table = _read_directory(path, source, skip_bad)
@@ -237,10 +240,12 @@ def _read_directory(path: Path, source: Source, skip_bad: bool) -> Table:
 def _read_hub(source: Source) -> Table:
     import datasets
 
-    split = source.split or "train"
+    split, name = source.split or "train", hub_id(source.path) or source.path
+    if Path(name).exists():  # `datasets` itself would take that, whatever it is
+        raise UserError(f"{source.path}: give this in a place that has no file or folder {name}")
     try:
         with _quiet(datasets):
-            data = datasets.load_dataset(source.path, source.name, split=split)
+            data = datasets.load_dataset(name, source.name, split=split)
     except Exception as error:  # network, authentication, a missing split: the library's own words are the best
         raise UserError(
             f"cannot load {source.path} (split {split}): there is no such file or folder here, and as a hub id it "
@@ -271,7 +276,7 @@ def _suffix(path: Path) -> str:
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or _suffix(Path(path)) in _FORMATS
+    return looks_like_a_path(path) or _suffix(Path(path)) in _FORMATS
 
 
 def _missing(path: Path) -> NoReturn:

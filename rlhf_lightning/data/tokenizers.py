@@ -4,10 +4,12 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.names import hub_id, looks_like_a_path
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +26,23 @@ def find_tokenizer(given: PreTrainedTokenizerBase | str | None) -> PreTrainedTok
         raise UserError("no tokenizer: set data.tokenizer to a folder or hub id, or use a model that has one")
     if not isinstance(given, str):
         return given
-    path = Path(given).expanduser()
-    if not path.is_dir() and (given.startswith((".", "/", "~")) or given.count("/") > 1):
+    path, name = Path(given).expanduser(), hub_id(given)
+    if name is None and not path.is_dir() and looks_like_a_path(given):
         raise UserError(f"tokenizer: no such folder: {given}")
+    if path.is_dir() and "auto_map" in _settings(path):
+        raise UserError(f"tokenizer: {given} comes with code (tokenizer_config.json: auto_map), which is not run")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else given)
+        # said, not left out: transformers would ask on the terminal
+        return AutoTokenizer.from_pretrained(name or (str(path) if path.is_dir() else given), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot load {given}: {str(error).splitlines()[0]}") from error
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import attention_of
-from rlhf_lightning.models.locate import check_model_folder, resolve_path
+from rlhf_lightning.models.locate import check_code, check_model_folder, resolve_path
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy, check_head
 from rlhf_lightning.models.scalar_head import HeadInit, Pooling, ScalarModel, init_head
@@ -157,6 +157,7 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
     assert spec.path is not None
     path = resolve_path(spec.path)
     check_model_folder(path)
+    check_code(path, spec.trust_remote_code, spec.revision)
     with no_load_report():
         model, info = auto.from_pretrained(
             path, revision=spec.revision, use_safetensors=True, output_loading_info=True, **options
@@ -258,6 +259,7 @@ def _read_config(spec: ModelSpec) -> PretrainedConfig:
     assert spec.path is not None
     path = resolve_path(spec.path)
     check_model_folder(path)
+    check_code(path, spec.trust_remote_code, spec.revision)
     try:
         return AutoConfig.from_pretrained(path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:

@@ -10,7 +10,7 @@ from jinja2.ext import Extension
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.models.locate import resolve_path
+from rlhf_lightning.models.locate import check_code, resolve_path
 from rlhf_lightning.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     name = spec.tokenizer or spec.path
     if name is None:
         raise UserError("no tokenizer: give `tokenizer` (a folder or hub id) next to `config`")
+    path = resolve_path(name, "tokenizer")
+    check_code(path, spec.trust_remote_code, spec.revision, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve_path(name, "tokenizer"), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except UserError:
         raise

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from rlhf_lightning.core import trust
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.pipelines.chain_report import StageResult, last_metrics, readable_time, show_summary
 from rlhf_lightning.pipelines.chain_spec import FIT_OUTPUTS, ChainSpec, StageSpec, references, strays, substitute
@@ -25,6 +26,9 @@ from rlhf_lightning.pipelines.rooms import import_rooms
 
 Launch = Callable[[list[str]], int]
 """Runs one command line (`fit --config ...`) and returns its exit code."""
+
+STEP_FAMILY = ("rlhf_lightning",)
+"""Where steps may come from, beside what the user names."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,13 @@ class ResolvedStage:
 
 
 def run_chain(
-    spec: ChainSpec, launch: Launch, *, check: Launch | None = None, start_at: str | None = None, force: bool = False
+    spec: ChainSpec,
+    launch: Launch,
+    *,
+    check: Launch | None = None,
+    start_at: str | None = None,
+    force: bool = False,
+    options: Sequence[str] = (),
 ) -> int:
     """Runs the stages in order.
 
@@ -74,6 +84,7 @@ def run_chain(
             before the first one starts.
         start_at: run this stage and all later ones anew.
         force: run all stages anew.
+        options: further options of every training stage.
     Returns:
         0, or the exit code of the stage that failed.
     """
@@ -81,7 +92,7 @@ def run_chain(
     if start_at is not None and start_at not in names:
         raise UserError(f"--from {start_at}: the chain has no such stage; it has {', '.join(names)}")
     anew = set(names if force else [] if start_at is None else names[names.index(start_at) :])
-    check_chain(spec, check)
+    check_chain(spec, check, options)
     known: dict[str, Any] = dict(spec.variables)
     results: list[StageResult] = []
     for number, stage in enumerate(spec.stages, start=1):
@@ -93,7 +104,7 @@ def run_chain(
             result = StageResult(stage.name, stage.what, "skipped", finished["seconds"], finished["values"])
         else:
             print(f"{title}: {stage.what}", flush=True)
-            code, result = _run_stage(resolved, launch, stage.name in anew)
+            code, result = _run_stage(resolved, launch, stage.name in anew, options)
             if code != 0:
                 results += [
                     result,
@@ -144,7 +155,7 @@ def _finished(stage: ResolvedStage) -> dict[str, Any] | None:
     return record if valid else None
 
 
-def _run_stage(stage: ResolvedStage, launch: Launch, anew: bool) -> tuple[int, StageResult]:
+def _run_stage(stage: ResolvedStage, launch: Launch, anew: bool, options: Sequence[str]) -> tuple[int, StageResult]:
     started = {"config": stage.fingerprint(), "inputs": stage.inputs()}
     before = _read_json(stage.folder / "started.json")
     same = before == started and not anew
@@ -162,7 +173,7 @@ def _run_stage(stage: ResolvedStage, launch: Launch, anew: bool) -> tuple[int, S
         if stage.spec.config is None:
             code, values = 0, _run_step(stage)
         else:
-            code = _fit(stage, launch, stage.command("auto" if same else "never", not same))
+            code = _fit(stage, launch, [*stage.command("auto" if same else "never", not same), *options])
             values = last_metrics(stage.folder / "metrics.csv") if code == 0 else {}
     finally:
         seconds = time.monotonic() - begin
@@ -214,17 +225,24 @@ def _run_step(stage: ResolvedStage) -> dict[str, Any]:
 
 
 def _step_class(spec: StageSpec) -> type:
-    module, _, name = str(spec.class_path).rpartition(".")
+    path = str(spec.class_path)
+    # not of every package that a config may name: many have classes whose run() starts a process
+    if not trust.allows(path, STEP_FAMILY):
+        raise UserError(f"stage {spec.name}: {trust.refusal(path, STEP_FAMILY)}")
+    module, _, name = path.rpartition(".")
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"stage {spec.name}: cannot import {spec.class_path}: {error}") from error
+    home = f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', name)}"
+    if not trust.allows(home, STEP_FAMILY):  # something that a module of ours has imported for itself
+        raise UserError(f"stage {spec.name}: {path} is {home}: name it where it is defined")
     if not callable(getattr(cls, "run", None)):
         raise UserError(f"stage {spec.name}: {spec.class_path} has no run(self)")
     return cls
 
 
-def check_chain(spec: ChainSpec, check: Launch | None) -> None:
+def check_chain(spec: ChainSpec, check: Launch | None, options: Sequence[str] = ()) -> None:
     """Reads every stage before the first one starts; values that steps will give back are stood in for."""
     known = dict(spec.variables)
     for stage in spec.stages:
@@ -237,7 +255,7 @@ def check_chain(spec: ChainSpec, check: Launch | None) -> None:
             _check_arguments(stage, _step_class(stage))
         else:
             _check_strays(spec, resolved)
-            if check is not None and check(resolved.command("never", False)) != 0:
+            if check is not None and check([*resolved.command("never", False), *options]) != 0:
                 raise UserError(f"{spec.file}: stages.{stage.name} cannot be read")
         known |= {f"{stage.name}.{key}": value for key, value in _given(resolved, {}).items()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlhf_lightning.core import trust
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn, Sample, Scores
 from rlhf_lightning.rewards.conversation import prompt_messages
@@ -107,6 +108,8 @@ def _find(path: str) -> Callable[..., Any]:
     home, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     if not home or not name:
         raise UserError(f"reward function {path!r}: give package.module.function, or folder/file.py:function")
+    if not trust.allows_function(home):
+        raise UserError(f"reward function {path!r}: {trust.function_refusal(path, home)}")
     _check_allowed(path, home)
     module = _load_file(path, Path(home)) if home.endswith(".py") else _load_module(path, home)
     found = getattr(module, name, None)

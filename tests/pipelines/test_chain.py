@@ -99,7 +99,7 @@ def chain(tmp_path, tiny_tokenizer, tiny_config, monkeypatch) -> dict:
 
 def run(chain: dict, *options: str) -> int:
     Path("chain.yaml").write_text(yaml.safe_dump(chain, sort_keys=False))
-    return main(["chain", "--config", "chain.yaml", *options])
+    return main(["chain", "--config", "chain.yaml", "--allow_module", "steps", *options])
 
 
 def states(printed: str) -> list[str]:
