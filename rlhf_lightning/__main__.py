@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _set_import_path(args: Sequence[str], own_process: bool) -> None:
     """Modules in the working directory are imported only if the user names some, and installed ones come first.
 
-    `python -m` puts the directory first: there a file named as a package is would be taken for that package.
+    `python -m` puts the directory first: a file there, named as a package is, would be taken for it.
     """
     here = os.getcwd()
     if own_process and sys.path[:1] in ([here], [""]):

@@ -1,6 +1,7 @@
 """Checks of a config that no type can express, and of keys that would do nothing."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -13,12 +14,24 @@ from rlhf_lightning.core.errors import UserError
 
 CASTING = ("16-true", "bf16-true", "64", "64-true", "transformer-engine", "transformer-engine-float16")
 """Precisions whose plugin converts every tensor of a batch."""
+RANGES = (
+    (r"seed_everything", 0, 2**32 - 1, "a seed is a whole number from 0 to 4294967295"),
+    (r"model\..*optimizer\.(?:.*\.)?lr", 1e-300, 100, "a learning rate is positive, usually 1e-7 to 1e-1"),
+    (r"model\..*optimizer\.(?:.*\.)?(?:weight_decay|eps)", 0, math.inf, "give 0 or more"),
+    (r"model\..*optimizer\.(?:.*\.)?(?:betas|momentum)", 0, 1 - 1e-12, "give 0 or more, below 1"),
+    (r"model\..*lora\.alpha", 1e-300, math.inf, "the scale of an adapter is positive"),
+    (r"trainer\.limit_\w+_batches", 0, math.inf, "give a share from 0.0 to 1.0, or a number of batches"),
+    (r"trainer\.log_every_n_steps", 0, math.inf, "give 0 (never) or more"),
+    (r"trainer\.val_check_interval", 1e-300, math.inf, "give a positive share of an epoch, or a number of batches"),
+)
+"""Options of torch, peft and Lightning, which look at them late or never: key, least, most, what to give."""
+
 Inert = tuple[str, str]
 """A dotted key and why it does nothing."""
 
 
 def check_config(config: Any, sources: ConfigSources) -> None:
-    """Refuses numbers that are none and learning rates that cannot be meant.
+    """Refuses numbers that are none, and those that cannot be meant.
 
     Args:
         config: the parsed options of the subcommand.
@@ -29,8 +42,11 @@ def check_config(config: Any, sources: ConfigSources) -> None:
             continue
         if not math.isfinite(value):
             raise UserError(f"{at(key, sources)}={value} is not a number that anything can be computed with")
-        if key.rpartition(".")[2] == "lr" and not 0 < value <= 100:
-            raise UserError(f"{at(key, sources)}={value}: a learning rate is positive, usually 1e-7 to 1e-1")
+        for pattern, least, most, remedy in RANGES:
+            if re.fullmatch(pattern, key) and not least <= value <= most:
+                raise UserError(f"{at(key, sources)}={value}: {remedy}")
+        if re.fullmatch(r"trainer\.limit_\w+_batches", key) and isinstance(value, float) and value > 1:
+            raise UserError(f"{at(key, sources)}={value}: give a share from 0.0 to 1.0, or a whole number of batches")
 
 
 def check_trainer_names(trainer: Any, sources: ConfigSources) -> None:

@@ -1,7 +1,7 @@
 """The YAML files of a command line, with line numbers: where each key was set, and what would pass without a word."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -141,41 +141,45 @@ class ConfigSources:
         else:
             self.places.extend(self._walk(root, prefix, str(path)))
 
-    def _walk(self, node: yaml.Node, prefix: str, file: str, depth: int = 0) -> Iterator[Place]:
+    def _walk(
+        self, node: yaml.Node, prefix: str, file: str, depth: int = 0, line: int | None = None
+    ) -> Iterator[Place]:
+        """Every key below a node; `line` is where the text stands that the node was read from, if it is no file."""
         # aliases (*name) come by again wherever they stand: few bytes may be a config without an end
         if depth > DEEPEST or next(self._walked) > LARGEST:
-            where = f"{file}:{node.start_mark.line + 1}: {prefix[:60]}"
+            where = f"{_where(file, node, line)}: {prefix[:60]}"
             raise UserError(f"{where}: no config is as deep or as large as this one becomes; write its aliases (*) out")
         if isinstance(node, yaml.MappingNode):
             seen: dict[str, int] = {}
             for key_node, value_node in node.value:
-                name, line = str(key_node.value), key_node.start_mark.line + 1
+                name, here = str(key_node.value), line or key_node.start_mark.line + 1
                 key = f"{prefix}.{name}" if prefix else name
                 if name in seen:
-                    self.problems.append(f"{file}:{line}: {key} is set twice, first in line {seen[name]}; keep one")
-                seen[name] = line
+                    twice = f"{key} is set twice, first in line {seen[name]}; keep one"
+                    self.problems.append(f"{_where(file, key_node, line)}: {twice}")
+                seen[name] = here
                 value = value_node.value if isinstance(value_node, yaml.ScalarNode) else ""
-                yield Place(key, file, line, value)
-                self._check_scalar(key_node, key, file)
-                self._check_scalar(value_node, key, file)
-                yield from self._inside(value, key, file, line)
-                yield from self._walk(value_node, key, file, depth + 1)
+                yield Place(key, file, here, value)
+                self._check_scalar(key_node, f"{_where(file, key_node, line)}: {key}")
+                self._check_scalar(value_node, f"{_where(file, value_node, line)}: {key}")
+                yield from self._inside(value, key, file, here)
+                yield from self._walk(value_node, key, file, depth + 1, line)
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
-                self._check_scalar(item, f"{prefix}[{index}]", file)
+                self._check_scalar(item, f"{_where(file, item, line)}: {prefix}[{index}]")
                 if isinstance(item, yaml.ScalarNode):
-                    yield from self._inside(item.value, prefix, file, item.start_mark.line + 1)
-                yield from self._walk(item, prefix, file, depth + 1)
+                    yield from self._inside(item.value, prefix, file, line or item.start_mark.line + 1)
+                yield from self._walk(item, prefix, file, depth + 1, line)
 
     def _inside(self, text: str, key: str, file: str, line: int) -> Iterator[Place]:
-        """What the parser reads as a piece of config although it is a text: YAML in quotes, the name of another file."""
+        """What the parser reads as a piece of config although it is a text: quoted YAML, the name of another file."""
         if "class_path" in text:
             try:
                 node = yaml.compose(text, Loader=yaml.SafeLoader)
             except (yaml.YAMLError, RecursionError):
                 return
             if isinstance(node, yaml.MappingNode | yaml.SequenceNode):
-                yield from (replace(place, line=line) for place in self._walk(node, key, file))
+                yield from self._walk(node, key, file, line=line)
         elif text.endswith((".yaml", ".yml")) and key.partition(".")[0] in ("model", "trainer"):
             beside = Path(file).parent / text
             inner = beside if beside.is_file() else Path(text)
@@ -183,14 +187,17 @@ class ConfigSources:
                 self._inner_files.append(inner)
                 self._read(inner, key)
 
-    def _check_scalar(self, node: yaml.Node, key: str, file: str) -> None:
-        where = f"{file}:{node.start_mark.line + 1}: {key}"
+    def _check_scalar(self, node: yaml.Node, where: str) -> None:
         if node.tag.startswith("tag:yaml.org,2002:python") or node.tag.startswith("!"):
             self.problems.append(f"{where}: the YAML tag {node.tag} is not allowed; write a plain value or class_path")
         if not isinstance(node, yaml.ScalarNode) or not node.tag.endswith(":float"):
             return
         if node.value.lower().lstrip("+-") in (".nan", ".inf"):
             self.problems.append(f"{where}: {node.value} is not a number that anything can be computed with")
+
+
+def _where(file: str, node: yaml.Node, line: int | None) -> str:
+    return f"{file}:{line or node.start_mark.line + 1}" if file else "command line"
 
 
 def short_key(key: str) -> str:

@@ -6,7 +6,7 @@ HUB = "hf://"
 """In front of a name: the hub, whatever lies here."""
 
 OURS = ("runs", "models", "data", "checkpoints", "outputs", "datasets", "configs")
-"""First parts of a path that are folders here, also where there are none: else whoever takes `runs` on the hub is read."""
+"""First parts of a path that are folders here, also where there are none: else who takes `runs` on the hub is read."""
 
 
 def hub_id(name: str) -> str | None:
