@@ -208,7 +208,7 @@ def test_a_chain_is_refused_before_its_first_stage_runs(config, refused, name):
 def test_a_step_runs_where_nobody_defends(config, works):
     write({"stages": {"x": CHAINS["step"]}}, "chain.yaml")
     step = read_chain("chain.yaml").stages[0]
-    works(lambda: getattr(import_module(str(step.class_path).split(".")[0]), "Step")().run())
+    works(lambda: import_module(str(step.class_path).split(".")[0]).Step().run())
 
 
 # --- what the user allows
