@@ -34,7 +34,7 @@ def test_malicious_uploads_of_lightning_are_excluded():
     [
         ("torch", "2.11.0", "2.10.0"),
         ("transformers", "5.17.0", "5.16.0"),
-        ("jsonargparse", "4.47.0", "4.46.0"),
+        ("jsonargparse", "4.53.0", "4.52.0"),
         ("torchmetrics", "1.6.0", "1.5.0"),
         ("triton", "3.6.0", "3.5.0"),
         ("pydantic", "2.0.0", "1.10.0"),

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import attention_of
-from rlhf_lightning.models.locate import check_code, check_model_folder, resolve_path
+from rlhf_lightning.models.locate import check_code, check_layers, check_model_folder, resolve_path
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy, check_head
 from rlhf_lightning.models.scalar_head import HeadInit, Pooling, ScalarModel, init_head
@@ -158,6 +158,7 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
     path = resolve_path(spec.path)
     check_model_folder(path)
     check_code(path, spec.trust_remote_code, spec.revision)
+    check_layers(path, PretrainedConfig.get_config_dict(path, revision=spec.revision)[0])
     with no_load_report():
         model, info = auto.from_pretrained(
             path, revision=spec.revision, use_safetensors=True, output_loading_info=True, **options
@@ -233,6 +234,7 @@ def _build_config(spec: ModelSpec) -> PretrainedConfig:
     """The transformers config that `spec.config` describes, completed from the tokenizer."""
     assert spec.config is not None
     values = dict(spec.config)
+    check_layers("built from config", values)
     kind = values.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def check_code(path: str, trusted: bool, revision: str | None, what: str = "mode
             f"{what} {path!r}: trust_remote_code needs revision: the full hash of the commit that you have read; "
             "else its owner may change the code at any time"
         )
+
+
+def check_layers(path: str, config: Mapping[str, Any]) -> None:
+    """A model's config may choose how its layers are computed, but not by code that somebody has put on a hub.
+
+    transformers would download and import that (package `kernels`), whatever `trust_remote_code` says.
+
+    Args:
+        path: of the model, for the message.
+        config: the content of its config.json.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            inner = {f"{key}.{name}": below for name, below in value.items()} if "implementation" in key else value
+            check_layers(path, inner)
+        elif "implementation" in key and "/" in str(value):
+            raise UserError(
+                f"model {path!r}: config.json: {key} names code on a hub ({value!r}), which is not run: remove the "
+                "key, and choose by attn_implementation"
+            )
 
 
 def check_model_folder(path: str) -> None:
