@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
-.PHONY: setup quickstart test lint bench faults parallel clean
+.PHONY: setup quickstart test lint bench faults fuzz parallel clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,10 @@ parallel: setup
 faults: setup
 	cd benchmarks && ../$(BIN)/python bench_faults.py
 	$(BIN)/python benchmarks/write_docs.py
+
+# ten thousand files of records of any shape: minutes
+fuzz: setup
+	RLHF_FUZZ=1250 $(BIN)/python -m pytest --timeout 3600 tests/security/test_fuzzed_records.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -311,7 +311,7 @@ def test_every_yaml_on_a_page_can_be_read(name, block, tmp_path):
     file.write_text(yaml.safe_dump(content))
     needs_more = not {"model", "data"} <= set(content)
     configs = ["--config", "configs/sft.yaml"] if needs_more else []
-    assert check_command_line(["fit", *configs, "--config", str(file)]) == 0
+    assert check_command_line(["fit", *configs, "--config", str(file), "--allow_module", "my_rewards.py"]) == 0
 
 
 # --- the README's tables and snippets

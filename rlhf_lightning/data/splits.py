@@ -103,7 +103,9 @@ def read_split(
         unpaired = [item for item in items if isinstance(item, UnpairedItem)]
         items = list(with_mismatched(unpaired, encoding.rule, encoding.tokenizer.bos_token_id, name))
     if not items:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in report.left_out.items())
+        reasons = "; ".join(
+            f"{count} {reason} (first: {report.examples[reason][0]})" for reason, count in report.left_out.items()
+        )
         hint = f"val_frac={holdout.fraction} left none; change it or give val" if holdout and not report.read else ""
         raise UserError(f"{name}: none of its {report.read} records can be used: {reasons or hint}")
     report.log()

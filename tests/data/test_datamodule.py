@@ -180,7 +180,9 @@ def test_chosen_equal_to_rejected_is_counted_and_all_of_them_is_an_error(tokeniz
     same, fine = {"prompt": "p", "chosen": "a", "rejected": "a"}, {"prompt": "p", "chosen": "a", "rejected": "b"}
     dm = RLHFDataModule(write([same, fine])).setup_for("pairs", tokenizer)
     assert (dm.report().kept, dm.report().left_out) == (1, {"chosen equals rejected": 1})
-    with pytest.raises(UserError, match="train: none of its 2 records can be used: 2 chosen equals rejected"):
+    with pytest.raises(
+        UserError, match=r"none of its 2 records can be used: 2 chosen equals rejected \(first: .*line 1"
+    ):
         batches(write([same, {**same, "prompt": "q"}]), "pairs", tokenizer)
 
 
