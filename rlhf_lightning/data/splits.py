@@ -89,6 +89,7 @@ def read_split(
     items: list[Item] = []
     counts, weights = [], []
     seen: set[bytes] = set()
+    files = [source.path for source in as_sources(given)]
     for part in read_rows(given, holdout, skip_bad=encoding.skip_bad):
         for line in part.unreadable:
             report.read += 1
@@ -101,7 +102,9 @@ def read_split(
             weights.append(part.source.weight if weighted else 1.0)
     if encoding.batch_format == "mismatched" and items:
         unpaired = [item for item in items if isinstance(item, UnpairedItem)]
-        items = list(with_mismatched(unpaired, encoding.rule, encoding.tokenizer.bos_token_id, name))
+        items = list(
+            with_mismatched(unpaired, encoding.rule, encoding.tokenizer.bos_token_id, f"{name} ({', '.join(files)})")
+        )
     if not items:
         reasons = "; ".join(
             f"{count} {reason} (first: {report.examples[reason][0]})" for reason, count in report.left_out.items()
