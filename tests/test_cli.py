@@ -500,3 +500,18 @@ def test_a_short_name_is_one_of_ours_whoever_else_has_one_like_it():
 
     assert pyparsing.Keyword.__name__ == "Keyword"
     assert known_classes()["Keyword"] is Keyword
+
+
+def test_a_class_of_ours_in_the_wrong_place_is_called_that(config, capsys):
+    grpo = {
+        "class_path": "GRPOModule",
+        "init_args": {
+            "policy": config["model"]["init_args"]["policy"],
+            "rewards": [{"reward": {"class_path": "LengthReward"}}],
+            "loss": {"class_path": "DPO"},
+        },
+    }
+    assert fit(config | {"model": grpo}) == 2
+    said = capsys.readouterr().err
+    assert "DPO is a PreferenceLoss, which does not fit here" in said
+    assert "did you mean DPO" not in said

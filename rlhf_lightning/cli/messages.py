@@ -138,6 +138,9 @@ def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
             f"{_at(key, sources)}: a section cannot be set to null on the command line; give a YAML file with "
             f"{key.rpartition('.')[2]}: null in this place as a further --config"
         )
+    if name in known_classes():
+        kind = known_classes()[name].__mro__[1].__name__
+        return f"{_at(f'{key}.class_path', sources)}: {name} is a {kind}, which does not fit here"
     return (
         f"{_at(f'{key}.class_path', sources)}: {name} is not a known class; {_nearest(name, known_classes(key), 12)} "
         "(your own needs its module: package.module.Class)"

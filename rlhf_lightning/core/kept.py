@@ -6,6 +6,7 @@ importance ratio: the two must be renormalised over one and the same set, the on
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from rlhf_kernels.linear_rows import plain
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -54,8 +55,7 @@ def kept_logprobs(
     References:
         DeepSeek-AI, DeepSeek-V3.2, 2025 (keep sampling mask). arXiv:2512.02556
     """
-    full = getattr(weight, "full_tensor", None)
-    weight = weight if full is None else full()
+    weight, bias = plain(weight), None if bias is None else plain(bias)
     rows = max(1, _CHUNK_LOGITS // weight.shape[0])
 
     def chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, kept: Tensor) -> tuple[Tensor, ...]:

@@ -1,13 +1,11 @@
 """Answers that begin with words put into the policy's mouth: the prefix is read, but carries no loss."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.batches import PromptBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.data.collate import collate_prompts
 
@@ -65,9 +63,13 @@ def with_prefixes(
     return replace(batch, totals=prompts.totals).to(prompts.tokens.device)
 
 
-def with_prefix_as_completion(sample: Sample) -> Sample:
-    """The sample with the given beginning moved from the end of its prompt to the front of its completion."""
-    beginning: Any = sample.record.get(_PREFILLED, "")
-    if not beginning or not sample.prompt.endswith(beginning):
-        return sample
-    return replace(sample, prompt=sample.prompt[: -len(beginning)], completion=beginning + sample.completion)
+def without_prefixes(prompts: PromptBatch, tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
+    """The prompts as they were asked: what `with_prefixes` put behind them no longer counts as theirs.
+
+    By tokens, not by text: a tokenizer may read a beginning back with other spaces than it was given with.
+    """
+    real = prompts.attention_mask.clone()
+    for row, record in enumerate(prompts.records):
+        if beginning := record.get(_PREFILLED):
+            real[row, -len(tokenizer.encode(beginning, add_special_tokens=False)) :] = False
+    return replace(prompts, attention_mask=real)

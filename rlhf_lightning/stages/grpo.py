@@ -27,7 +27,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefix_as_completion, with_prefixes
+from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefixes, without_prefixes
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
 from rlhf_lightning.stages.on_policy import Answered, OldLogprobs, without_dropped
 from rlhf_lightning.stages.phases import Phases
@@ -235,10 +235,9 @@ class GRPOModule(PolicyGradientModule):
         return drawn
 
     def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
-        samples = super().samples(prompts, answers)
         if self.prefix is not None and self.prefix.in_completion:
-            return [with_prefix_as_completion(sample) for sample in samples]
-        return samples
+            prompts = without_prefixes(prompts, self.tokenizer)
+        return super().samples(prompts, answers)
 
     def _answer_once(self, draw: Callable[[], PromptBatch], phase: Phases) -> Answered:
         answered = super().answer(draw, phase)
@@ -284,14 +283,11 @@ class GRPOModule(PolicyGradientModule):
         }
         return replace(kept, metrics=metrics)
 
-    def _informative(self, answered: Answered, spec: DynamicSampling | None) -> Tensor:
+    def _informative(self, answered: Answered, spec: DynamicSampling) -> Tensor:
         """True for answers of groups whose scores differ, as dynamic sampling wants it [batch]."""
-        scores, at_least = answered.scored.total, 0.0
-        if spec is not None:
-            at_least = spec.at_least
-            if spec.by is not None:
-                scores = _scores_of(answered.scored, spec.by)
-        informative = informative_answers(scores.to(answered.groups.device).float(), answered.groups, at_least=at_least)
+        scores = answered.scored.total if spec.by is None else _scores_of(answered.scored, spec.by)
+        scores = scores.to(answered.groups.device).float()
+        informative = informative_answers(scores, answered.groups, at_least=spec.at_least)
         return informative & answered.answers.mask.any(-1)
 
     def values_of(self, answered: Answered) -> Tensor:

@@ -105,7 +105,7 @@ class PolicyGradientModule(OnPolicyModule):
         self.ptx_coef = ptx_coef
         self._stopped_rollout = -1
         """The rollout on which target_kl ended training early."""
-        self._step_kl = [0.0, 0.0]
+        self._step_kl = torch.zeros(2, dtype=torch.float64)
         """Sum and count of the approximate KL over the micro-batches of the current optimiser step."""
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
@@ -246,13 +246,14 @@ class PolicyGradientModule(OnPolicyModule):
             terms["kl"] = self.kl.loss_coef * self._mean(kl, batch)
         if self.ptx_coef:
             terms["ptx"] = self.ptx_coef * self._ptx(batch)
-        self._count_step_kl(scores, batch)
+        approx_kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
+        self._count_step_kl(approx_kl, batch)
         self.step_means.add(
             {
                 "policy/loss": per_token,
                 "policy/ratio": policy.ratio,
                 "policy/clip_frac": policy.clipped.float(),
-                "policy/approx_kl": kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"),
+                "policy/approx_kl": approx_kl,
             },
             batch.mask,
         )
@@ -283,11 +284,10 @@ class PolicyGradientModule(OnPolicyModule):
     def _is_stopped(self) -> bool:
         return self._loader is not None and self._stopped_rollout == self._loader.rollouts
 
-    def _count_step_kl(self, scores: TokenScores, batch: Rollouts) -> None:
+    def _count_step_kl(self, approx_kl: Tensor, batch: Rollouts) -> None:
         if self.target_kl is not None:
-            kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
-            self._step_kl[0] += float(torch.where(batch.mask, kl, 0.0).sum())
-            self._step_kl[1] += float(batch.mask.sum())
+            count, total, _ = masked_moments(approx_kl, batch.mask).unbind()  # stays on the device until the step's end
+            self._step_kl = self._step_kl.to(batch.mask.device) + torch.stack((total, count))
 
     def skips_step(self) -> bool:
         """Also the steps that are left of a rollout that the policy has moved too far from."""
@@ -298,8 +298,8 @@ class PolicyGradientModule(OnPolicyModule):
         skipped = self.skips_step()
         super().optimizer_step(*args, **kwargs)
         if self.target_kl is not None and not skipped:
-            total, count = self.add_over_ranks(torch.tensor(self._step_kl, dtype=torch.float64)).tolist()
-            self._step_kl = [0.0, 0.0]
+            total, count = self.add_over_ranks(self._step_kl).tolist()
+            self._step_kl = torch.zeros_like(self._step_kl)
             if total > self.target_kl * count:
                 self._stopped_rollout = self._loader.rollouts
 

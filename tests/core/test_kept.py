@@ -85,3 +85,28 @@ def test_nothing_scored_keeps_the_graph():
     scores.logprobs.sum().backward()
     assert not scores.logprobs.any()
     assert not hidden.grad.any()
+
+
+def one_of_two_ranks(rank, store):
+    import torch.distributed as distributed
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
+    hidden, weight, bias, tokens, kept = random_rows(rows=8)
+    rows = slice(4 * rank, 4 * rank + 4)
+
+    def total(weight, bias, rows):
+        return kept_logprobs(hidden[rows], weight, tokens[rows], pack_kept(kept[rows]), bias=bias)[0].sum()
+
+    whole = [x.clone().requires_grad_() for x in (weight, bias)]
+    sharded = [distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (weight, bias)]
+    expected = torch.autograd.grad(total(*whole, slice(None)), whole)
+    for found, want in zip(torch.autograd.grad(total(*sharded, rows), sharded), expected, strict=True):
+        assert found.placements == (Shard(0),)
+        torch.testing.assert_close(found.full_tensor(), want, rtol=1e-5, atol=1e-6)
+    distributed.destroy_process_group()
+
+
+def test_a_sharded_head_gets_the_sum_of_its_ranks_gradients(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_ranks, (tmp_path / "store",), nprocs=2)

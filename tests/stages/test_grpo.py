@@ -410,6 +410,18 @@ def test_a_prefix_is_read_but_carries_no_loss(in_completion, tiny_model, write_j
     assert not logits.grad[~predicts_answer].any()
 
 
+def test_a_prefix_that_is_read_back_with_other_spaces_still_belongs_to_the_answer(tiny_model, write_jsonl, tmp_path):
+    reward = Begins()
+    module = grpo(tiny_model, reward, prefix=PrefixSpec(share=1.0))
+    path = prompts(write_jsonl, prefix="was   dull  but")
+    fit(module, tmp_path, data={"train": path, "batch_size": 12})
+    asked = {row["prompt"] for row in records("ppo")}
+    for sample in reward.seen:
+        assert sample.prompt in asked
+        assert sample.completion.split()[:3] == ["was", "dull", "but"]
+        assert len(sample.tokens) <= 5, "the policy's own"
+
+
 def test_a_share_of_the_prompts_gets_its_prefix_and_evaluation_none(tiny_model, write_jsonl, tmp_path):
     reward = Begins()
     module = grpo(tiny_model, reward, prefix=PrefixSpec(share=0.5))
