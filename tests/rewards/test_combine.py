@@ -36,6 +36,14 @@ def test_weighted_sum_and_breakdown():
     assert {name: values.tolist() for name, values in out.breakdown.items()} == {"a": [1, 2, 3], "b": [0.5, 0, 1]}
 
 
+def test_what_credit_is_told_is_weighted_and_without_what_is_only_logged():
+    """A function of weight 0 must not be normalised into counting (GDPO normalises each by itself)."""
+    rewards = [WeightedReward(Says([float(n)] * 3, n), weight) for n, weight in (("1", 2.0), ("2", 0.0), ("3", -1.0))]
+    out = scored(*rewards)
+    assert {name: scores.tolist() for name, scores in out.weighted.items()} == {"1": [2.0] * 3, "3": [-3.0] * 3}
+    assert list(out.breakdown) == ["1", "2", "3"]
+
+
 def test_batches_are_joined_even_where_a_function_scored_no_token_of_one_of_them():
     """It failed on all samples there: what it gave elsewhere stays in its place, and there it gives 0."""
     nothing = score_samples([WeightedReward(Says([math.nan] * 3, "steps"), on_error="zero")], SAMPLES)

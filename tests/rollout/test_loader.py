@@ -1,5 +1,6 @@
 """The rollout loader: sizes, totals, order, and going on exactly where it was stopped."""
 
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -124,3 +125,33 @@ def test_a_step_cut_short_by_the_limit_has_the_totals_of_what_is_left_of_it():
     *_, last = list(loader(Answers(), limit=lambda: 11))
     assert last.totals["tokens"] == float(last.mask.sum())
     assert len(list(loader(Answers(), limit=lambda: 11))) == 11
+
+
+def test_prompts_are_drawn_in_order_round_after_round():
+    class Greedy(Answers):
+        """Draws two batches for each of its rollouts."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def collect(self, draw) -> Rollouts:
+            drawn = [draw() for _ in range(2)]
+            self.seen += [int(batch.indices[0]) for batch in drawn]
+            return super().collect(lambda: drawn[0])
+
+    def numbered() -> list[PromptBatch]:
+        return [replace(prompts(2), indices=torch.tensor([n, n])) for n in range(3)]
+
+    def run(source, **progress):
+        made = RolloutLoader(numbered(), source, UpdateSpec(inner_epochs=1), seed=1)
+        if progress:
+            made.restore(progress)
+        return made, len(list(made))
+
+    source = Greedy()
+    first, steps = run(source)
+    assert steps == 3, "an epoch is as many rollouts as there are batches of prompts"
+    assert source.seen == [0, 1, 2, 0, 1, 2]
+    run(source, **first.progress())
+    assert source.seen == [0, 1, 2, 0, 1, 2] * 2

@@ -369,6 +369,88 @@ def test_bad_answers_that_the_policy_has_left_carry_no_loss(tiny_model, write_js
     assert 0 < metrics["policy/off_policy_frac"].item() < 1
 
 
+def test_weights_multiply_the_loss_of_their_tokens_and_no_denominator(tiny_model, write_jsonl, tmp_path):
+    """By hand: sum of weight times loss over the tokens, divided by all tokens, whatever they weigh."""
+    module = grpo(
+        tiny_model, kl=NO_KL, reduction="token_mean", optimizer=lambda params: torch.optim.SGD(params, lr=0.0)
+    )
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    module.log_step_means = lambda batch_idx: None
+    rollouts = keep.rollouts[0]
+    weights = torch.linspace(0, 3, rollouts.mask.numel()).view(rollouts.mask.shape)
+    # off policy by 0.1 nats: no clipping, and no ratio is 1
+    rollouts = replace(rollouts, weights=weights, old_logprobs=rollouts.old_logprobs - 0.1 * rollouts.mask)
+    count = float(rollouts.mask.sum())
+    found = module.training_step(rollouts.with_totals({"tokens": count, "sequences": 48.0}), 0)
+    by_hand = -(math.exp(0.1) * rollouts.advantages * weights)[rollouts.mask].sum() / count
+    assert abs(by_hand) > 1e-2
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_two_kinds_of_weights_are_multiplied(tiny_model, write_jsonl, tmp_path):
+    class OffByHalf(GRPOModule):
+        def generate(self, prompts, seed):
+            answers = super().generate(prompts, seed)
+            return replace(answers, sampler_logprobs=answers.sampler_logprobs - math.log(1.5))
+
+    module = OffByHalf(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True),
+        correction=SamplerCorrection(cap=2.0),
+        entropy_top_frac=0.25,
+    )
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    weights = keep.rollouts[0].weights[keep.rollouts[0].mask]
+    chosen = weights > 0
+    assert chosen.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(weights[chosen], torch.full_like(weights[chosen], 1.5), rtol=1e-4, atol=0)
+
+
+def test_remax_compares_with_the_score_of_the_greedy_answer(tiny_model, write_jsonl, tmp_path):
+    module = grpo(tiny_model, FirstToken(4, 5, 6, 7), credit=ReMax(), kl=NO_KL)
+    greedy, score = [], module.score
+
+    def noting(prompts, answers):
+        scored = score(prompts, answers)
+        greedy.append(scored.total) if len(scored.total) == len(prompts.texts) else None
+        return scored
+
+    module.score = noting
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    [rollouts] = keep.rollouts
+    baseline = greedy[0].repeat_interleave(4)
+    assert 0 < baseline.sum() < 48, "some greedy answers score and some do not"
+    torch.testing.assert_close(rollouts.values.sum(-1), baseline)
+    # the reward comes at the end: every token of an answer has the same lead over the greedy one
+    lead = (rollouts.scores - baseline)[:, None].expand_as(rollouts.mask)
+    torch.testing.assert_close(rollouts.advantages[rollouts.mask], lead[rollouts.mask])
+
+
+@pytest.mark.parametrize(("others_short", "batches"), [(0, 1), (2, 3)])
+def test_a_process_that_has_enough_goes_on_drawing_while_another_is_short(
+    others_short, batches, tiny_model, write_jsonl, tmp_path
+):
+    """Each draw waits for all processes somewhere: one that stopped alone would leave the others hanging."""
+    module = grpo(tiny_model, LengthReward(target=3), dynamic_sampling=DynamicSampling(max_batches=5), kl=NO_KL)
+    module._informative = lambda answered, spec: torch.ones_like(answered.groups, dtype=torch.bool)  # enough at once
+    asked = []
+
+    def another_process(vector):
+        if vector.numel() > 1:
+            return vector
+        asked.append(float(vector))
+        return vector + (len(asked) <= others_short)
+
+    module.add_over_ranks = another_process
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    assert not any(asked), "this one was never short itself"
+    assert trainer.callback_metrics["sampling/batches"].item() == batches
+
+
 # ---- prefixes --------------------------------------------------------------------------------------------------------
 
 
