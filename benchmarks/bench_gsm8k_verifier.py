@@ -3,7 +3,7 @@
     python benchmarks/bench_gsm8k_verifier.py --data PATH
 
 MathAnswer on every labelled solution of GSM8K's example_model_solutions.jsonl (5276 of them), and CodeTests on
-HumanEval's canonical solutions, whole and with their last line broken. PATH holds gsm8k/ and humaneval/, as published.
+HumanEval's canonical solutions, whole and with their last line broken. PATH holds data/gsm8k and data/humaneval, as published.
 Results: benchmarks/results/verifiers.json.
 """
 
@@ -103,13 +103,13 @@ def programs(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and humaneval/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with data/gsm8k and data/humaneval")
     options = parser.parse_args()
-    solutions = options.data / "gsm8k" / "example_model_solutions.jsonl"
-    tasks = options.data / "humaneval" / "HumanEval.jsonl.gz"
+    solutions = options.data / "data" / "gsm8k" / "example_model_solutions.jsonl"
+    tasks = options.data / "data" / "humaneval" / "HumanEval.jsonl.gz"
     for path in (solutions, tasks):
         if not path.is_file():
-            sys.exit(f"skipped: there is no {path}")
+            sys.exit(f"skipped: there is no {path}; give --data a folder that holds data/gsm8k and data/humaneval")
     measured_with = about()
     measured_with["versions"] |= {name: version(name) for name in ("math-verify", "sympy")}
     bwrap = subprocess.run(["bwrap", "--version"], capture_output=True, text=True, check=True)
