@@ -59,6 +59,18 @@ def tiny_model(tmp_path_factory, tiny_tokenizer, tiny_config) -> Path:
     return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory, tiny_tokenizer, tiny_config) -> Path:
+    """The same with rows of 64 and 128 numbers, which 4-bit weights are made of."""
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.loading import load_policy, load_tokenizer
+    from rlhf_lightning.models.spec import ModelSpec
+
+    config = tiny_config | {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
+    spec = ModelSpec(config=config, tokenizer=str(tiny_tokenizer))
+    return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "wide")
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     """Writes records to a JSONL file and gives its path."""

@@ -1,6 +1,7 @@
 """Every YAML that we ship: its command is real, it prints and reads back the same, and it runs a step."""
 
 import csv
+import importlib.util
 import json
 import math
 import re
@@ -41,6 +42,16 @@ def content(config: str) -> dict[str, Any]:
     return yaml.safe_load((REPOSITORY / config).read_text())
 
 
+def needing_packages(configs: list[str]) -> list[Any]:
+    """The configs as parameters of a test, those that name an optional package skipped where it is missing."""
+    missing = importlib.util.find_spec("bitsandbytes") is None
+    skip = pytest.mark.skipif(missing, reason="needs bitsandbytes: pip install 'rlhf-lightning[quant]'")
+    return [
+        pytest.param(config, marks=skip) if "bitsandbytes.optim" in (REPOSITORY / config).read_text() else config
+        for config in configs
+    ]
+
+
 STAGES = [config for config in CONFIGS if "model" in content(config)]
 CHAINS = [config for config in CONFIGS if "stages" in content(config)]
 OVERLAYS = [config for config in CONFIGS if config.startswith("configs/trainer/")]
@@ -65,7 +76,7 @@ def test_no_config_is_left_out():
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", needing_packages(CONFIGS))
 def test_the_commands_in_its_head_are_real(config):
     head = [line for line in (REPOSITORY / config).read_text().splitlines() if line.startswith("#")]
     commands = [shlex.split(match[1]) for line in head if (match := re.match(r"#\s+rlhf-lightning (.*)", line))]
@@ -79,7 +90,7 @@ def test_the_commands_in_its_head_are_real(config):
             check_command_line(command)
 
 
-@pytest.mark.parametrize("config", STAGES)
+@pytest.mark.parametrize("config", needing_packages(STAGES))
 def test_what_print_config_prints_is_read_back_the_same(config, capsys, tmp_path):
     first = printed(["fit", "--config", config], capsys)
     (tmp_path / "printed.yaml").write_text(first)
@@ -180,10 +191,11 @@ def run_one_step(args: list[str], folder: Path) -> dict[str, float]:
     return {name: float(value) for row in rows for name, value in row.items() if value}
 
 
-@pytest.mark.parametrize("config", STAGES)
-def test_a_stage_takes_a_step_and_exports(config, tmp_path, tiny_model, tiny_tokenizer, tiny_reward):
+@pytest.mark.parametrize("config", needing_packages(STAGES))
+def test_a_stage_takes_a_step_and_exports(config, tmp_path, tiny_model, wide_model, tiny_tokenizer, tiny_reward):
     run = content(config)
-    options = stand_ins(run, tmp_path, str(tiny_model), str(tiny_tokenizer), tiny_reward)
+    in_few_bits = run["model"]["init_args"].get("policy", {}).get("quantization")
+    options = stand_ins(run, tmp_path, str(wide_model if in_few_bits else tiny_model), str(tiny_tokenizer), tiny_reward)
     metrics = run_one_step(["--config", config, *options], tmp_path)
     loss = "policy/loss" if run["model"]["class_path"] in ("PPOModule", "GRPOModule") else "train/loss"
     assert math.isfinite(metrics[loss])

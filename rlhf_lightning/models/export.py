@@ -26,6 +26,7 @@ from rlhf_lightning.models.card import ModelCard, write_card
 from rlhf_lightning.models.loading import HEAD_FILE, no_progress_bar
 from rlhf_lightning.models.lora import merged, wrap
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.quantized import dequantized_state, is_quantized
 from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharded import is_sharded, whole_state_dict, writes_files
 
@@ -64,6 +65,8 @@ def export_policy(
 ) -> Path:
     """Write `policy` so that `AutoModelForCausalLM` gives the same logits; an adapter is merged into the weights.
 
+    The adapter alone goes to `folder`/adapter, as peft writes it.
+
     Args:
         folder: is replaced, in one rename, once everything is written; refused if it holds something else than a model.
         card: what README.md says.
@@ -78,9 +81,10 @@ def export_policy(
     card = card or ModelCard()
     with _replacing(folder) as temporary, no_progress_bar(), _completed_generation_config(model, tokenizer):
         model.save_pretrained(temporary)
+        _save_adapter(policy.model, _under("model.", state_dict), temporary)
         tokenizer.save_pretrained(temporary)
         usage = POLICY_USAGE.format(folder=Path(folder).name)
-        write_card(temporary, card, usage=usage, notes=_adapter_note(policy.has_adapter))
+        write_card(temporary, card, usage=usage, notes=_adapter_note(policy.model))
     return Path(folder)
 
 
@@ -106,7 +110,7 @@ def export_scalar_model(
     if state_dict is not None:
         head = {key: value.detach().cpu() for key, value in (_under("head.", state_dict) or {}).items()}
     mean, std = float(model.score_mean), float(model.score_std)
-    notes = _adapter_note(isinstance(model.backbone, PeftModel)) + _scalar_notes(model, tokenizer, mean, std)
+    notes = _adapter_note(model.backbone) + _scalar_notes(model, tokenizer, mean, std)
     classifier = _as_classifier(backbone, head)
     name = Path(folder).name
     if classifier is None:
@@ -118,6 +122,7 @@ def export_scalar_model(
         usage = CLASSIFIER_USAGE.format(folder=name, mean=mean, std=std)
     with _replacing(folder) as temporary, no_progress_bar():
         (classifier or backbone).save_pretrained(temporary)
+        _save_adapter(model.backbone, _under("backbone.", state_dict), temporary)
         if classifier is None:
             save_file(head, temporary / HEAD_FILE)
         config = _scalar_config((classifier or backbone).config)
@@ -162,12 +167,33 @@ def _scalar_notes(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, mean: 
     return notes
 
 
-def _adapter_note(has_adapter: bool) -> list[str]:
-    return ["trained as a low-rank adapter, merged into the weights here"] if has_adapter else []
+def _adapter_note(model: nn.Module) -> list[str]:
+    if not isinstance(model, PeftModel):
+        return []
+    if is_quantized(model):
+        bits = 4 if any(type(p).__name__ == "Params4bit" for p in model.parameters()) else 8
+        return [
+            f"trained as a low-rank adapter over weights in {bits} bits (QLoRA). Here they are back in full precision, "
+            f"as the adapter saw them, and it is merged into them; {ADAPTER_FOLDER}/ holds it alone"
+        ]
+    return [f"trained as a low-rank adapter, merged into the weights here; {ADAPTER_FOLDER}/ holds it alone"]
+
+
+ADAPTER_FOLDER = "adapter"
+"""In an export: the adapter alone."""
+
+
+def _save_adapter(model: nn.Module, state_dict: Mapping[str, Tensor] | None, folder: Path) -> None:
+    """The adapter of `model` as peft writes it, if it has one; weights taken from `state_dict` if given."""
+    if isinstance(model, PeftModel):
+        given = None if state_dict is None else dict(state_dict)
+        model.save_pretrained(folder / ADAPTER_FOLDER, state_dict=given, save_embedding_layers=False)
 
 
 def _whole(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> PreTrainedModel:
     """The transformers model to save: adapter merged, weights taken from `state_dict` if given. `model` stays as is."""
+    if is_quantized(model):
+        state_dict = dequantized_state(model)
     if state_dict is not None:
         return merged(_rebuilt(model, state_dict))
     return merged(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
@@ -177,8 +203,11 @@ def _rebuilt(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """The same architecture around other weights. Built anew: a sharded module cannot be copied."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     is_language_model = inner.get_output_embeddings() is not None
+    config = copy.deepcopy(inner.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
-        rebuilt = (AutoModelForCausalLM if is_language_model else AutoModel).from_config(copy.deepcopy(inner.config))
+        rebuilt = (AutoModelForCausalLM if is_language_model else AutoModel).from_config(config)
         if is_language_model:
             rebuilt.generation_config = inner.generation_config
         if isinstance(model, PeftModel):

@@ -30,6 +30,7 @@ from rlhf_lightning.models.body import attention_of
 from rlhf_lightning.models.locate import check_code, check_layers, check_model_folder, resolve_path
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy, check_head
+from rlhf_lightning.models.quantized import bitsandbytes_config, keep_only_trained, settle
 from rlhf_lightning.models.scalar_head import HeadInit, Pooling, ScalarModel, init_head
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.tokenizer import first_line, load_tokenizer, say_once
@@ -54,6 +55,8 @@ def load_policy(spec: ModelSpec) -> Policy:
         _check_vocabulary(spec, model.config.get_text_config().vocab_size, len(load_tokenizer(spec)))
     prepared = _prepare(model, spec)
     policy = Policy(prepared)
+    if spec.quantization is not None:
+        keep_only_trained(policy)
     if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
         try:
             check_head(policy)
@@ -90,6 +93,8 @@ def load_scalar_model(
     else:
         model.head.load_state_dict({key: value.float() for key, value in head.items()})
     model.set_normalisation(float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0)))
+    if spec.quantization is not None:
+        keep_only_trained(model)
     return model.train()
 
 
@@ -123,6 +128,12 @@ def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
         "attn_implementation": None if spec.attn_implementation == "sdpa" else _attention(spec.attn_implementation),
         "trust_remote_code": spec.trust_remote_code,
     }
+    if spec.quantization is not None:
+        if spec.path is None:
+            raise UserError(
+                "quantization: a model built from `config` is new, and frozen weights teach it nothing: give `path`"
+            )
+        options |= {"quantization_config": bitsandbytes_config(spec.quantization), "device_map": {"": "cpu"}}
     try:
         # on the CPU whatever the caller's default device: the same seed must give the same weights everywhere
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), no_progress_bar():
@@ -158,7 +169,13 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
     path = resolve_path(spec.path)
     check_model_folder(path)
     check_code(path, spec.trust_remote_code, spec.revision)
-    check_layers(path, PretrainedConfig.get_config_dict(path, revision=spec.revision)[0])
+    stored = PretrainedConfig.get_config_dict(path, revision=spec.revision)[0]
+    check_layers(path, stored)
+    if stored.get("quantization_config"):
+        raise UserError(
+            f"{spec.path!r} was saved in few bits (config.json: quantization_config): give the model that it was made "
+            "from, and quantization: {bits: 4} if it is to be held so"
+        )
     with no_load_report():
         model, info = auto.from_pretrained(
             path, revision=spec.revision, use_safetensors=True, output_loading_info=True, **options
@@ -208,6 +225,8 @@ def no_load_report() -> Iterator[None]:
 
 def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
     """Dropout, gradient checkpointing and adapter, in this order: an adapter has a dropout of its own."""
+    if spec.quantization is not None:
+        settle(model)
     if spec.disable_dropout:
         disable_dropout(model)
     if spec.gradient_checkpointing:

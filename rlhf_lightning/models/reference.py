@@ -15,6 +15,7 @@ from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.models.body import evaluating
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import HasTokens, Policy
+from rlhf_lightning.models.quantized import is_quantized
 from rlhf_lightning.models.sharded import load_whole_state_dict, reshard, whole_state_dict
 from rlhf_lightning.models.spec import ModelSpec
 
@@ -153,6 +154,11 @@ def make_reference(policy: Policy, spec: ModelSpec | None = None, *, follows: bo
             else a copy of it.
         follows: the reference is to be moved towards the policy later on: it gets weights of its own in any case.
     """
+    if follows and (is_quantized(policy) or (spec is not None and spec.quantization is not None)):
+        raise UserError(
+            "reference_sync moves every weight of the reference, and quantised ones cannot move: leave quantization "
+            "out, or reference_sync"
+        )
     if spec is not None:
         other = load_policy(spec)
         ours, theirs = policy.head().weight.shape[0], other.head().weight.shape[0]

@@ -1,7 +1,9 @@
 """Which model: a folder, a hub id, or a config to build from; and how it is held."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from rlhf_lightning.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,35 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
+class QuantizationSpec:
+    """The linear layers of a frozen model in 4 or 8 bits, by bitsandbytes; adapters over them are trained (QLoRA).
+
+        W ~ scale_b code[i],  a scale per block b of 64 weights, an index i of 4 bits per weight
+
+    Output head, embeddings, norms and adapters keep their dtype.
+
+    Args:
+        bits: 4, or 8 (LLM.int8).
+        quant_type: of 4 bits: nf4 (levels at the quantiles of a normal distribution) or fp4.
+        double_quant: of 4 bits: the blocks' scales are quantised too.
+        compute_dtype: of 4 bits: weights are put back into it to multiply; bfloat16, float16 or float32.
+    References:
+        Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023. arXiv:2305.14314
+        Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022. arXiv:2208.07339
+    """
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for f in fields(self)[1:]:
+            if self.bits == 8 and getattr(self, f.name) != f.default:
+                raise UserError(f"quantization.{f.name}={getattr(self, f.name)!r} is of 4 bits; with bits: 8 drop it")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Which model, its tokenizer, and how it is held in memory.
 
@@ -38,6 +69,7 @@ class ModelSpec:
         attn_implementation: sdpa, eager, flash_attention_2 (needs flash-attn) or flex_attention.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: train low-rank adapters instead of the weights.
+        quantization: hold the weights in 4 or 8 bits; they are then frozen, and trained by `lora` (QLoRA).
         trust_remote_code: run Python code that comes with the model; only for authors you trust.
         disable_dropout: set the model's dropout to 0, so that log-probabilities depend on the weights alone.
         seed: of new weights: those of a model built from `config`, and of adapters.
@@ -52,6 +84,7 @@ class ModelSpec:
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     lora: LoraSpec | None = None
+    quantization: QuantizationSpec | None = None
     trust_remote_code: bool = False
     disable_dropout: bool = True
     seed: int = 0

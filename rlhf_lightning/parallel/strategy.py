@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.quantized import is_quantized
 from rlhf_lightning.models.sharded import load_whole_state_dict, reshard
 from rlhf_lightning.parallel.shard import check_all_sharded, models_of, shard_model
 
@@ -95,6 +96,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self._shard_mesh is not None
         frozen = getattr(module, "frozen_models", list)()
         for model in [*models_of(module), *frozen]:
+            if is_quantized(model):
+                raise UserError(
+                    "strategy fsdp2 cannot share out weights that bitsandbytes has quantised: leave quantization out, "
+                    "or use strategy: ddp, under which each process holds them all"
+                )
             shard_model(
                 model, self._shard_mesh, self.precision_policy, reshard_after_forward=self.reshard_after_forward
             )

@@ -18,6 +18,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
 from rlhf_lightning.models.loading import context_length, load_tokenizer
+from rlhf_lightning.models.quantized import check_trainable
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
 from rlhf_lightning.stages.schedule import Schedule
@@ -51,6 +52,7 @@ class RLHFModule(L.LightningModule, ABC):
         seed: int | None,
     ) -> None:
         super().__init__()
+        check_trainable(model_spec)
         self.model_spec = model_spec
         self.optimizer = optimizer
         self.schedule = schedule

@@ -9,6 +9,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import about_tokens
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.quantized import check_trainable
 from rlhf_lightning.models.scalar_head import ScalarModel, ValueHead, init_head
 from rlhf_lightning.models.spec import ModelSpec
 
@@ -23,7 +24,8 @@ class CriticSpec:
         kind: a `separate` second model (Stiennon et al., 2020), or a linear head `shared` with the policy, on its
             hidden states (Ziegler et al., 2019).
         model: what a separate critic starts from: a reward model (its head is kept, as Stiennon et al. do) or a
-            language model (a head of zeros is added). None: the policy's own starting point.
+            language model (a head of zeros is added). None: the policy's own starting point, all of its weights
+            trained, whatever its lora and quantization.
         learning_rate: of the critic's parameters; None: the policy's.
         keep_head: start from the reward model's head; false: from zeros.
     """
@@ -46,7 +48,8 @@ def build_critic(spec: CriticSpec, policy: Policy, policy_spec: ModelSpec, *, se
     """The critic that `spec` asks for, reading the policy's tokens."""
     if spec.kind == "shared":
         return ValueHead(policy.config.get_text_config().hidden_size)
-    start = spec.model or replace(policy_spec, lora=None)
+    start = spec.model or replace(policy_spec, lora=None, quantization=None)
+    check_trainable(start)
     critic = load_scalar_model(start, pooling="last", seed=seed, head_init="zero")
     if not spec.keep_head:
         init_head(critic.head, "zero", seed)

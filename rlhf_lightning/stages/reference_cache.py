@@ -85,6 +85,7 @@ def _measured_with(trainer: L.Trainer, spec: ModelSpec, rows: Sequence[Encoded])
         "weights": weights_digest(spec),
         "dtype": spec.dtype,
         "precision": str(trainer.precision),
+        **({} if spec.quantization is None else {"quantization": str(spec.quantization)}),
         "tokens": tokens.hexdigest()[:32],
     }
 

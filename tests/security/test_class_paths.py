@@ -260,7 +260,7 @@ def test_a_file_beside_the_config_is_not_taken_for_a_package(config, mark):
     # uninstalled packages are looked for, and installed ones imported, everywhere on the path
     for name in ("bitsandbytes", "transformers", "flash_attn"):
         Path(f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    config["model"]["init_args"]["optimizer"] = {"class_path": "bitsandbytes.optim.AdamW8bit"}
+    config["model"]["init_args"]["optimizer"] = {"class_path": "bitsandbytes.optim.NoSuchOptimizer"}
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
     command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", write(config)]
     ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
