@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.core.errors import UserError
+
+RECORDS = "records"
+"""Name of the attention that is sdpa and knows records in a row: `models.unpadded`."""
 
 
 def body_states(
@@ -41,7 +45,8 @@ def body_states(
 
 def attention_of(body: nn.Module) -> str:
     """The attention implementation in use: sdpa, eager, flash_attention_2, ..."""
-    return str(getattr(body.config, "_attn_implementation", None) or "eager")
+    name = str(getattr(body.config, "_attn_implementation", None) or "eager")
+    return "sdpa" if name == RECORDS else name
 
 
 def check_packing(body: nn.Module, vocab_size: int) -> None:
@@ -74,7 +79,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def run_body(body: nn.Module, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The decoder as it stands; `attention_mask` in any form that transformers takes."""
-    output = body(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+def run_body(body: nn.Module, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None, **told: Any) -> Tensor:
+    """The decoder as it stands; `attention_mask` in any form that transformers takes, `told` to its attention."""
+    output = body(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **told)
     return output.last_hidden_state

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import attention_of, body_states, evaluating, run_body
+from rlhf_lightning.models.unpadded import unpadded_states
 
 
 def branch_states(
@@ -23,6 +24,8 @@ def branch_states(
     attention_mask: Bool[Tensor, "rows time"],
     positions: Int[Tensor, "rows time"],
     completions: Bool[Tensor, "rows time"],
+    *,
+    padding_free: bool = False,
 ) -> Float[Tensor, "rows time hidden"]:
     """The hidden states of `body_states` for pairs of rows, i and i + rows/2, that begin with the same prompt.
 
@@ -30,6 +33,7 @@ def branch_states(
 
     Args:
         completions: True where a completion's tokens are.
+        padding_free: compute the pairs' rows without their padding.
     Raises:
         UserError: the attention in use cannot be told who sees whom.
     """
@@ -72,11 +76,12 @@ def branch_states(
         return out[:, :width]
 
     branches = packed(branch, -1)
-    hidden = run_body(
-        body,
-        packed(ordered, 0),
-        packed(steps.expand_as(tokens), 0),
-        _who_sees_whom(branches, kind, body),
+    rows, where = packed(ordered, 0), packed(steps.expand_as(tokens), 0)
+    sees = _who_sees_whom(branches, kind, body)
+    hidden = (
+        unpadded_states(body, rows, branches >= 0, where, sees=sees)
+        if padding_free
+        else run_body(body, rows, where, sees)
     )
     # back to rows: place -> real token number -> slot
     number = (steps - begins[:, None]).clamp(min=0)
@@ -99,14 +104,14 @@ def _who_sees_whom(branches: Int[Tensor, "pairs time"], kind: str, body: nn.Modu
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
-def check_branches(body: nn.Module, vocab_size: int) -> None:
+def check_branches(body: nn.Module, vocab_size: int, *, padding_free: bool = False) -> None:
     """Raise if a shared prompt changes what a completion's hidden states are, as it does in recurrent layers."""
     device = next(body.parameters()).device
     tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=device) % vocab_size
     real, positions = torch.ones_like(tokens, dtype=torch.bool), torch.arange(5, device=device).expand(2, 5)
     with evaluating(body), torch.no_grad():
         apart = body_states(body, tokens, real, positions)
-        together = branch_states(body, tokens, real, positions, positions >= 3)
+        together = branch_states(body, tokens, real, positions, positions >= 3, padding_free=padding_free)
     if not torch.allclose(apart, together, atol=1e-3 * float(apart.abs().max())):
         raise UserError(
             f"models of type {body.config.model_type!r} with {attention_of(body)} attention cannot compute a prompt "

@@ -34,6 +34,7 @@ from rlhf_lightning.models.quantized import bitsandbytes_config, keep_only_train
 from rlhf_lightning.models.scalar_head import HeadInit, Pooling, ScalarModel, init_head
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.tokenizer import first_line, load_tokenizer, say_once
+from rlhf_lightning.models.unpadded import know_records
 
 __all__ = ["load_policy", "load_scalar_model", "load_tokenizer"]
 
@@ -54,7 +55,7 @@ def load_policy(spec: ModelSpec) -> Policy:
     if spec.path is not None and spec.tokenizer is not None:
         _check_vocabulary(spec, model.config.get_text_config().vocab_size, len(load_tokenizer(spec)))
     prepared = _prepare(model, spec)
-    policy = Policy(prepared)
+    policy = Policy(prepared, padding_free=spec.padding_free)
     if spec.quantization is not None:
         keep_only_trained(policy)
     if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
@@ -87,6 +88,7 @@ def load_scalar_model(
         _prepare(backbone, spec),
         pooling=pooling or stored.get("pooling", "last"),
         bias=head is not None and head.get("bias") is not None,
+        padding_free=spec.padding_free,
     )
     if head is None:
         init_head(model.head, head_init, seed)
@@ -227,6 +229,8 @@ def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
     """Dropout, gradient checkpointing and adapter, in this order: an adapter has a dropout of its own."""
     if spec.quantization is not None:
         settle(model)
+    if spec.padding_free:
+        know_records(model)
     if spec.disable_dropout:
         disable_dropout(model)
     if spec.gradient_checkpointing:

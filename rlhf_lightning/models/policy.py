@@ -14,6 +14,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import LMHead, TokenScores, token_scores
 from rlhf_lightning.models.body import body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
+from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 
 class HasTokens(Protocol):
@@ -30,12 +31,15 @@ class Policy(nn.Module):
 
     Args:
         model: a transformers causal language model, or a PeftModel around one.
+        padding_free: score batches without computing their padding; see `models.unpadded`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, padding_free: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.padding_free = padding_free
         self._packing_checked = False
+        self._unpadded_checked = False
         self._branches_checked = False
 
     @property
@@ -74,7 +78,12 @@ class Policy(nn.Module):
         if segments is not None and not self._packing_checked:
             check_packing(self.body, self.config.get_text_config().vocab_size)
             self._packing_checked = True
-        return body_states(self.body, tokens, attention_mask, positions, segments)
+        if not self.padding_free:
+            return body_states(self.body, tokens, attention_mask, positions, segments)
+        if not self._unpadded_checked:
+            check_unpadded(self.body, self.config.get_text_config().vocab_size)
+            self._unpadded_checked = True
+        return unpadded_states(self.body, tokens, attention_mask, positions, segments)
 
     def shared_prompt_states(
         self,
@@ -89,9 +98,10 @@ class Policy(nn.Module):
             mask: True on the completions.
         """
         if not self._branches_checked:
-            check_branches(self.body, self.config.get_text_config().vocab_size)
+            vocab = self.config.get_text_config().vocab_size
+            check_branches(self.body, vocab, padding_free=self.padding_free)
             self._branches_checked = True
-        return branch_states(self.body, tokens, attention_mask, positions, mask)
+        return branch_states(self.body, tokens, attention_mask, positions, mask, padding_free=self.padding_free)
 
     def head(self) -> LMHead:
         """The output head with the current weights, and what the family does to its logits."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.models.body import body_states, check_packing
+from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 Pooling = Literal["last", "mean"]
 HeadInit = Literal["normal", "zero"]
@@ -24,14 +25,18 @@ class ScalarModel(nn.Module):
     Args:
         backbone: a transformers decoder without output head, or a PeftModel around one.
         pooling: last = the value at the last real token of a record; mean = the mean over the tokens that count.
+        padding_free: score batches without computing their padding; see `models.unpadded`.
     """
 
     score_mean: Tensor
     score_std: Tensor
 
-    def __init__(self, backbone: nn.Module, *, pooling: Pooling = "last", bias: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, *, pooling: Pooling = "last", bias: bool = False, padding_free: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.padding_free = padding_free
         self.pooling = pooling
         # no bias unless a file brings one: transformers' classification heads have none, and a constant added to all
         # scores lives in score_mean
@@ -42,6 +47,7 @@ class ScalarModel(nn.Module):
         self.register_buffer("score_mean", torch.zeros((), device="cpu", dtype=torch.float32))
         self.register_buffer("score_std", torch.ones((), device="cpu", dtype=torch.float32))
         self._packing_checked = False
+        self._unpadded_checked = False
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -64,7 +70,11 @@ class ScalarModel(nn.Module):
         if segments is not None and not self._packing_checked:
             check_packing(self.decoder, self.config.get_text_config().vocab_size)
             self._packing_checked = True
-        hidden = body_states(self.decoder, tokens, attention_mask, positions, segments)
+        if self.padding_free and not self._unpadded_checked:
+            check_unpadded(self.decoder, self.config.get_text_config().vocab_size)
+            self._unpadded_checked = True
+        run = unpadded_states if self.padding_free else body_states
+        hidden = run(self.decoder, tokens, attention_mask, positions, segments)
         return linear_to_number(hidden, self.head)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, " records"]:

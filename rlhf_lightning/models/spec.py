@@ -67,6 +67,7 @@ class ModelSpec:
         revision: branch, tag or commit of a hub id.
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored).
         attn_implementation: sdpa, eager, flash_attention_2 (needs flash-attn) or flex_attention.
+        padding_free: score and train on batches without computing their padding: all real tokens in one row.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: train low-rank adapters instead of the weights.
         quantization: hold the weights in 4 or 8 bits; they are then frozen, and trained by `lora` (QLoRA).
@@ -82,6 +83,7 @@ class ModelSpec:
     revision: str | None = None
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
+    padding_free: bool = False
     gradient_checkpointing: bool = False
     lora: LoraSpec | None = None
     quantization: QuantizationSpec | None = None

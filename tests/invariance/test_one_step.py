@@ -39,11 +39,23 @@ CASES += [
     ("sft", "token budget", {"data": {"tokens_per_batch": 40}, "batch_size": 8, "accumulate": 100}),
     ("kto", "token budget", {"data": {"tokens_per_batch": 60}, "batch_size": 8, "accumulate": 100}),
 ]
+PADDING_FREE = {"spec": {"padding_free": True}}
+CASES += [(stage, "without padding", PADDING_FREE) for stage in ("sft", "reward", "kto", "dpo", "dpo, ranked")]
+CASES += [
+    ("sft", "packing, without padding", {"data": {"packing": True, "max_length": 24}, **PADDING_FREE}),
+    ("dpo", "without padding, each prompt computed once", {"attributes": {"share_prompts": True}, **PADDING_FREE}),
+    (
+        "reward",
+        "without padding, checkpointed",
+        {"spec": {"padding_free": True, "gradient_checkpointing": True}},
+    ),
+]
 ON_POLICY = {
     "micro-batches of 3": {"accumulate": 4},
     "micro-batches of 3, 3, 2, 2 and 2": {"accumulate": 5},
     "gradient checkpointing": {"spec": {"gradient_checkpointing": True}},
     "reversed order": {"reverse": True},
+    "without padding": PADDING_FREE,
     "wider padding on the left": {"attributes": {"extra_left": 5}},
     "wider padding on the right": {"attributes": {"extra_right": 3}},
     "prompts padded on the right": {"attributes": {"pads_on_the_right": True}},
