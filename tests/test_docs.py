@@ -53,7 +53,7 @@ from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.python_function import PythonFunction
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout import GenerationSpec, VLLMEngine
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
@@ -147,6 +147,7 @@ PROMISES = [
     *(("docs/online_dpo.md", cls) for cls in (PairRule, Opponent, ReferenceSync, *ONLINE_LOSSES)),
     *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
     *(("docs/kto.md", cls) for cls in (KTO, APOZeroUnpaired, BCO)),
+    ("docs/engines.md", VLLMEngine),
     ("docs/sft.md", Schedule),
     ("docs/models.md", ModelSpec),
     ("docs/models.md", LoraSpec),
@@ -161,6 +162,8 @@ def test_every_option_is_on_its_page(name, cls):
     said = " ".join(code_spans(page(name)))
     below = {key: options for key, options in nested(cls).items() if key != "schedule"}  # on docs/sft.md
     options = arguments(cls) + [option for options in below.values() for option in options]
+    # those of an engine are the stage's to give
+    options = [option for option in options if option not in ("spec", "tokenizer")]
     missing = [option for option in options if not re.search(rf"\b{option}\b", said)]
     assert not missing, f"{name} does not speak of {missing} of {cls.__name__}"
 

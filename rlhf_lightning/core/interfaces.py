@@ -359,7 +359,38 @@ class RewardFn(ABC):
 
 
 class RolloutEngine(ABC):
-    """Samples answers to prompts from a policy."""
+    """Samples answers to prompts from a policy; made from how to sample and a tokenizer.
+
+    One that holds weights of its own is given the policy's. None is in any checkpoint.
+    """
+
+    says_kept: ClassVar[bool] = False
+    """Whether a sampler that truncates by probability (top-p, top-k, min-p) comes with the sets it drew from."""
+    says_entropy: ClassVar[bool] = False
+    """Whether its own log-probabilities come with the entropy of what it drew from."""
+
+    @abstractmethod
+    def with_spec(self, spec: Any) -> "RolloutEngine":
+        """The same engine, asked to sample otherwise; weights and whatever else it holds are shared.
+
+        Args:
+            spec: a `rollout.generate.GenerationSpec`.
+        """
+
+    def take_weights(self, policy: Any) -> None:
+        """Called before answers are asked for, whenever the policy may have moved since it was last called.
+
+        Every rank calls it. Nothing, unless the engine samples from weights of its own.
+        """
+        return None
+
+    def rest(self) -> None:
+        """Called when a rollout is complete: the next answers are asked for after the policy was trained on it."""
+        return None
+
+    def close(self) -> None:
+        """Let go of everything that was started; `take_weights` starts it again."""
+        return None
 
     @abstractmethod
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:

@@ -1,1 +1,6 @@
 """Sampling: prompts to answers, and the loader that turns rollouts into minibatches."""
+
+from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.vllm_engine import VLLMEngine
+
+__all__ = ["GenerationSpec", "HFGenerate", "VLLMEngine"]

@@ -1,6 +1,6 @@
 """Answers from transformers' own `generate`: left-padded batches, a KV cache, rows that stop when they are done."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -84,6 +84,10 @@ class GenerationSpec:
             )
         if self.num_samples < 1:
             raise UserError(f"generation.num_samples={self.num_samples}: sample at least 1 answer per prompt")
+
+
+EngineFactory = Callable[[GenerationSpec, PreTrainedTokenizerBase], RolloutEngine]
+"""An engine by `class_path`, its own options given: what is left to say is how to sample, and with what tokenizer."""
 
 
 class _FinishedLengths(StoppingCriteria):
@@ -179,21 +183,32 @@ class HFGenerate(RolloutEngine):
     Args:
         spec: how to sample.
         tokenizer: for its pad and end ids and for stop strings.
-        mixture: another model that has a say in every token; None: the policy answers alone.
     """
 
-    def __init__(
-        self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase, mixture: MixtureSpec | None = None
-    ) -> None:
+    says_kept = True
+    says_entropy = True
+
+    def __init__(self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
-        self.mixture = mixture
+        self.mixture: MixtureSpec | None = None
+
+    def with_spec(self, spec: GenerationSpec) -> "HFGenerate":
+        made = HFGenerate(spec, self.tokenizer)
+        made.mixture = self.mixture
+        return made
+
+    def with_mixture(self, mixture: MixtureSpec) -> "HFGenerate":
+        """The same engine, with another model that has a say in every token."""
+        made = self.with_spec(self.spec)
+        made.mixture = mixture
+        return made
 
     @torch.no_grad()
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
         tokens = prompts.tokens.repeat_interleave(self.spec.num_samples, 0)
         attention_mask = prompts.attention_mask.repeat_interleave(self.spec.num_samples, 0)
-        self._check_context(policy, prompts)
+        check_context(self.spec, policy, prompts)
         rows = self.spec.rows_at_once or tokens.shape[0]
         was_training = policy.training
         policy.eval()
@@ -225,24 +240,12 @@ class HFGenerate(RolloutEngine):
                 stack.enter_context(gathered_once(model))
             yield
 
-    def _check_context(self, policy: Any, prompts: PromptBatch) -> None:
-        context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-        lengths = prompts.attention_mask.sum(-1)
-        row = int(lengths.argmax())
-        length, room = int(lengths[row]), self.spec.max_new_tokens
-        if context is not None and length + room > context:
-            raise UserError(
-                f"prompt {int(prompts.indices[row])} ({prompts.texts[row][:60]!r}...) has {length} tokens; with "
-                f"generation.max_new_tokens={room} that exceeds the model's context of {context} tokens: lower "
-                f"max_new_tokens, or cut prompts with data.max_prompt_length={max(context - room, 1)}"
-            )
-
     def _generate_rows(
         self, policy: Any, tokens: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """Prompt and answer ids [rows, time], the width at which each row finished, -1 where it was cut off, and what
         the sampler was asked to note."""
-        eos = _end_ids(policy, self.tokenizer)
+        eos = end_ids(policy, self.tokenizer)
         criteria: list[StoppingCriteria] = [EosTokenCriteria(eos_token_id=eos)]
         if self.spec.stop_strings:
             criteria.append(_stop_strings(self.tokenizer, self.spec.stop_strings))
@@ -295,6 +298,20 @@ class HFGenerate(RolloutEngine):
         )
 
 
+def check_context(spec: GenerationSpec, policy: Any, prompts: PromptBatch) -> None:
+    """Refuse prompts behind which the model has no room for an answer."""
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    lengths = prompts.attention_mask.sum(-1)
+    row = int(lengths.argmax())
+    length, room = int(lengths[row]), spec.max_new_tokens
+    if context is not None and length + room > context:
+        raise UserError(
+            f"prompt {int(prompts.indices[row])} ({prompts.texts[row][:60]!r}...) has {length} tokens; with "
+            f"generation.max_new_tokens={room} that exceeds the model's context of {context} tokens: lower "
+            f"max_new_tokens, or cut prompts with data.max_prompt_length={max(context - room, 1)}"
+        )
+
+
 def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: int) -> Generated:
     """Masks and positions of answers, from how wide each row was when it finished.
 
@@ -329,7 +346,7 @@ def _stop_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) ->
         ) from error
 
 
-def _end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the model's generation config may name several (an end of turn and an end of text)."""
     named = getattr(policy.model.generation_config, "eos_token_id", None)
     ids = [named] if isinstance(named, int) else list(named or [])

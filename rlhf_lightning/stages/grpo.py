@@ -25,7 +25,7 @@ from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefixes, without_prefixes
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
@@ -102,6 +102,7 @@ class GRPOModule(PolicyGradientModule):
             saves that pass; in 16 bits the two differ (rollout/logprob_gap), and recomputed is the exact one.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far (nats per token).
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
+        engine: what samples: HFGenerate, HFContinuousBatching, VLLMEngine or VLLMServer.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
@@ -142,6 +143,7 @@ class GRPOModule(PolicyGradientModule):
         old_logprobs: OldLogprobs = "recomputed",
         target_kl: float | None = None,
         ptx_coef: float = 0.0,
+        engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
@@ -168,6 +170,7 @@ class GRPOModule(PolicyGradientModule):
             schedule,
             lr_scheduler,
             seed,
+            engine=engine,
             use_reference=use_reference,
             reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
@@ -209,6 +212,11 @@ class GRPOModule(PolicyGradientModule):
 
     def configure_model(self) -> None:
         super().configure_model()
+        if self.entropy_top_frac < 1 and self.old_logprobs == "sampler" and not self.engine.says_entropy:
+            raise UserError(
+                f"entropy_top_frac={self.entropy_top_frac} needs the entropy of every token, which "
+                f"{type(self.engine).__name__} does not say: set old_logprobs: recomputed, or entropy_top_frac: 1"
+            )
         if self.replay_spec is not None and self.replay is None:
             pad = self.tokenizer.pad_token_id
             self.replay = ReplayBuffer(
@@ -249,7 +257,7 @@ class GRPOModule(PolicyGradientModule):
     def _with_greedy(self, answered: Answered) -> Answered:
         """Each answer beside the score of the greedy one to its prompt; dropped where that could not be scored."""
         spec = replace(self.generation, temperature=0.0, num_samples=1, keep_logprobs=False)
-        greedy = HFGenerate(spec, self.tokenizer).generate(self.policy, answered.prompts, seed=0)
+        greedy = self.generate(answered.prompts, 0, spec)
         copies = self.generation.num_samples
         compared = self.score(answered.prompts, greedy)
         scored = answered.scored

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import Sample
+from rlhf_lightning.core.interfaces import RolloutEngine, Sample
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.loading import load_policy
@@ -25,7 +25,8 @@ from rlhf_lightning.models.reference import Reference, ReferenceSync, make_refer
 from rlhf_lightning.models.sharded import gathered_once, is_sharded
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.engines import truncating_options
+from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import AnyRollouts, RolloutLoader, UpdateSpec
 from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.base import RLHFModule
@@ -76,6 +77,7 @@ class OnPolicyModule(RLHFModule):
         updates: how often and in what pieces rollouts are trained on.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
+        engine: what samples.
         use_reference: whether a reference is built at all; without one no KL is measured.
         reference_sync: let the reference follow the policy; None: it stays.
         renormalise_truncated: of a sampler that truncates, take log-probabilities over what it kept.
@@ -101,6 +103,7 @@ class OnPolicyModule(RLHFModule):
         lr_scheduler: LRSchedulerCallable | None,
         seed: int | None,
         *,
+        engine: EngineFactory = HFGenerate,
         use_reference: bool = True,
         reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
@@ -131,6 +134,9 @@ class OnPolicyModule(RLHFModule):
             )
         self.renormalise_truncated = renormalise_truncated
         self.old_logprobs = old_logprobs
+        self.make_engine = engine
+        self._engine_is_behind = True
+        """Whether the policy may have moved since the engine was last given its weights."""
         self.reference_spec = reference
         self.generation = generation
         self.updates = updates
@@ -148,11 +154,13 @@ class OnPolicyModule(RLHFModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
+            self.engine = self.make_engine(self.generation, self.tokenizer)
+            if self.renormalise_truncated and not self.engine.says_kept:
+                _refuse_truncation(self.engine, self.generation)
             self.policy = load_policy(self.model_spec)
             if self.use_reference:
                 follows = self.reference_sync is not None
                 self._frozen["reference"] = make_reference(self.policy, self.reference_spec, follows=follows)
-            self.engine = HFGenerate(self.generation, self.tokenizer)
 
     @property
     def reference(self) -> Reference | None:
@@ -166,9 +174,22 @@ class OnPolicyModule(RLHFModule):
 
     def on_validation_start(self) -> None:
         self._move_frozen()
+        self._engine_is_behind = True  # a callback may have put other weights in for the evaluation
+
+    def on_validation_end(self) -> None:
+        self._engine_is_behind = True  # and taken them out again
 
     def on_test_start(self) -> None:
         self._move_frozen()
+        self._engine_is_behind = True
+
+    def on_predict_start(self) -> None:
+        self._engine_is_behind = True
+
+    def teardown(self, stage: str) -> None:
+        if self.policy is not None:
+            self.engine.close()
+            self._engine_is_behind = True
 
     def _move_frozen(self) -> None:
         if self.reference is not None:
@@ -208,6 +229,7 @@ class OnPolicyModule(RLHFModule):
         phase = Phases(self)
         with self.measuring():
             answered = self.answer(draw, phase)
+            self.engine.rest()
         rollouts, metrics = self.prepare(answered, phase)
         self._pending_metrics = metrics | phase.times()
         tell(self, "on_rollout_end", rollouts)
@@ -236,9 +258,17 @@ class OnPolicyModule(RLHFModule):
         """Answers to train on, those to one prompt side by side."""
         return self.generate(prompts, self._rollout_seed("rollout", self._loader.drawn - 1))
 
-    def generate(self, prompts: PromptBatch, seed: int) -> Generated:
-        """Answers to prompts; the same seed and weights give the same answers."""
-        answers = self.engine.generate(self.policy, prompts, seed=seed)
+    def generate(self, prompts: PromptBatch, seed: int, spec: GenerationSpec | None = None) -> Generated:
+        """Answers to prompts; the same seed and weights give the same answers.
+
+        Args:
+            spec: how to sample; None: as `generation` says.
+        """
+        if self._engine_is_behind:
+            self.engine.take_weights(self.policy)
+            self._engine_is_behind = False
+        engine = self.engine if spec is None else self.engine.with_spec(spec)
+        answers = engine.generate(self.policy, prompts, seed=seed)
         return answers if self.renormalise_truncated else replace(answers, kept=None)
 
     def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
@@ -254,8 +284,9 @@ class OnPolicyModule(RLHFModule):
         assert self.policy is not None
         if self.old_logprobs == "sampler":
             assert answers.sampler_logprobs is not None
-            assert answers.sampler_entropy is not None
-            return answers.sampler_logprobs, answers.sampler_entropy, {}
+            entropy = answers.sampler_entropy
+            # -log p of the drawn token has the entropy for its mean
+            return answers.sampler_logprobs, -answers.sampler_logprobs if entropy is None else entropy, {}
         with gathered_once(self.policy):  # ranks may have different numbers of parts
             parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
         logprobs = torch.cat([part.logprobs for part in parts]).float()
@@ -371,6 +402,7 @@ class OnPolicyModule(RLHFModule):
             closure()
         else:
             super().optimizer_step(*args, **kwargs)
+            self._engine_is_behind = True
         # a step that was skipped counts like any other: else a reference whose turn falls on such steps never moves
         if self.reference_sync is not None and self.reference is not None:
             # what was collected keeps what the reference said then; the next rollout hears the new one
@@ -387,6 +419,7 @@ class OnPolicyModule(RLHFModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._engine_is_behind = True
         self._pending_metrics = dict(checkpoint.get("pending_metrics", {}))
         if "reference" in checkpoint and self.reference_sync is not None and self.reference is not None:
             self.reference.load_state_dict(checkpoint["reference"])
@@ -440,6 +473,15 @@ class OnPolicyModule(RLHFModule):
         self._move_frozen()
         answers = self.generate(batch, self._rollout_seed("predict", batch_idx))
         return [sample.completion for sample in self.samples(batch, answers)]
+
+
+def _refuse_truncation(engine: RolloutEngine, generation: GenerationSpec) -> None:
+    options = truncating_options(generation)
+    if options:
+        raise UserError(
+            f"{', '.join(options)}: {type(engine).__name__} does not say which tokens it kept, so ratios could not be "
+            "taken over them: leave it out, sample with HFGenerate, or (GRPOModule) set renormalise_truncated: false"
+        )
 
 
 def without_dropped(answers: Generated, scored: ScoredSamples) -> Generated:

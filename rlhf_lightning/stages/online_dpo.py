@@ -20,7 +20,7 @@ from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.mixture import MixtureSpec
 from rlhf_lightning.stages.on_policy import Answered, OnPolicyModule
@@ -71,6 +71,7 @@ class OnlineDPOModule(OnPolicyModule):
         missing_eos_penalty: subtracted from the score of answers that hit the length limit.
         generation: how answers are sampled.
         updates: inner epochs and minibatches of each batch of pairs.
+        engine: what samples the policy's answers; an opponent's come from HFGenerate.
         rows_at_once: sequences measured in one forward pass in validation; None: all.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
@@ -99,6 +100,7 @@ class OnlineDPOModule(OnPolicyModule):
         missing_eos_penalty: float = 0.0,
         generation: GenerationSpec = GenerationSpec(num_samples=4),
         updates: UpdateSpec = UpdateSpec(inner_epochs=1),
+        engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
@@ -117,6 +119,7 @@ class OnlineDPOModule(OnPolicyModule):
             schedule,
             lr_scheduler,
             seed,
+            engine=engine,
             use_reference=needs_reference,
             reference_sync=reference_sync if needs_reference else None,
         )
@@ -172,8 +175,10 @@ class OnlineDPOModule(OnPolicyModule):
         each = self.generation.num_samples // 2
         index = self._loader.drawn - 1
         spec = replace(self.generation, num_samples=each)
-        own = HFGenerate(spec, self.tokenizer).generate(self.policy, prompts, seed=self._rollout_seed("rollout", index))
+        own = self.generate(prompts, self._rollout_seed("rollout", index), spec)
         other = self._answers_of(self.opponent, spec, prompts, self._rollout_seed("opponent", index))
+        # what two samplers say about themselves cannot be joined, and nobody asks
+        own, other = (replace(part, kept=None, sampler_logprobs=None, sampler_entropy=None) for part in (own, other))
         rows = torch.arange(len(own.tokens) + len(other.tokens), device=own.tokens.device)
         # all of the one, then all of the other -> prompt by prompt
         order = rows.view(2, -1, each).transpose(0, 1).flatten()
@@ -185,7 +190,7 @@ class OnlineDPOModule(OnPolicyModule):
             with self.reference.as_it_was():
                 return HFGenerate(spec, self.tokenizer).generate(self.reference.policy, prompts, seed=seed)
         mixture = MixtureSpec(self.reference, opponent.reference_share)
-        return HFGenerate(spec, self.tokenizer, mixture).generate(self.policy, prompts, seed=seed)
+        return HFGenerate(spec, self.tokenizer).with_mixture(mixture).generate(self.policy, prompts, seed=seed)
 
     def prepare(self, answered: Answered, phase: Phases) -> tuple[PairRollouts, dict[str, float]]:
         """Pairs of the answers, and what they and the policy's own answers looked like."""

@@ -17,7 +17,7 @@ from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages.on_policy import NOTHING_MORE, Answered, OldLogprobs, OnPolicyModule
 from rlhf_lightning.stages.phases import Phases
@@ -42,7 +42,7 @@ class PolicyGradientModule(OnPolicyModule):
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
-        use_reference, reference_sync, renormalise_truncated, old_logprobs: likewise.
+        engine, use_reference, reference_sync, renormalise_truncated, old_logprobs: likewise.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
     """
 
@@ -68,6 +68,7 @@ class PolicyGradientModule(OnPolicyModule):
         lr_scheduler: LRSchedulerCallable | None,
         seed: int | None,
         *,
+        engine: EngineFactory = HFGenerate,
         use_reference: bool = True,
         reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
@@ -84,6 +85,7 @@ class PolicyGradientModule(OnPolicyModule):
             schedule,
             lr_scheduler,
             seed,
+            engine=engine,
             use_reference=use_reference,
             reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,

@@ -21,7 +21,7 @@ from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
 from rlhf_lightning.stages.on_policy import Answered
@@ -60,6 +60,7 @@ class PPOModule(PolicyGradientModule):
             (nats per token, mean over a step; Spinning Up).
         critic_warmup_steps: optimiser steps in which only the critic learns.
         ptx_coef: weight of the likelihood of a second source, data.pretraining (Ouyang et al., 2022: PPO-ptx).
+        engine: what samples: HFGenerate, HFContinuousBatching, VLLMEngine or VLLMServer.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
@@ -92,6 +93,7 @@ class PPOModule(PolicyGradientModule):
         target_kl: float | None = None,
         critic_warmup_steps: int = 0,
         ptx_coef: float = 0.0,
+        engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         schedule: Schedule = Schedule(),
@@ -118,6 +120,7 @@ class PPOModule(PolicyGradientModule):
             schedule,
             lr_scheduler,
             seed,
+            engine=engine,
         )
         if not value_coef >= 0:
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")

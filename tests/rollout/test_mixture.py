@@ -34,7 +34,7 @@ def test_what_is_sampled_from_is_the_mixture(share, sampling, tiny_model):
     spec = ModelSpec(path=str(tiny_model))
     tokenizer, policy, other = load_tokenizer(spec), load_policy(spec), load_policy(another(str(tiny_model)))
     generation = GenerationSpec(max_new_tokens=6, num_samples=2, keep_logprobs=True, **sampling)
-    engine = HFGenerate(generation, tokenizer, MixtureSpec(Reference(other), share))
+    engine = HFGenerate(generation, tokenizer).with_mixture(MixtureSpec(Reference(other), share))
     answers = engine.generate(policy, prompts(tokenizer), seed=3)
     mixed = (1 - share) * logits(policy, answers).log_softmax(-1) + share * logits(other, answers).log_softmax(-1)
     mixed = mixed[:, :-1] / generation.temperature
@@ -57,8 +57,10 @@ def test_of_a_policy_with_an_adapter_the_other_model_is_itself_without_it(tiny_m
     reference = make_reference(policy)
     assert reference.shared
     generation = GenerationSpec(max_new_tokens=5, keep_logprobs=True)
-    answers = HFGenerate(generation, tokenizer, MixtureSpec(reference, 0.5)).generate(
-        policy, prompts(tokenizer), seed=3
+    answers = (
+        HFGenerate(generation, tokenizer)
+        .with_mixture(MixtureSpec(reference, 0.5))
+        .generate(policy, prompts(tokenizer), seed=3)
     )
     with_adapter = logits(policy, answers).log_softmax(-1)
     with reference.as_it_was():

@@ -1,0 +1,221 @@
+"""The engine of a stage: when it is given weights, when it rests, and what it may not be asked for."""
+
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from copy_engine import CopyEngine
+from fits import fit
+from lightning.pytorch.callbacks import ModelCheckpoint
+from one_step import records
+
+from rlhf_lightning.advantages import ReMax
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses import SamplerCorrection
+from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import GRPOModule, OnlineDPOModule, PPOModule
+from rlhf_lightning.stages.online_dpo import Opponent
+
+STAGES = {
+    "grpo": partial(GRPOModule, updates=UpdateSpec(inner_epochs=2)),
+    "remax": partial(GRPOModule, credit=ReMax()),
+    "ppo": partial(PPOModule, updates=UpdateSpec(inner_epochs=1, num_minibatches=2)),
+    "online dpo": OnlineDPOModule,
+    "online dpo with an opponent": partial(OnlineDPOModule, opponent=Opponent(reference_share=0.5)),
+}
+
+
+def made(stage, model, **options):
+    defaults = {
+        "generation": GenerationSpec(max_new_tokens=5, num_samples=4),
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=1e-2),
+        "seed": 1,
+    }
+    rewards = [WeightedReward(LengthReward(target=3), name="reward")]
+    return STAGES[stage](ModelSpec(path=str(model)), rewards, **(defaults | options))
+
+
+def data(write_jsonl):
+    prompts = write_jsonl("prompts.jsonl", [{"prompt": row["prompt"]} for row in records("ppo")[:12]])
+    return {"train": prompts, "val": prompts, "batch_size": 4}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_with_its_own_weights_trains_as_the_policy_itself_does(stage, tiny_model, write_jsonl, tmp_path):
+    """Bit for bit: whenever it is asked, it holds what the policy is."""
+    policies = []
+    events = []
+    for options in ({}, {"engine": partial(CopyEngine, events=events)}):
+        module = made(stage, tiny_model, **options)
+        fit(module, tmp_path, data=data(write_jsonl), max_epochs=2, val_check_interval=1)
+        policies.append(module.policy.state_dict())
+    assert all(torch.equal(value, policies[1][name]) for name, value in policies[0].items())
+    start = load_policy(ModelSpec(path=str(tiny_model))).state_dict()
+    assert not all(torch.equal(value, policies[0][name]) for name, value in start.items())
+    assert events.count("rest") == 6
+    assert events[-1] == "close"
+
+
+def test_weights_are_handed_over_once_per_rollout_and_once_per_evaluation(tiny_model, write_jsonl, tmp_path):
+    events = []
+    module = made("grpo", tiny_model, engine=partial(CopyEngine, events=events))
+    fit(module, tmp_path, data=data(write_jsonl), limit_val_batches=2)
+    assert events == ["weights", "generate", "rest"] * 3 + ["weights", "generate", "generate", "close"]
+
+
+def test_a_stale_engine_would_have_been_seen(tiny_model, write_jsonl, tmp_path):
+    class Stale(CopyEngine):
+        def take_weights(self, policy):
+            if not self.held:
+                super().take_weights(policy)
+
+    policies = []
+    for engine in (CopyEngine, Stale):
+        module = made("grpo", tiny_model, engine=engine)
+        fit(module, tmp_path, data=data(write_jsonl))
+        policies.append(module.policy.state_dict())
+    assert not all(torch.equal(value, policies[1][name]) for name, value in policies[0].items())
+
+
+def test_a_resumed_run_hands_its_weights_over_anew(tiny_model, write_jsonl, tmp_path):
+    def run(folder, callbacks=(), **more):
+        module = made("grpo", tiny_model, engine=CopyEngine)
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = L.Trainer(
+                **options,
+                accelerator="cpu",
+                devices=1,
+                max_epochs=2,
+                callbacks=list(callbacks),
+                enable_checkpointing=bool(callbacks),
+                default_root_dir=str(folder),
+            )
+            trainer.fit(module, datamodule=RLHFDataModule(**data(write_jsonl)), **more)
+        return module.policy.state_dict()
+
+    every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run(tmp_path / "whole", [every_step])
+    for step in (3, 4):  # inside a rollout, and between two
+        resumed = run(tmp_path / "resumed", ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
+    assert not [key for key in saved["state_dict"] if "engine" in key]
+    assert "engine" not in saved["hyper_parameters"]
+
+
+def test_the_gap_is_logged_whenever_the_engine_says_its_log_probabilities(tiny_model, write_jsonl, tmp_path):
+    metrics = {}
+    for says in (False, True):
+        module = made("grpo", tiny_model, engine=partial(CopyEngine, says=says))
+        metrics[says] = fit(module, tmp_path, data=data(write_jsonl)).callback_metrics
+    assert "rollout/logprob_gap" not in metrics[False]
+    assert 0 <= metrics[True]["rollout/logprob_gap"] < 1e-5
+
+
+def test_a_sampler_without_entropies_is_believed_and_its_entropy_estimated(tiny_model, write_jsonl, tmp_path):
+    keep = GenerationSpec(max_new_tokens=5, num_samples=64, keep_logprobs=True)
+    entropies = []
+    for old in ("recomputed", "sampler"):
+        module = made(
+            "grpo", tiny_model, engine=partial(CopyEngine, says=True), old_logprobs=old, generation=keep, credit=ReMax()
+        )
+        trainer = fit(module, tmp_path, data=data(write_jsonl) | {"batch_size": 12}, max_steps=1)
+        entropies.append(trainer.callback_metrics["rollout/entropy"].item())
+    assert entropies[1] == pytest.approx(entropies[0], abs=0.05)
+    assert entropies[1] != entropies[0]
+
+
+def test_a_correction_reads_what_the_engine_said(tiny_model, write_jsonl, tmp_path):
+    keep = GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True)
+    module = made(
+        "grpo", tiny_model, engine=partial(CopyEngine, says=True), generation=keep, correction=SamplerCorrection()
+    )
+    metrics = fit(module, tmp_path, data=data(write_jsonl)).callback_metrics
+    assert metrics["correction/ratio"].item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.1}])
+def test_truncation_that_nobody_says_the_sets_of_is_refused(option, tiny_model):
+    [(name, value)] = option.items()
+    generation = GenerationSpec(max_new_tokens=5, num_samples=4, **option)
+    module = made("grpo", tiny_model, engine=CopyEngine, generation=generation)
+    with pytest.raises(UserError, match=f"generation.{name}={value}: CopyEngine does not say which tokens it kept"):
+        module.configure_model()
+    made("grpo", tiny_model, engine=CopyEngine, generation=generation, renormalise_truncated=False).configure_model()
+    minimum = replace(generation, min_new_tokens=2, **dict.fromkeys(option, 0 if name != "top_p" else 1.0))
+    made("grpo", tiny_model, engine=CopyEngine, generation=minimum).configure_model()
+
+
+def test_a_share_of_the_entropies_needs_entropies(tiny_model):
+    keep = GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True)
+    module = made("grpo", tiny_model, engine=CopyEngine, generation=keep, old_logprobs="sampler", entropy_top_frac=0.2)
+    with pytest.raises(UserError, match=r"entropy_top_frac=0.2 needs the entropy of every token, which CopyEngine"):
+        module.configure_model()
+
+
+# ---- what is handed over ---------------------------------------------------------------------------------------------
+
+
+def test_weights_are_those_of_the_export_with_the_adapter_added_in(tiny_model, tmp_path):
+    from safetensors.torch import load_file
+
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.handover import checkpoint_weights
+    from rlhf_lightning.models.loading import load_tokenizer
+
+    for lora in (None, LoraSpec(r=4)):
+        spec = ModelSpec(path=str(tiny_model), lora=lora)
+        policy = load_policy(spec)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.ones_like(parameter))
+        before = {name: value.clone() for name, value in policy.state_dict().items()}
+        given = dict(checkpoint_weights(policy))
+        written = load_file(export_policy(policy, load_tokenizer(spec), tmp_path / str(lora)) / "model.safetensors")
+        assert set(written) <= set(given)
+        assert {name.split(".")[0] for name in set(given) - set(written)} <= {"lm_head"}  # tied to the embedding
+        for name, value in written.items():
+            torch.testing.assert_close(given[name], value, rtol=0, atol=1e-6)
+        assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+        assert not any(given[name].requires_grad for name in given)
+
+
+def test_vllm_that_is_not_installed_is_named(tiny_model, monkeypatch):
+    from rlhf_lightning.rollout import vllm_engine
+
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"VLLMEngine needs vLLM, which is not installed: docs/engines.md"):
+        vllm_engine.VLLMEngine(GenerationSpec(), None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ({"rows_at_once": 8}, {}, "generation.rows_at_once=8 does nothing with VLLMEngine"),
+        ({"cache": "static"}, {}, "generation.cache='static' does nothing with VLLMEngine"),
+        (
+            {"min_new_tokens": 2, "stop_strings": ["a"]},
+            {},
+            "generation.min_new_tokens=2 keeps vLLM from seeing stop_strings",
+        ),
+        ({}, {"gpu_memory_utilization": 0.0}, "engine.gpu_memory_utilization=0.0: give a share"),
+        ({}, {"kv_cache_gib": -1.0}, "engine.kv_cache_gib=-1.0: give a positive number"),
+    ],
+)
+def test_options_that_vllm_cannot_follow_are_refused(spec, options, message):
+    from rlhf_lightning.rollout.vllm_engine import VLLMEngine
+
+    with pytest.raises(UserError, match=message):
+        VLLMEngine(GenerationSpec(**spec), None, **options)

@@ -1,0 +1,43 @@
+"""The real vLLM on the CPU, beside a policy of Hugging Face: `make test-vllm` builds the environment and runs these."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def pytest_collection_modifyitems(items):
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make test-vllm"))
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> dict:
+    """A small Llama whose heads have the 32 dimensions that vLLM wants on the CPU."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, tiny_tokenizer, llama_config):
+    """Hugging Face folder of it, with the tiny tokenizer."""
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.loading import load_policy, load_tokenizer
+    from rlhf_lightning.models.spec import ModelSpec
+
+    spec = ModelSpec(config=llama_config, tokenizer=str(tiny_tokenizer))
+    return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "llama")

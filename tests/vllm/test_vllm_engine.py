@@ -1,0 +1,160 @@
+"""VLLMEngine against transformers: the same tokens, the same log-probabilities, before and after an update."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.collate import collate_prompts
+from rlhf_lightning.data.encode import encode_prompt
+from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+
+TEXTS = ("the film", "a plot was very", "good", "the actors and the end was not great but")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama):
+    return load_tokenizer(ModelSpec(path=str(llama)))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    ids = [encode_prompt(tokenizer, text) for text in TEXTS]
+    return collate_prompts(ids, list(TEXTS), [{} for _ in TEXTS], range(len(TEXTS)), tokenizer.pad_token_id)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    from rlhf_lightning.rollout.vllm_engine import VLLMEngine
+
+    made = VLLMEngine(GenerationSpec(max_new_tokens=16), tokenizer)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def policy(llama):
+    return load_policy(ModelSpec(path=str(llama)))
+
+
+def moved(policy, seed=3):
+    """The policy with every trained weight changed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def answered(engine, policy, prompts, seed=1, **spec):
+    engine.take_weights(policy)
+    return engine.with_spec(GenerationSpec(**({"max_new_tokens": 16} | spec))).generate(policy, prompts, seed=seed)
+
+
+def gap(policy, answers, temperature=1.0):
+    """Largest difference between the policy's log-probabilities and the engine's."""
+    with torch.no_grad():
+        own = policy(answers, temperature=temperature).logprobs
+    return (own - answers.sampler_logprobs)[answers.mask].abs().max().item()
+
+
+def test_greedy_answers_equal_transformers_before_and_after_an_update(engine, policy, tokenizer, prompts):
+    greedy = GenerationSpec(max_new_tokens=16, temperature=0.0)
+    first = None
+    for _ in range(2):
+        expected = HFGenerate(greedy, tokenizer).generate(policy, prompts, seed=0)
+        answers = answered(engine, policy, prompts, temperature=0.0)
+        for name in ("tokens", "attention_mask", "mask", "positions", "finished"):
+            assert torch.equal(getattr(answers, name), getattr(expected, name)), name
+        assert first is None or not torch.equal(first, answers.tokens)
+        first = answers.tokens
+        moved(policy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_the_policys_at_the_sampling_temperature(engine, policy, prompts, temperature):
+    answers = answered(engine, policy, prompts, num_samples=16, temperature=temperature)
+    assert gap(policy, answers, temperature) < 1e-3
+    answers = answered(engine, moved(policy), prompts, num_samples=16, temperature=temperature)
+    assert gap(policy, answers, temperature) < 1e-3
+    assert gap(moved(policy, seed=4), answers, temperature) > 0.1
+    assert answers.finished.any()
+    assert not answers.finished.all()
+
+
+def test_a_seed_names_the_answers_and_leaves_every_global_generator_alone(engine, policy, prompts):
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    untouched = torch.rand(3).tolist(), random.random(), np.random.rand()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    first = answered(engine, policy, prompts, seed=5, num_samples=4)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == untouched
+    again = answered(engine, policy, prompts, seed=5, num_samples=4)
+    other = answered(engine, policy, prompts, seed=6, num_samples=4)
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.tokens.shape != other.tokens.shape or not torch.equal(first.tokens, other.tokens)
+
+
+def test_sampled_tokens_follow_the_policy(engine, policy, prompts):
+    one = prompts_of(prompts, 0)
+    answers = answered(engine, policy, one, temperature=0.6, max_new_tokens=1, num_samples=3000)
+    drawn = torch.bincount(answers.tokens[:, -1], minlength=21) / 3000
+    logits = policy.causal_lm(input_ids=one.tokens).logits[0, -1]
+    # the deviation of a share p of n draws is sqrt(p (1 - p) / n) <= 0.0092; four of them
+    assert (drawn - (logits / 0.6).softmax(-1)).abs().max() < 0.037
+
+
+def prompts_of(prompts, row):
+    tokens = prompts.tokens[row][prompts.attention_mask[row]][None]
+    return replace(
+        prompts,
+        tokens=tokens,
+        attention_mask=torch.ones_like(tokens, dtype=torch.bool),
+        texts=prompts.texts[row : row + 1],
+        records=prompts.records[row : row + 1],
+        indices=prompts.indices[row : row + 1],
+    )
+
+
+def test_a_minimum_length_comes_with_what_it_left_to_draw_from(engine, policy, prompts):
+    answers = answered(engine, policy, prompts, num_samples=32, min_new_tokens=4, max_new_tokens=8)
+    assert answers.mask.sum(-1).min() >= 4
+    assert answers.finished.any()
+    assert gap(policy, answers) < 1e-3
+    # without the sets the end token's share is missing
+    assert gap(policy, replace(answers, kept=None)) > 1e-2
+
+
+def test_truncated_draws_are_what_transformers_would_allow(engine, policy, prompts):
+    answers = answered(engine, policy, prompts, num_samples=64, top_k=2, max_new_tokens=4)
+    logits = policy.causal_lm(
+        input_ids=answers.tokens, attention_mask=answers.attention_mask, position_ids=answers.positions
+    ).logits[:, :-1]
+    best = logits.topk(2, -1).indices
+    drawn = answers.tokens[:, 1:, None]
+    assert ((best == drawn).any(-1) | ~answers.mask[:, 1:]).all()
+
+
+def test_an_adapter_arrives_in_the_weights(engine, llama, tokenizer, prompts):
+    policy = moved(load_policy(ModelSpec(path=str(llama), lora=LoraSpec(r=4))))
+    answers = answered(engine, policy, prompts, num_samples=8)
+    assert gap(policy, answers) < 1e-3
+    with policy.adapter_disabled():
+        assert gap(policy, answers) > 0.1
+
+
+def test_prompts_that_leave_no_room_are_refused(engine, policy, prompts):
+    with pytest.raises(UserError, match="exceeds the model's context of 64 tokens"):
+        answered(engine, policy, prompts, max_new_tokens=60)
+
+
+def test_an_engine_that_was_closed_starts_again(engine, policy, prompts):
+    first = answered(engine, policy, prompts)
+    engine.close()
+    assert not torch.distributed.is_initialized()
+    assert torch.equal(answered(engine, policy, prompts).tokens, first.tokens)
