@@ -9,6 +9,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.quantized import is_quantized
 from rlhf_lightning.models.sharded import is_sharded
 
 
@@ -24,12 +25,14 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
             "trainer.strategy shares the policy's weights out over processes, and an engine with weights of its own "
             "takes them whole: use strategy ddp, or the engine HFGenerate"
         )
+    if is_quantized(policy):
+        raise UserError(
+            "the policy's base is quantised, and an engine with weights of its own takes them whole: leave "
+            "quantization out, or use the engine HFGenerate"
+        )
     model = policy.causal_lm
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    for name, weight in revert_weight_conversion(model, dict(_merged(model, layers))).items():
-        if not weight.is_floating_point():
-            raise UserError(f"the policy's weight {name} is quantised; only HFGenerate samples from such a policy")
-        yield name, weight
+    yield from revert_weight_conversion(model, dict(_merged(model, layers))).items()
 
 
 def _merged(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> Iterator[tuple[str, Tensor]]:

@@ -102,7 +102,7 @@ class GRPOModule(PolicyGradientModule):
             saves that pass; in 16 bits the two differ (rollout/logprob_gap), and recomputed is the exact one.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far (nats per token).
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
-        engine: what samples: HFGenerate, HFContinuousBatching, VLLMEngine or VLLMServer.
+        engine: what samples the answers.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.

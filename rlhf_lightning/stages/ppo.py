@@ -60,7 +60,7 @@ class PPOModule(PolicyGradientModule):
             (nats per token, mean over a step; Spinning Up).
         critic_warmup_steps: optimiser steps in which only the critic learns.
         ptx_coef: weight of the likelihood of a second source, data.pretraining (Ouyang et al., 2022: PPO-ptx).
-        engine: what samples: HFGenerate, HFContinuousBatching, VLLMEngine or VLLMServer.
+        engine: what samples the answers.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.

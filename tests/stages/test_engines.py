@@ -219,3 +219,14 @@ def test_options_that_vllm_cannot_follow_are_refused(spec, options, message):
 
     with pytest.raises(UserError, match=message):
         VLLMEngine(GenerationSpec(**spec), None, **options)
+
+
+def test_weights_that_are_not_whole_are_refused(tiny_model, monkeypatch):
+    from rlhf_lightning.models import handover
+
+    policy = load_policy(ModelSpec(path=str(tiny_model)))
+    for name, message in (("is_sharded", "shares the policy's weights out"), ("is_quantized", "base is quantised")):
+        with monkeypatch.context() as patched:
+            patched.setattr(handover, name, lambda module: True)
+            with pytest.raises(UserError, match=message):
+                next(handover.checkpoint_weights(policy))
