@@ -5,7 +5,6 @@ Every count has a naive double beside it that the same faults catch, else it wou
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -13,27 +12,40 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
-import yaml
 from bench_common import HERE, about
+from fault_runs import (
+    ON_POLICY,
+    REACHED,
+    STAGES,
+    ended,
+    forget,
+    lives,
+    make_material,
+    other_pid,
+    outcome,
+    prepare,
+    said,
+    same,
+    start,
+    undisturbed,
+)
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO, damage, newest_first, read_checkpoint
+from rlhf_lightning.cli.ranks import is_stopped
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.failpoints import POINTS
 from rlhf_lightning.pipelines.files import write_json
 
-STAGES = ("SFTModule", "RewardModule", "DPOModule", "PPOModule", "GRPOModule")
+Figures = Iterator[dict[str, Any]]
 Save = Callable[[dict[str, Any], Path], Any]
 
 
@@ -108,143 +120,102 @@ def saves(num: int, seed: int) -> dict[str, Any]:
 # --- killed while training
 
 
-def make_material(folder: Path) -> dict[str, dict[str, Any]]:
-    """A tokenizer of words, records for every stage, and a config for each."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "plot", "end"]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "tokenizer")
-    draw = random.Random(0)
-    text = lambda: " ".join(draw.choices(words, k=draw.randint(1, 6)))  # noqa: E731
-    rows = [{"prompt": text(), "completion": text()} for _ in range(24)]
-    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": text() + " end"} for row in rows]
-    for name, records in (("rows", rows), ("pairs", pairs), ("prompts", [{"prompt": r["prompt"]} for r in rows])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    llama = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    llama |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    model = {"config": llama, "tokenizer": str(folder / "tokenizer")}
-    rewards = [{"reward": {"class_path": "LengthReward", "init_args": {"target": 3}}}]
-    generation = {"max_new_tokens": 5, "num_samples": 2}
-    on_policy = {"policy": model, "rewards": rewards, "generation": generation}
-    updates = {"updates": {"inner_epochs": 2, "num_minibatches": 2}}
-    stages: dict[str, tuple[dict[str, Any], str]] = {
-        "SFTModule": ({"policy": model}, "rows"),
-        "RewardModule": ({"model": model}, "pairs"),
-        "DPOModule": ({"policy": model}, "pairs"),
-        "PPOModule": ({**on_policy, **updates}, "prompts"),
-        "GRPOModule": ({**on_policy, **updates}, "prompts"),
-    }
-    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "log_every_n_steps": 1}
-    trainer |= {"enable_model_summary": False, "enable_progress_bar": False}
-    configs = {}
-    for stage, (init_args, data) in stages.items():
-        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}}
-        schedule = {"shape": "cosine", "warmup_frac": 0.1}
-        configs[stage] = {
-            "seed_everything": 3,
-            "trainer": {
-                **trainer,
-                "callbacks": [{"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 2}}],
-            },
-            "default_callbacks": ["nan_guard", "stop"],
-            "model": {"class_path": stage, "init_args": {**init_args, "optimizer": optimizer, "schedule": schedule}},
-            "data": {"train": str(folder / f"{data}.jsonl"), "batch_size": 4},
-        }
-    return configs
-
-
-def fit_child(config: Mapping[str, Any], run: Path) -> int:
-    """`fit --resume auto` in a fork of this process, which has imported everything; gives its pid."""
-    from rlhf_lightning.__main__ import main
-
-    file = run.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump({**config, "trainer": {**config["trainer"], "default_root_dir": str(run)}}))
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.argv = ["rlhf-lightning"]
-        code = main(["fit", "--config", str(file), "--resume", "auto"])
-    finally:
-        os._exit(code)
-
-
-def digest(run: Path) -> str:
-    """Of weights, optimiser and schedule at the end of a run, and of what was logged of the losses."""
-    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
-    hashed = hashlib.sha256()
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        _hash(checkpoint[part], hashed)
-    return hashed.hexdigest()
-
-
-def _hash(value: Any, hashed: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        hashed.update(value.contiguous().numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            hashed.update(str(key).encode())
-            _hash(value[key], hashed)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _hash(inner, hashed)
-    else:
-        hashed.update(repr(value).encode())
-
-
 def kill_fits(config: Mapping[str, Any], folder: Path, runs: int, seed: int) -> dict[str, Any]:
-    """Runs that are killed at random moments, up to eight times each, against one that is not."""
+    """Runs that are killed at random moments, one to three times each, against one that is not."""
     draw = random.Random(seed)
-    whole = folder / "whole"
-    began = time.perf_counter()
-    code = os.waitpid(fit_child(config, whole), 0)[1]
-    assert code == 0, whole.with_suffix(".log").read_text()[-2000:]
-    seconds, expected = time.perf_counter() - began, digest(whole)
-    same, kills, failed = 0, 0, []
+    undisturbed(config, folder)  # the first one also fills caches
+    forget(folder / "whole")
+    whole, seconds = undisturbed(config, folder)
+    expected, usual = outcome(whole), seconds
+    kills, equal = 0, Counter[str]()
     for number in range(runs):
-        run, left = folder / f"run{number}", draw.randint(3, 8)
+        run, left, killed = folder / f"run{number}", draw.randint(1, 3), 0
         while True:
-            pid = fit_child(config, run)
+            began, pid = time.perf_counter(), start(config, run)
             if left:
-                time.sleep(draw.uniform(0.2, 0.95) * seconds)
+                time.sleep(draw.uniform(0.1, 0.95) * usual)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if not os.WIFSIGNALED(status):
+            status = ended(pid)
+            if status == -signal.SIGKILL:
+                left, killed = left - 1, killed + 1
+            elif status == 0 and not killed:  # it was faster than the kill: that shows nothing
+                usual = 0.5 * (usual + time.perf_counter() - began)
+                forget(run)
+            else:
                 break
-            left, kills = left - 1, kills + 1
-        ended = os.WEXITSTATUS(status) == 0 and digest(run) == expected
-        same += ended
-        if not ended:
-            failed.append(run.with_suffix(".log").read_text()[-600:])
-            print(failed[-1])
-        shutil.rmtree(run)
-    return {"runs": runs, "kills": kills, "bit-identical": same, "seconds of an undisturbed run": round(seconds, 2)}
+        kills += killed
+        found = outcome(run) if status == 0 else {}
+        equal.update(name for name, digest in expected.items() if found.get(name) == digest)
+        if found != expected:
+            print(folder.name, run.name, status, said(run), flush=True)
+        forget(run)
+    counts = {f"same {name}": equal[name] for name in expected}
+    return {"runs": runs, "kills": kills, **counts, "seconds of an undisturbed run": round(seconds, 2)}
 
 
-def fits(num: int, seed: int) -> dict[str, Any]:
+def fits(num: int, seed: int, stages: Sequence[str] = STAGES) -> Figures:
     """`num` runs of each stage."""
-    from rlhf_lightning.cli import app
-    from rlhf_lightning.data import datamodule  # noqa: F401  imported before the forks
-
-    app.family()
-    torch.set_num_threads(1)
+    prepare()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for stage, config in make_material(Path(folder)).items():
+        configs = make_material(Path(folder))
+        for stage in stages:
+            config = configs[stage]
             (Path(folder) / stage).mkdir()
             results[stage] = kill_fits(config, Path(folder) / stage, num, seed)
             print(stage, results[stage], flush=True)
-    return results
+            yield results
+
+
+# --- killed at every named place
+
+
+def unreached(stage: str) -> set[str]:
+    """Places that a run of a stage never comes to."""
+    rooms = () if stage in ON_POLICY else ("collect.", "score.")
+    rooms += ("samples.",) if stage == "RewardModule" else ()  # which has no policy to be asked
+    return {name for name in POINTS if name.startswith(rooms or "-")}
+
+
+def kill_at_points(config: Mapping[str, Any], folder: Path, points: Sequence[str], draw: random.Random) -> list[str]:
+    """Kills a run at each of some places, at a random one of the times it gets there; those after which all is well."""
+    whole, _ = undisturbed(config, folder, f"{points[0]}:1000000")
+    expected, counts = outcome(whole), json.loads(Path(f"{whole}{REACHED}").read_text())
+    well = []
+    for point in points:
+        run, spec = folder / point.replace(".", "-"), f"{point}:{draw.randint(1, counts.get(point, 1))}"
+        killed, after = ended(start(config, run, spec)), ended(start(config, run))
+        if killed == -signal.SIGKILL and after == 0 and same(run, expected):
+            well.append(point)
+        else:
+            print(folder.name, spec, killed, after, said(run), flush=True)
+        forget(run)
+    return well
+
+
+def points(num: int, seed: int, stages: Sequence[str] = STAGES) -> Figures:
+    """Every failpoint times every stage, `num` times; with 0 each place in one of two stages only."""
+    prepare()
+    results: dict[str, Any] = {}
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        configs = make_material(Path(name))
+        for stage in stages:
+            config, folder = configs[stage], Path(name) / stage
+            wanted = [point for point in POINTS if point not in unreached(stage)] * max(num, 1)
+            if num == 0:
+                wanted = {
+                    "SFTModule": wanted,
+                    "GRPOModule": [point for point in wanted if point in unreached("SFTModule")],
+                }.get(stage, [])
+            if wanted:
+                folder.mkdir()
+                well = kill_at_points(config, folder, wanted, draw)
+                of = f"of {len(POINTS)} places reached"
+                results[stage] = {of: len(set(wanted)), "kills": len(wanted), "bit-identical, samples too": len(well)}
+                print(stage, results[stage], flush=True)
+                yield results
 
 
 # --- damaged, full, malicious
@@ -326,101 +297,141 @@ def malicious(num: int, seed: int) -> dict[str, Any]:
     return {"attacks": num, "ran": ran, "ran against a naive reader": naive}
 
 
-# --- signals and dead processes, two real ones
+# --- signals and dead processes, two of them
 
 
-TROUBLED = """
-import os, time
-from pathlib import Path
-from rlhf_lightning import SFTModule
-class Slow(SFTModule):
-    def on_train_batch_start(self, batch, batch_idx):
-        Path(os.environ["PIDS"], str(self.global_rank)).write_text(str(os.getpid()))
-        time.sleep(0.05)
-"""
+def of_two(config: dict[str, Any], strategy: str) -> dict[str, Any]:
+    """A config for two processes, long enough to be caught in the middle."""
+    return {**config, "trainer": {**config["trainer"], "devices": 2, "strategy": strategy, "max_epochs": 8}}
 
 
-def two_processes(num: int, seed: int) -> dict[str, Any]:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGKILL to either process of a run of two: exit codes, seconds, who is left."""
+def faults_of_two(
+    strategy: str, faults: Mapping[str, tuple[Callable[[Path, int], int], Sequence[int]]], num: int
+) -> Figures:
+    """Does something to a run of two processes, `num` times each, and resumes it.
+
+    Args:
+        faults: by name, what starts a run, does it, and gives the pid; and the exit codes that are right.
+    """
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "slow.py").write_text(TROUBLED)
-        config = make_material(folder)["SFTModule"]
-        config["model"]["class_path"] = "slow.Slow"
-        config["trainer"] |= {"devices": 2, "strategy": "ddp", "max_epochs": 400}
-        (folder / "fit.yaml").write_text(yaml.safe_dump(config))
-        expected = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "SIGKILL": 1}
-        for what, code in expected.items():
-            for rank in (0, 1):
-                seen = [_signalled(folder, what, rank) for _ in range(num)]
-                want = -signal.SIGKILL if what == "SIGKILL" and rank == 0 else code
-                results[f"{what} to rank {rank}"] = {
-                    "runs": num,
-                    "right exit code": sum(c == want for c, _, _ in seen),
-                    "seconds, longest": round(max(s for _, s, _ in seen), 1),
-                    "left behind": sum(left for _, _, left in seen),
-                }
-                print(what, rank, results[f"{what} to rank {rank}"], flush=True)
-    return results
+        config = of_two(make_material(folder)["SFTModule"], strategy)
+        expected = outcome(undisturbed(config, folder)[0])
+        for what, (begin, right) in faults.items():
+            counts, longest = Counter[str](), 0.0
+            for number in range(num):
+                run = folder / f"run{number}"
+                pid = begin(config, run)
+                began = time.perf_counter()
+                code = ended(pid, 120)
+                both = pid, other_pid(run)
+                while any(map(lives, both)) and time.perf_counter() - began < 120:
+                    time.sleep(0.02)
+                longest = max(longest, time.perf_counter() - began)
+                again = ended(start(config, run)) if code else None
+                counts["exit code"] += code in right
+                counts["left"] += sum(map(lives, both))
+                counts["same"] += again == 0 and same(run, expected)
+                if code not in right or again != 0:
+                    print(what, code, again, said(run), flush=True)
+                forget(run)
+            results[what] = {
+                "runs": num,
+                "right exit code": counts["exit code"],
+                "seconds until all are gone, longest": round(longest, 1),
+                "left behind": counts["left"],
+                "resumed, bit-identical": counts["same"],
+            }
+            print(what, results[what], flush=True)
+            yield results
 
 
-def _signalled(folder: Path, what: str, rank: int) -> tuple[int, float, int]:
-    pids = folder / "pids"
-    shutil.rmtree(pids, ignore_errors=True)
-    pids.mkdir()
-    command = [sys.executable, "-m", "rlhf_lightning", "fit", "--config", "fit.yaml", "--overwrite", "true"]
-    command += ["--allow_module", "slow"]
-    with (folder / "out.txt").open("w") as out:
-        env = {**os.environ, "PIDS": str(pids)}
-        started = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
-        while len([p for p in pids.iterdir() if p.read_text()]) < 2:
-            assert started.poll() is None, (folder / "out.txt").read_text()[-2000:]
-            time.sleep(0.05)
-        time.sleep(0.3)
-        both = [int((pids / str(r)).read_text()) for r in (0, 1)]
-        began = time.perf_counter()
-        os.kill(both[rank], getattr(signal, what))
-        code = started.wait(timeout=120)
-    while any(map(_lives, both)) and time.perf_counter() - began < 30:
-        time.sleep(0.05)
-    return code, time.perf_counter() - began, sum(map(_lives, both))
+def signalled(what: str, rank: int, draw: random.Random) -> Callable[[Any, Path], int]:
+    """Starts a run, and sends one of its processes a signal some time after its first checkpoint."""
+
+    def begin(config: Any, run: Path) -> int:
+        pid = start(config, run)
+        while not (run / "checkpoints" / "last.ckpt.json").exists():
+            assert lives(pid), said(run)
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        os.kill(other_pid(run) if rank else pid, getattr(signal, what))
+        return pid
+
+    return begin
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def failing(action: str, rank: int, draw: random.Random) -> Callable[[Any, Path], int]:
+    """Starts a run in which one of the processes dies, stops or raises an error at a random step; once it is there."""
+
+    def begin(config: Any, run: Path) -> int:
+        pid = start(config, run, f"step.before_update:{draw.randint(3, 20)}:{action}:{rank}")
+        while not run.with_suffix(".rank1").exists():
+            time.sleep(0.01)
+        watched = pid if rank == 0 else other_pid(run)
+        while lives(watched) and not is_stopped(watched):
+            time.sleep(0.01)
+        return pid
+
+    return begin
 
 
-SECTIONS: dict[str, tuple[str, Callable[[int, int], dict[str, Any]], int]] = {
+def signals_to_two(num: int, seed: int) -> Figures:
+    """SIGTERM, SIGINT and SIGUSR1 to either of two processes (DDP)."""
+    prepare()
+    draw, codes = random.Random(seed), {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143}
+    faults = {f"{s} to rank {r}": (signalled(s, r, draw), [c]) for s, c in codes.items() for r in (0, 1)}
+    yield from faults_of_two("ddp", faults, num)
+
+
+def dead_of_two(num: int, seed: int) -> Figures:
+    """kill -9, SIGSTOP and an error in either of two processes (FSDP2)."""
+    prepare()
+    draw, names = random.Random(seed), {"kill": "kill -9", "stop": "SIGSTOP", "raise": "an exception"}
+    faults = {}
+    for action, called in names.items():
+        for rank in (0, 1):
+            right = [1] if action == "raise" or rank else [-signal.SIGKILL]
+            faults[f"{called} in rank {rank}"] = (failing(action, rank, draw), right)
+    yield from faults_of_two("fsdp2", faults, num)
+
+
+SECTIONS: dict[str, tuple[str, Callable[..., Any], int]] = {
     "saves": ("kill -9 during checkpoint saves", saves, 200),
     "corruptions": ("truncated and bit-flipped checkpoints", corruptions, 300),
     "full_disk": ("full disk", full_disk, 20),
     "malicious": ("malicious checkpoints", malicious, 20),
-    "two_processes": ("signals to a run of two processes", two_processes, 3),
+    "points": ("kill -9 at every failpoint, then --resume auto", points, 1),
     "fits": ("kill -9 during fit, then --resume auto", fits, 40),
+    "signals": ("signals to either of two processes", signals_to_two, 20),
+    "dead": ("either of two processes dies, stops or fails", dead_of_two, 20),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--num", type=int, help="how many of each, instead of the full number")
+    parser.add_argument(
+        "--num", type=int, help="how many of each, instead of the full number; 0: the short form of points"
+    )
+    parser.add_argument("--stages", nargs="*", choices=STAGES, help="of points and fits; the others' figures are kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "faults.json")
     options = parser.parse_args()
-    results = json.loads(options.out.read_text()) if options.out.is_file() else {"sections": {}}
     for name in options.only:
         title, run, full = SECTIONS[name]
         began = time.perf_counter()
-        figures = run(options.num or full, options.seed)
-        seconds = round(time.perf_counter() - began, 1)
-        results["sections"][name] = {"title": title, "seed": options.seed, "seconds": seconds, "figures": figures}
-        results["about"] = about()
-        write_json(options.out, results)
-        print(title, figures, f"{seconds} s", flush=True)
+        stages = [options.stages] if options.stages else []
+        figures = run(full if options.num is None else options.num, options.seed, *stages)
+        for some in [figures] if isinstance(figures, dict) else figures:  # written as it grows: nothing is lost
+            section = {"title": title, "seed": options.seed, "seconds": round(time.perf_counter() - began, 1)}
+            results = json.loads(options.out.read_text()) if options.out.is_file() else {"sections": {}}
+            if stages:
+                some = results["sections"].get(name, {}).get("figures", {}) | some
+            results["sections"][name] = {**section, "figures": some, "about": about()}
+            write_json(options.out, results)
+        print(title, results["sections"][name], flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.failpoints import failpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -61,8 +62,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     raise OSError(None, "what was read back is not what was written")
                 old = _entry_of(target)
                 if self.keep_previous and old is not None:
+                    failpoint("checkpoint.before_prune")
                     _keep(target, old)
+                    failpoint("checkpoint.after_prune")
                 _commit(partial, target, entry, old)
+                failpoint("checkpoint.after_commit")
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -184,6 +188,8 @@ class _Hashed:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        if self.size:
+            failpoint("checkpoint.mid_write")
         try:
             self._file.write(data)
         except OSError as error:
@@ -201,12 +207,15 @@ class _Hashed:
 
 
 def _write(checkpoint: Mapping[str, Any], partial: Path) -> Entry:
+    failpoint("checkpoint.before_write")
     with partial.open("wb") as file:
         hashed = _Hashed(file)
         try:
             torch.save(checkpoint, hashed)
             file.flush()
+            failpoint("checkpoint.before_fsync")
             os.fsync(file.fileno())
+            failpoint("checkpoint.after_fsync")
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if hashed.error is not None:  # torch speaks of an archive that does not add up instead
@@ -235,8 +244,10 @@ def _entry_of(target: Path) -> Entry | None:
 def _commit(partial: Path, target: Path, entry: Entry, old: Entry | None) -> None:
     """Puts a checkpoint in its place; killed anywhere, the file that is there is one of those in the manifest."""
     _write_manifest(target, [entry] if old is None else [entry, old])
+    failpoint("checkpoint.before_rename")
     partial.replace(target)
     _sync_folder(target.parent)
+    failpoint("checkpoint.after_rename")
     _write_manifest(target, [entry])
 
 
@@ -258,12 +269,15 @@ def _keep(target: Path, entry: Entry) -> None:
 def _write_manifest(target: Path, entries: list[Entry]) -> None:
     manifest = manifest_of(target)
     partial = manifest.with_name(f".{manifest.name}.partial")
+    failpoint("manifest.before_write")
     with partial.open("w") as file:
         json.dump({"format": 1, "checkpoints": [asdict(entry) for entry in entries]}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    failpoint("manifest.before_rename")
     partial.replace(manifest)
     _sync_folder(manifest.parent)
+    failpoint("manifest.after_rename")
 
 
 def _sync_folder(folder: Path) -> None:

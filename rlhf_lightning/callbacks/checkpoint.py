@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.core.failpoints import failpoint
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -67,9 +68,11 @@ class LastCheckpoint(ModelCheckpoint):
         return str(Path(str(self.dirpath)) / "last.ckpt")
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        failpoint("metrics.before_write")
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):  # a run that goes on from here does not log these steps again
                 logger.save_before(trainer.global_step - 1)
+        failpoint("metrics.after_write")
         super()._save_checkpoint(trainer, filepath)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

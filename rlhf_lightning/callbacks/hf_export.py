@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from rlhf_lightning.core.failpoints import failpoint
+
 
 class HFExport(Callback):
     """Writes `hf/` into the run folder when training ends; the next stage and transformers load it from there.
@@ -38,7 +40,9 @@ class HFExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not on_train_end: a run resumed at its very end trains no more, and still owes its export
         path = self._path(trainer)
+        failpoint("export.before")
         export(trainer, pl_module, path)
+        failpoint("export.after")
         if trainer.is_global_zero:
             print(f"exported to {path}", flush=True)
 

@@ -1,7 +1,7 @@
 """Answers to the same prompts before and after, as a table in the terminal; these and all rollouts in samples.jsonl."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from rich.text import Text
 from rlhf_lightning.callbacks.answering import answer_prompts
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.data.collate import collate_prompts
+from rlhf_lightning.models.sharded import is_sharded
 from rlhf_lightning.rewards.combine import ScoredSamples, score_samples
 from rlhf_lightning.rollout.generate import GenerationSpec
 
@@ -101,6 +103,7 @@ class SampleLogger(Callback):
         self._num_rollouts = 0
         self._before: list[SampleRow] = []
         self._asked_at = -1
+        self._is_resumed = False
 
     # --- what is asked, and the first answers
 
@@ -176,11 +179,14 @@ class SampleLogger(Callback):
             self._write(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self._path(trainer)
-        if trainer.global_step > 0 and path.exists() and trainer.is_global_zero:  # resumed: later rows will come again
-            rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if self._stays(json.loads(row), trainer.global_step)]
-            path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+        if trainer.global_step > 0 and trainer.is_global_zero:  # resumed: later rows will come again
+            keep_rows(self._path(trainer), lambda row: self._stays(row, trainer.global_step))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a run resumed at its very end trains no more, and may still owe its last answers. Sharded weights cannot be
+        # asked any longer
+        if trainer.global_step != self._asked_at and not is_sharded(pl_module):
+            self._write(trainer, pl_module)
 
     def _stays(self, row: dict[str, Any], step: int) -> bool:
         """Whether a resumed run will not come to this row again."""
@@ -200,6 +206,9 @@ class SampleLogger(Callback):
             )
             for row, sample, score, breakdown in zip(self._before, samples, scores, breakdowns, strict=True)
         ]
+        if self._is_resumed:  # killed between these rows and its end, the run writes them again
+            keep_rows(self._path(trainer), lambda row: "rollout" in row or row["step"] != trainer.global_step)
+            self._is_resumed = False
         self._append(trainer, rows)
         if self.show:
             show_rows(rows)
@@ -210,8 +219,10 @@ class SampleLogger(Callback):
             return
         path = self._path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
+        failpoint("samples.before_write")
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
+        failpoint("samples.after_write")
 
     def _ask(self, trainer: Trainer, module: LightningModule) -> tuple[list[Sample], list[Any], list[Any]]:
         """Answers, their scores and breakdowns (None where there are none)."""
@@ -242,6 +253,20 @@ class SampleLogger(Callback):
         self._records = json.loads(state_dict["records"])
         self._before = [SampleRow(**row) for row in state_dict["before"]]
         self._num_rollouts = state_dict["num_rollouts"]
+        self._is_resumed = True
+
+
+def keep_rows(path: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Takes rows out of a JSONL file, and half a row that a killed process left; whole or not at all."""
+    if not path.exists():
+        return
+    text = path.read_bytes()
+    lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = b"".join(line for line in lines if stays(json.loads(line)))
+    if kept != text:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(kept)
+        partial.replace(path)
 
 
 def _prompt_of(batch: TokenBatch, row: int) -> list[int]:

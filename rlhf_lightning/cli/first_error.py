@@ -53,8 +53,15 @@ def first_failure() -> tuple[int, int] | None:
         return None
 
 
+def starter() -> int | None:
+    """Pid of the process that started the others of this run; None if nobody did."""
+    return int(os.environ[JOB].partition(":")[0]) if JOB in os.environ else None
+
+
 def code_of_another() -> int | None:
     """The exit code to end with if another process failed first, and has said why."""
+    if "LOCAL_RANK" in os.environ and starter() not in (None, os.getpid(), os.getppid()):
+        return 1  # killed: whoever did that knows
     first = first_failure()
     return None if first is None or first[0] == os.getpid() else first[1]
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
@@ -14,7 +16,18 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from rlhf_lightning.cli.first_error import JOB, claim, code_of_another, exit_code, first_failure, forget_job
+from rlhf_lightning.cli.first_error import (
+    JOB,
+    claim,
+    code_of_another,
+    exit_code,
+    first_failure,
+    forget_job,
+    starter,
+)
+
+STOPPED_SECONDS = 15.0
+POLL_SECONDS = 0.2
 
 ORDERLY = (130, 143)
 """Exit codes of a process that a signal stopped: the others are stopping too."""
@@ -25,11 +38,13 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     Args:
         grace_seconds: what is left to a process, once another one has failed, to notice that by itself.
+        stopped_seconds: how long one of the others may be stopped (SIGSTOP) while this one is not.
     """
 
-    def __init__(self, *args: Any, grace_seconds: float = 5.0) -> None:
+    def __init__(self, *args: Any, grace_seconds: float = 5.0, stopped_seconds: float = STOPPED_SECONDS) -> None:
         super().__init__(*args)
         self.grace_seconds = grace_seconds
+        self.stopped_seconds = stopped_seconds
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         starts_others = not self.cluster_environment.creates_processes_externally
@@ -38,8 +53,6 @@ class RankLauncher(_SubprocessScriptLauncher):
             os.environ[JOB] = f"{os.getpid()}:{mkdtemp(prefix='rlhf-lightning-')}"
             self._call_children_scripts()
             _in_background(lambda: self._watch(done))
-        elif JOB in os.environ:
-            _in_background(_end_with_parent)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
@@ -59,10 +72,6 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     def _blame_the_dead(self) -> None:
         """Says which process died without a word, if one did."""
-        parent = int(os.environ.get(JOB, f"{os.getppid()}:").partition(":")[0])
-        if not self.procs and parent not in (os.getpid(), os.getppid()):
-            claim(1, parent)  # the process that started this one is gone, and whoever ended it knows
-            return
         deadline = time.monotonic() + 1
         while self.procs and time.monotonic() < deadline and first_failure() is None:
             for rank, process in enumerate(self.procs, start=1):
@@ -72,7 +81,11 @@ class RankLauncher(_SubprocessScriptLauncher):
 
     def _watch(self, done: threading.Event) -> None:
         """Ends this process if another one has failed and this one, waiting for it, does not notice."""
-        while not done.wait(0.2):
+        stopped = StoppedFor()
+        while not done.wait(POLL_SECONDS):
+            for rank, process in enumerate(self.procs, start=1):
+                if process.returncode is None and stopped.seconds(process.pid) > self.stopped_seconds:
+                    _end_stopped(rank, process.pid, self.stopped_seconds)
             codes = [process.poll() for process in self.procs]
             failed = next((code for code in codes if code), None)
             if failed is None:
@@ -91,11 +104,13 @@ class RankLauncher(_SubprocessScriptLauncher):
 
 
 def watched(trainer: Trainer) -> None:
-    """Puts a `RankLauncher` in the place of Lightning's own."""
+    """Puts a `RankLauncher` in the place of Lightning's own; a process that one started has none, and watches it."""
     launcher = trainer.strategy.launcher
     if type(launcher) is _SubprocessScriptLauncher:
         ours = RankLauncher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
         trainer.strategy._launcher = ours
+    elif "LOCAL_RANK" in os.environ and starter() == os.getppid():
+        _in_background(lambda: _end_with_parent(STOPPED_SECONDS))
 
 
 def end(processes: Sequence[subprocess.Popen[Any]], grace_seconds: float) -> None:
@@ -116,10 +131,49 @@ def obituary(rank: int, code: int) -> str:
     return f"the process of rank {rank} {how}{hint}; the same command with --resume auto goes on"
 
 
-def _end_with_parent() -> None:
-    parent = int(os.environ[JOB].partition(":")[0])
+class StoppedFor:
+    """How long processes have been stopped, by the word of the kernel: work, however long, is never taken for it.
+
+    Time in which the watching process was stopped too (Ctrl-Z, a suspended job) does not count.
+    """
+
+    def __init__(self) -> None:
+        self._polls: Counter[int] = Counter()
+
+    def seconds(self, pid: int) -> float:
+        """To be asked every `POLL_SECONDS`."""
+        self._polls[pid] = self._polls[pid] + 1 if is_stopped(pid) else 0
+        return self._polls[pid] * POLL_SECONDS
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal and not continued; False where the system has no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
+
+
+def _end_stopped(rank: int, pid: int, seconds: float) -> None:
+    if claim(1, pid):
+        print(
+            f"error: the process of rank {rank} has been stopped for {seconds:.0f} s (SIGSTOP, pid {pid}), and the "
+            "others wait for it: all are ended; the same command with --resume auto goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+    os.kill(pid, signal.SIGKILL)
+
+
+def _end_with_parent(stopped_seconds: float) -> None:
+    parent = starter()
+    assert parent is not None
+    stopped = StoppedFor()
     while os.getppid() == parent:
-        time.sleep(0.5)
+        if stopped.seconds(parent) > stopped_seconds:
+            _end_stopped(0, parent, stopped_seconds)
+            break
+        time.sleep(POLL_SECONDS)
     os._exit(1)
 
 

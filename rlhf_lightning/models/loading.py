@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,7 +106,9 @@ def _load_decoder(spec: ModelSpec, config: PretrainedConfig) -> tuple[PreTrained
     kind = (config.architectures or [""])[0]
     if hasattr(config, "score_mean") and not kind.endswith("ForSequenceClassification"):
         head_file = cached_file(resolve_path(spec.path), HEAD_FILE, revision=spec.revision)
-        return _load(spec, AutoModel), load_file(head_file)
+        head = load_file(head_file)
+        check_finite(spec, head.items())
+        return _load(spec, AutoModel), head
     if not kind.endswith("ForSequenceClassification"):
         return _load(spec, AutoModel), None
     if config.num_labels != 1:
@@ -191,7 +193,29 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
             f"{spec.path!r} holds no weights for {', '.join(missing[:3])} ({len(missing)} missing): it was saved as "
             f"{saved_as} and cannot serve as {type(model).__name__}"
         )
+    check_finite(spec, model.named_parameters())
     return model
+
+
+def check_finite(spec: ModelSpec, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuses weights that are NaN or infinite, of a run that went wrong or of a cast: every answer would be NaN."""
+    if not spec.check_finite:
+        return
+    # the largest entry: a norm that needs no second tensor of this size
+    bad = [
+        name
+        for name, weight in weights
+        if weight.is_floating_point()
+        and weight.element_size() > 1
+        and not weight.is_meta
+        and not bool(torch.linalg.vector_norm(weight.detach(), torch.inf).isfinite())
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"{_name(spec)} has weights that are NaN or infinite: {', '.join(bad[:3])}{more}. Take another copy or an "
+            "earlier checkpoint; float16 overflows where bfloat16 does not (dtype). check_finite: false loads it anyway"
+        )
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class ModelSpec:
         trust_remote_code: run Python code that comes with the model; only for authors you trust.
         disable_dropout: set the model's dropout to 0, so that log-probabilities depend on the weights alone.
         seed: of new weights: those of a model built from `config`, and of adapters.
+        check_finite: refuse weights that are NaN or infinite; reads all of them once.
     """
 
     path: str | None = None
@@ -90,3 +91,4 @@ class ModelSpec:
     trust_remote_code: bool = False
     disable_dropout: bool = True
     seed: int = 0
+    check_finite: bool = True

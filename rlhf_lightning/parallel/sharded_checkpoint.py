@@ -76,6 +76,21 @@ def check_sharded(folder: str | Path) -> None:
                 _check_values(path, shard.read(place.length))
 
 
+def guard(strategy: Any) -> None:
+    """Has a strategy look through a sharded checkpoint (`check_sharded`) before it reads one, whoever called it."""
+    read = strategy.load_checkpoint
+    if getattr(read, "is_guarded", False):
+        return
+
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(checkpoint_path).is_dir():
+            check_sharded(checkpoint_path)
+        return read(checkpoint_path, *args, **kwargs)
+
+    load_checkpoint.is_guarded = True  # type: ignore[attr-defined]
+    strategy.load_checkpoint = load_checkpoint
+
+
 def _check_values(file: Path, content: bytes) -> None:
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

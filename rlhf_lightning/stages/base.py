@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.batches import Batch
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
 from rlhf_lightning.models.loading import context_length, load_tokenizer
 from rlhf_lightning.models.quantized import check_trainable
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
+from rlhf_lightning.parallel.sharded_checkpoint import guard
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_loader import StepLoader
 from rlhf_lightning.stages.step_means import StepMeans
@@ -75,6 +77,9 @@ class RLHFModule(L.LightningModule, ABC):
             context = context_length(self.model_spec) or self._tokenizer.model_max_length
             self._tokenizer.model_max_length = min(context, self._tokenizer.model_max_length)
         return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        guard(self.trainer.strategy)
 
     @abstractmethod
     def export(self, folder: str | Path) -> Path:
@@ -203,6 +208,14 @@ class RLHFModule(L.LightningModule, ABC):
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        failpoint("step.before")
+        super().optimizer_step(*args, **kwargs)
+        failpoint("step.after")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        failpoint("step.before_update")
 
     def _apply_optimizer_options(self) -> None:
         """A resumed optimiser comes with the learning rate and other numbers of its checkpoint; those given now win."""

@@ -136,6 +136,7 @@ class DPOModule(RLHFModule):
     # ---- building --------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if self.reference_cache is not None and self.needs_reference:
             measure_reference(self.trainer, self.reference_spec or self.model_spec, self.reference_cache)
 

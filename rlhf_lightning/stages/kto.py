@@ -91,6 +91,7 @@ class KTOModule(RLHFModule):
     # ---- building --------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit":
             self._check_labels()
         if self.reference_cache is not None:

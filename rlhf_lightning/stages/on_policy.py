@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import RolloutEngine, Sample
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.seeding import counter_seed
@@ -225,6 +226,7 @@ class OnPolicyModule(RLHFModule):
     @torch.no_grad()
     def collect(self, draw: Callable[[], PromptBatch]) -> AnyRollouts:
         """Answers to the prompts that `draw` gives, scored and made ready to be trained on."""
+        failpoint("collect.before")
         tell(self, "on_rollout_start")
         phase = Phases(self)
         with self.measuring():
@@ -233,6 +235,7 @@ class OnPolicyModule(RLHFModule):
         rollouts, metrics = self.prepare(answered, phase)
         self._pending_metrics = metrics | phase.times()
         tell(self, "on_rollout_end", rollouts)
+        failpoint("collect.after")
         return rollouts
 
     @abstractmethod
@@ -244,8 +247,10 @@ class OnPolicyModule(RLHFModule):
         prompts = draw().to(self.device)
         with phase("generate"):
             answers = self.sample(prompts)
+        failpoint("score.before")
         with phase("score"):
             scored = self.score(prompts, answers)
+        failpoint("score.after")
         tell(self, "on_rollout_scored", answers, scored)
         groups = torch.arange(prompts.tokens.shape[0], device=self.device)
         groups = groups.repeat_interleave(self.generation.num_samples)

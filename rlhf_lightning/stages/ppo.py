@@ -210,6 +210,7 @@ class PPOModule(PolicyGradientModule):
         return torch.stack(list(terms.values())).sum() * self.loss_scale
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         if self.trainer.global_step < self.critic_warmup_steps:
             # no gradient, not a zero one: Adam would still decay and move on its momentum
             assert self.policy is not None
