@@ -120,52 +120,56 @@ def saves(num: int, seed: int) -> dict[str, Any]:
 # --- killed while training
 
 
-def kill_fits(config: Mapping[str, Any], folder: Path, runs: int, seed: int) -> dict[str, Any]:
-    """Runs that are killed at random moments, one to three times each, against one that is not."""
-    draw = random.Random(seed)
-    undisturbed(config, folder)  # the first one also fills caches
-    forget(folder / "whole")
-    whole, seconds = undisturbed(config, folder)
-    expected, usual = outcome(whole), seconds
-    kills, equal = 0, Counter[str]()
-    for number in range(runs):
-        run, left, killed = folder / f"run{number}", draw.randint(1, 3), 0
+class KilledFits:
+    """Runs of one stage that are killed at random moments, one to three times each, beside one that is not."""
+
+    def __init__(self, config: Mapping[str, Any], folder: Path, seed: int) -> None:
+        self.config, self.folder, self.draw = config, folder, random.Random(seed)
+        folder.mkdir()
+        whole, self.usual = undisturbed(config, folder)
+        self.expected = outcome(whole)
+        self.runs = self.kills = 0
+        self.equal = Counter[str]()
+
+    def run(self) -> None:
+        """One more."""
+        run, left, killed = self.folder / f"run{self.runs}", self.draw.randint(1, 3), 0
         while True:
-            began, pid = time.perf_counter(), start(config, run)
+            began, pid = time.perf_counter(), start(self.config, run)
             if left:
-                time.sleep(draw.uniform(0.1, 0.95) * usual)
+                time.sleep(self.draw.uniform(0.1, 0.95) * self.usual)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             status = ended(pid)
             if status == -signal.SIGKILL:
                 left, killed = left - 1, killed + 1
             elif status == 0 and not killed:  # it was faster than the kill: that shows nothing
-                usual = 0.5 * (usual + time.perf_counter() - began)
+                self.usual = 0.5 * (self.usual + time.perf_counter() - began)
                 forget(run)
             else:
                 break
-        kills += killed
+        self.runs, self.kills = self.runs + 1, self.kills + killed
         found = outcome(run) if status == 0 else {}
-        equal.update(name for name, digest in expected.items() if found.get(name) == digest)
-        if found != expected:
-            print(folder.name, run.name, status, said(run), flush=True)
+        self.equal.update(name for name, digest in self.expected.items() if found.get(name) == digest)
+        if found != self.expected:
+            print(self.folder.name, run.name, status, said(run), flush=True)
         forget(run)
-    counts = {f"same {name}": equal[name] for name in expected}
-    return {"runs": runs, "kills": kills, **counts, "seconds of an undisturbed run": round(seconds, 2)}
+
+    def figures(self) -> dict[str, int]:
+        counts = {f"same {name}": self.equal[name] for name in self.expected}
+        return {"runs": self.runs, "kills": self.kills, **counts}
 
 
 def fits(num: int, seed: int, stages: Sequence[str] = STAGES) -> Figures:
-    """`num` runs of each stage."""
+    """`num` runs of each stage, the stages in turn."""
     prepare()
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        configs = make_material(Path(folder))
-        for stage in stages:
-            config = configs[stage]
-            (Path(folder) / stage).mkdir()
-            results[stage] = kill_fits(config, Path(folder) / stage, num, seed)
-            print(stage, results[stage], flush=True)
-            yield results
+    with tempfile.TemporaryDirectory() as name:
+        configs = make_material(Path(name))
+        killed = {stage: KilledFits(configs[stage], Path(name) / stage, seed) for stage in stages}
+        for _ in range(num):
+            for runs in killed.values():
+                runs.run()
+            yield {stage: runs.figures() for stage, runs in killed.items()}
 
 
 # --- killed at every named place
@@ -300,27 +304,27 @@ def malicious(num: int, seed: int) -> dict[str, Any]:
 # --- signals and dead processes, two of them
 
 
-def of_two(config: dict[str, Any], strategy: str) -> dict[str, Any]:
+def of_two(config: Mapping[str, Any], strategy: str) -> dict[str, Any]:
     """A config for two processes, long enough to be caught in the middle."""
     return {**config, "trainer": {**config["trainer"], "devices": 2, "strategy": strategy, "max_epochs": 8}}
 
 
 def faults_of_two(
-    strategy: str, faults: Mapping[str, tuple[Callable[[Path, int], int], Sequence[int]]], num: int
+    strategy: str, faults: Mapping[str, tuple[Callable[[Any, Path], int], Sequence[int]]], num: int
 ) -> Figures:
     """Does something to a run of two processes, `num` times each, and resumes it.
 
     Args:
         faults: by name, what starts a run, does it, and gives the pid; and the exit codes that are right.
     """
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = of_two(make_material(folder)["SFTModule"], strategy)
         expected = outcome(undisturbed(config, folder)[0])
-        for what, (begin, right) in faults.items():
-            counts, longest = Counter[str](), 0.0
-            for number in range(num):
+        counts = {what: Counter[str]() for what in faults}
+        longest = dict.fromkeys(faults, 0.0)
+        for number in range(num):  # one of each, then another of each
+            for what, (begin, right) in faults.items():
                 run = folder / f"run{number}"
                 pid = begin(config, run)
                 began = time.perf_counter()
@@ -328,23 +332,24 @@ def faults_of_two(
                 both = pid, other_pid(run)
                 while any(map(lives, both)) and time.perf_counter() - began < 120:
                     time.sleep(0.02)
-                longest = max(longest, time.perf_counter() - began)
+                longest[what] = max(longest[what], time.perf_counter() - began)
                 again = ended(start(config, run)) if code else None
-                counts["exit code"] += code in right
-                counts["left"] += sum(map(lives, both))
-                counts["same"] += again == 0 and same(run, expected)
+                counts[what]["exit code"] += code in right
+                counts[what]["left"] += sum(map(lives, both))
+                counts[what]["same"] += again == 0 and same(run, expected)
                 if code not in right or again != 0:
                     print(what, code, again, said(run), flush=True)
                 forget(run)
-            results[what] = {
-                "runs": num,
-                "right exit code": counts["exit code"],
-                "seconds until all are gone, longest": round(longest, 1),
-                "left behind": counts["left"],
-                "resumed, bit-identical": counts["same"],
+            yield {
+                what: {
+                    "runs": number + 1,
+                    "right exit code": count["exit code"],
+                    "seconds until all are gone, longest": round(longest[what], 1),
+                    "left behind": count["left"],
+                    "resumed, bit-identical": count["same"],
+                }
+                for what, count in counts.items()
             }
-            print(what, results[what], flush=True)
-            yield results
 
 
 def signalled(what: str, rank: int, draw: random.Random) -> Callable[[Any, Path], int]:
