@@ -178,7 +178,7 @@ def fits(num: int, seed: int, stages: Sequence[str] = STAGES) -> Figures:
 def unreached(stage: str) -> set[str]:
     """Places that a run of a stage never comes to."""
     rooms = () if stage in ON_POLICY else ("collect.", "score.")
-    rooms += ("samples.",) if stage == "RewardModule" else ()  # which has no policy to be asked
+    rooms += ("samples.",) if stage in ("RewardModule", "DPOModule") else ()  # which are not asked for answers
     return {name for name in POINTS if name.startswith(rooms or "-")}
 
 

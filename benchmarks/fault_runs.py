@@ -143,7 +143,7 @@ class Forked:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -170,7 +170,10 @@ def _fork_children(launcher: Any) -> None:
             os.environ["LOCAL_RANK"] = str(rank)
             rank_zero_only.rank = rank
             _fit_and_exit()
-        Path(os.environ["FAULT_RUN"]).with_suffix(f".rank{rank}").write_text(str(pid))
+        named = Path(os.environ["FAULT_RUN"]).with_suffix(f".rank{rank}")
+        partial = named.with_suffix(f".part{rank}")
+        partial.write_text(str(pid))
+        partial.replace(named)  # whoever waits for it reads it at once
         launcher.procs.append(Forked(pid))
 
 

@@ -109,6 +109,67 @@ def test_a_process_that_waits_for_a_dead_one_is_ended(job, monkeypatch, capsys):
     assert "rank 2 ended with exit code 1" in capsys.readouterr().err
 
 
+@pytest.fixture
+def stopped():
+    """A process that a signal has stopped."""
+    process = subprocess.Popen(["sleep", "60"])
+    assert not ranks.is_stopped(process.pid)
+    os.kill(process.pid, signal.SIGSTOP)
+    while not ranks.is_stopped(process.pid):
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_process_is_stopped_by_the_word_of_the_kernel_and_for_as_long_as_it_is_seen(stopped):
+    watch = ranks.StoppedFor()
+    assert [watch.seconds(stopped.pid) for _ in range(3)] == pytest.approx([0.2, 0.4, 0.6])
+    os.kill(stopped.pid, signal.SIGCONT)
+    while ranks.is_stopped(stopped.pid):
+        time.sleep(0.01)
+    assert watch.seconds(stopped.pid) == 0
+    assert not ranks.is_stopped(2**30)
+
+
+def test_a_stopped_process_is_named_and_ended_with_those_that_wait_for_it(job, stopped, monkeypatch, capsys):
+    left = []
+
+    def leave(code):
+        left.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(ranks.os, "_exit", leave)
+    launcher = RankLauncher(None, 3, 1, grace_seconds=0.0, stopped_seconds=0.3)
+    working = subprocess.Popen(["sleep", "60"])
+    launcher.procs = [working, stopped]
+    with pytest.raises(SystemExit):
+        launcher._watch(ranks.threading.Event())
+    assert left == [1]
+    assert working.poll() == stopped.poll() == -signal.SIGKILL
+    said = capsys.readouterr().err
+    assert f"the process of rank 2 has been stopped for 0 s (SIGSTOP, pid {stopped.pid})" in said
+    assert "run out of memory" not in said, "nor is it said that somebody else killed it"
+
+
+def test_the_first_process_is_watched_by_those_that_it_started(tmp_path, stopped, monkeypatch, capsys):
+    monkeypatch.setenv(JOB, f"{stopped.pid}:{tmp_path}")
+    monkeypatch.setattr(ranks.os, "getppid", lambda: stopped.pid)
+    left = []
+    monkeypatch.setattr(ranks.os, "_exit", left.append)
+    ranks._end_with_parent(0.3)
+    assert left == [1]
+    assert stopped.wait() == -signal.SIGKILL
+    assert "the process of rank 0 has been stopped" in capsys.readouterr().err
+
+
+def test_a_process_whose_starter_was_killed_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv(JOB, f"{2**30}:{tmp_path}")
+    assert code_of_another() is None, "a run of its own, within another one's environment"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert code_of_another() == 1
+
+
 # --- two real processes
 
 

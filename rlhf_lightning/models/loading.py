@@ -214,7 +214,7 @@ def check_finite(spec: ModelSpec, weights: Iterable[tuple[str, torch.Tensor]]) -
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(
             f"{_name(spec)} has weights that are NaN or infinite: {', '.join(bad[:3])}{more}. Take another copy or an "
-            "earlier checkpoint; float16 overflows where bfloat16 does not (dtype). check_finite: false loads it anyway"
+            "earlier checkpoint; float16 overflows where bfloat16 does not (dtype). check_finite: false does not look"
         )
 
 

@@ -117,6 +117,30 @@ def test_a_resumed_run_writes_no_rollout_twice(ppo, trainer_of, tmp_path):
     assert all(row["completion"] != "to be sampled again" for row in rows)
 
 
+def test_half_a_row_that_a_kill_left_is_written_again(ppo, trainer_of, tmp_path):
+    trainer_of(SampleLogger(show=False), LastCheckpoint(), max_epochs=1).fit(*ppo)
+    path = tmp_path / "samples.jsonl"
+    with path.open("ab") as file:
+        file.write('{"step": 4, "prompt": "the endä'.encode()[:-1])  # within a character, even
+    trainer_of(SampleLogger(show=False), LastCheckpoint(), max_epochs=2).fit(
+        *ppo, ckpt_path=tmp_path / "checkpoints" / "last.ckpt"
+    )
+    assert [row["rollout"] for row in read(tmp_path, completions=True)] == [0, 0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_run_killed_at_its_very_end_has_its_last_answers_once(written, every, sft, trainer_of, tmp_path):
+    checkpoint = lambda: LastCheckpoint(every_n_train_steps=every)  # noqa: E731
+    trainer_of(SampleLogger(show=False), checkpoint()).fit(*sft)
+    path = tmp_path / "samples.jsonl"
+    whole = path.read_bytes()
+    if not written:
+        path.unlink()
+    trainer_of(SampleLogger(show=False), checkpoint()).fit(*sft, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert path.read_bytes() == whole
+
+
 def test_the_prompt_of_a_row_ends_where_training_begins():
     tokens = torch.arange(10, 18)[None]
     mask = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 1]]).bool()

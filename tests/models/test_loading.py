@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.export import export_policy, export_scalar_model
@@ -227,3 +228,26 @@ def test_a_config_whose_sizes_do_not_fit_is_one_message():
     }
     with pytest.raises(UserError, match=r"a mistral built from config does not run: .*check its config"):
         load_policy(ModelSpec(config=config))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tiny_model, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 5] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_policy, load_scalar_model):
+        with pytest.raises(UserError, match=r"weights that are NaN or infinite: .*up_proj\.weight\. .*check_finite"):
+            load(ModelSpec(path=str(folder)))
+    unchecked = load_scalar_model(ModelSpec(path=str(folder), check_finite=False)).state_dict()
+    assert not unchecked[f"backbone.{name.removeprefix('model.')}"].isfinite().all()
+
+
+def test_a_head_that_is_not_finite_is_refused(tiny_model, tiny_tokenizer, tmp_path):
+    model = load_scalar_model(ModelSpec(path=str(tiny_model)))
+    model.head.weight.data[0, 0] = float("nan")
+    export_scalar_model(model, load_tokenizer(ModelSpec(path=str(tiny_model))), tmp_path / "scorer")
+    with pytest.raises(UserError, match=r"weights that are NaN or infinite: score\.weight"):
+        load_scalar_model(ModelSpec(path=str(tmp_path / "scorer")))

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,6 +15,7 @@ import yaml
 from lightning.fabric.utilities.load import _lazy_load
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from rlhf_lightning import ModelSpec, RLHFDataModule, SFTModule
 from rlhf_lightning.__main__ import main
 from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO, Entry, _digest, _write_manifest
 from rlhf_lightning.core.errors import UserError
@@ -226,3 +228,17 @@ def test_shards_lie_in_the_folder_and_are_not_packed(sharded):
     (sharded / ".metadata").unlink()
     with pytest.raises(UserError, match=r"holds no \.metadata"):
         check_sharded(sharded)
+
+
+def test_from_python_too_a_sharded_checkpoint_is_looked_through_first(sharded, mark, tiny_model):
+    metadata = pickle.loads((sharded / ".metadata").read_bytes())
+    metadata.planner_data = Bomb(mark)
+    (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    read = trainer.strategy.load_checkpoint
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"metadata holds more than weights and numbers"):
+            trainer.fit(SFTModule(ModelSpec(path=str(tiny_model))), RLHFDataModule("train.jsonl"), ckpt_path=sharded)
+    assert not mark.exists()
+    assert trainer.strategy.load_checkpoint.is_guarded
+    assert not hasattr(read, "is_guarded"), "the guard is what was seen to refuse"
