@@ -66,11 +66,15 @@ class Splitter:
 
     def attach(self) -> None:
         """From now on the trainer's training steps go through `step`."""
-        self._own_step = type(self.module).training_step.__get__(self.module)
-        self.module.training_step = self.step
+        own = self.module.training_step
+        if getattr(own, "__self__", None) is not self:  # a run that an error has ended leaves us attached
+            self._own_step, self.module.training_step = own, self.step
 
     def detach(self) -> None:
-        vars(self.module).pop("training_step", None)
+        """Undo `attach`."""
+        del self.module.training_step
+        if getattr(self._own_step, "__func__", None) is not type(self.module).training_step:
+            self.module.training_step = self._own_step
 
     def step(self, batch: Batch, batch_idx: int) -> Any:
         """The stage's training step on a micro-batch, or on its parts."""
