@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels import arithmetic
-from rlhf_kernels.backend import scalars
+from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import Transform
 from rlhf_kernels.spec import PolicyLossSpec
 from rlhf_kernels.triton_rows import (
@@ -114,6 +114,7 @@ def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@on_device
 def policy_loss_triton(
     logits: Tensor,
     tokens: Tensor,

@@ -24,19 +24,22 @@ def recorded(target):
 @pytest.mark.parametrize("target", bench_compile.TARGETS)
 def test_every_shipped_configuration_is_on_record_without_a_spill(target):
     report = recorded(target)["kernels"]
-    shipped = {(config.kernel, config.name, config.warps) for config in bench_compile.configs()}
+    shipped = {(config.kernel, config.name, config.warps) for config in bench_compile.configs(target)}
     assert {(row["kernel"], row["name"], row["warps"]) for row in report} == shipped
     assert [row for row in report if row["spill_stores"] or row["spill_loads"]] == []
 
 
-SAMPLES = ("row_stats", "row_grads", "policy_loss", "kl", "gae", "gae_segment", "gae_carry", "moments", "whiten")
+SAMPLES = (
+    "row_stats", "row_grads", "policy_loss", "kl", "gae", "gae_segment", "gae_carry", "linear_stats", "linear_merge",
+    "moments", "whiten",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", SAMPLES)
 def test_compiles_now_without_a_spill(kernel):
     # one configuration of each kernel, the one with most on; bench_compile.py compiles them all
-    config = [config for config in bench_compile.configs() if config.kernel == kernel][-1]
     target = ("sm_80", "sm_90", "sm_100")[SAMPLES.index(kernel) % 3]
+    config = [config for config in bench_compile.configs(target) if config.kernel == kernel][-1]
     result = bench_compile.compile_config(config, bench_compile.TARGETS[target])
     assert result.spill_stores == result.spill_loads == 0
     report = recorded(target)
