@@ -110,8 +110,8 @@ def _linear_configs(vocab: int) -> Iterator[Config]:
     plain["ALIGNED"] = True
     everything = dict.fromkeys(plain, True)
     kinds = {
-        "plain": plain, "entropy": {**plain, "ENTROPY": True}, "everything on, odd sizes": {**everything, "ALIGNED": False},
-        "everything on": everything,
+        "plain": plain, "entropy": {**plain, "ENTROPY": True},
+        "everything on, odd sizes": {**everything, "ALIGNED": False}, "everything on": everything,
     }  # fmt: skip
     tiles = (
         ("bf16", triton_linear.WIDE_TILE),
@@ -133,8 +133,8 @@ def _linear_configs(vocab: int) -> Iterator[Config]:
                 for name, size in sizes
             )
             name = f"{kind}, {loads}, {dtype}, {tile.rows}x{tile.columns}x{tile.depth}, V={vocab}"
-            yield Config("linear_stats", name, constants, tile.warps, vocab, types, stages=tile.stages,
-                         since=90 if descriptors else 0)  # fmt: skip
+            yield Config("linear_stats", name, constants, tile.warps, vocab, types, triton_linear.LINEAR_REGISTERS,
+                         tile.stages, 90 if descriptors else 0)  # fmt: skip
 
 
 def _other_configs() -> Iterator[Config]:

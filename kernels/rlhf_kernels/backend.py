@@ -82,7 +82,7 @@ def on_device(launch: Callable[_Inputs, _Output]) -> Callable[_Inputs, _Output]:
 
     @functools.wraps(launch)
     def run(*args: _Inputs.args, **kwargs: _Inputs.kwargs) -> _Output:
-        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):  # type: ignore[no-untyped-call]
             return launch(*args, **kwargs)
 
     return run

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlhf_kernels.backend import on_device
 from rlhf_kernels.rows import RowStats, Transform
 from rlhf_kernels.triton_policy import num_programs
-from rlhf_kernels.triton_rows import flags, log1p, numbers, transformed
+from rlhf_kernels.triton_rows import flags, launch_options, log1p, numbers, transformed
 
 PIECE_TILES = 8
 """Tiles of vocabulary per program and block of rows: pieces enough to fill a device, partial sums few enough to forget.
@@ -182,8 +182,12 @@ def linear_merge_kernel(
         tl.store(entropy_ptr + rows, entropy, mask=there)
 
 
+LINEAR_REGISTERS = 255
+"""As many as there are: without a ceiling the assembler aims at two programs per multiprocessor, and spills for it."""
+
+
 class Tile(NamedTuple):
-    """Shape of the product of one step, and how it is run. A part of the order of addition, all but `programs`."""
+    """Shape of the product of one step, and how it is run: a part of the order of addition."""
 
     rows: int
     columns: int
@@ -193,18 +197,16 @@ class Tile(NamedTuple):
     stages: int
     """Loads in flight; each holds (rows + columns) * depth elements of shared memory."""
     warps: int
-    programs: int
-    """Per multiprocessor."""
 
 
-WIDE_TILE = Tile(128, 128, 64, 4, 8, 1)
+WIDE_TILE = Tile(128, 128, 64, 4, 8)
 """16-bit operands, 128 KiB of shared memory."""
-NARROW_TILE = Tile(64, 128, 32, 4, 8, 1)
+NARROW_TILE = Tile(64, 128, 32, 4, 8)
 """16-bit operands, 48 KiB: consumer cards have 99 KiB and AMD's 64. Also where a row may start anywhere: that costs
 registers."""
-FLOAT_TILE = Tile(64, 64, 32, 3, 8, 2)
+FLOAT_TILE = Tile(64, 64, 32, 3, 8)
 """float32 operands, multiplied as such (no TF32): no tensor cores."""
-_INTERPRETED_TILE = Tile(16, 32, 16, 1, 1, 1)
+_INTERPRETED_TILE = Tile(16, 32, 16, 1, 1)
 
 
 def tile_for_device(dtype: torch.dtype, aligned: bool, shared_bytes: int) -> Tile:
@@ -274,13 +276,13 @@ def linear_stats_triton(
     entropy = torch.empty(num_rows if with_entropy else 0, dtype=torch.float32, device=device)
     is_argmax = torch.empty(num_rows, dtype=torch.bool, device=device)
     tokens = tokens.contiguous()
-    linear_stats_kernel[(min(items, tile.programs * num_programs(device)),)](
+    linear_stats_kernel[(min(items, num_programs(device)),)](
         *operands, partials if bias is None else bias.float().contiguous(), tokens,
         tokens if transform.row_temperature is None else transform.row_temperature.contiguous(),
         numbers(transform, device), partials, num_rows, hidden.stride(0), weight.stride(0), vocab, size,
         BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_H=tile.depth, PIECE_TILES=PIECE_TILES, DESCRIPTORS=descriptors,
         ALIGNED=aligned, BIAS=bias is not None, ENTROPY=with_entropy,
-        num_warps=tile.warps, num_stages=tile.stages, **flags(transform),
+        num_stages=tile.stages, **flags(transform), **launch_options(tile.warps, LINEAR_REGISTERS),
     )  # fmt: skip
     linear_merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
         partials, tokens, logprobs, entropy, maximum, log_sum, miss, is_argmax.view(torch.uint8), num_rows, pieces,

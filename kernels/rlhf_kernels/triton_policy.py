@@ -105,7 +105,8 @@ POLICY_REGISTERS = 64
 def policy_block_for(vocab: int) -> tuple[int, int]:
     """Columns per step, and warps: the one program of a multiprocessor has to keep the memory busy alone."""
     block, _ = block_for(vocab, 8192)
-    return block, max(1, block // 256)
+    # 1024 threads are the most a program may have: 32 warps of 32, or AMD's 16 of 64
+    return block, min(16 if torch.version.hip else 32, max(1, block // 256))
 
 
 @functools.cache

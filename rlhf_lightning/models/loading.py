@@ -55,12 +55,12 @@ def load_policy(spec: ModelSpec) -> Policy:
     if spec.path is not None and spec.tokenizer is not None:
         _check_vocabulary(spec, model.config.get_text_config().vocab_size, len(load_tokenizer(spec)))
     prepared = _prepare(model, spec)
-    policy = Policy(prepared, padding_free=spec.padding_free)
+    policy = Policy(prepared, padding_free=spec.padding_free, logprobs=spec.logprobs)
     if spec.quantization is not None:
         keep_only_trained(policy)
     if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
         try:
-            check_head(policy)
+            check_head(Policy(prepared))  # by any method: they differ in speed
         except RuntimeError as error:  # shapes inside that do not fit: head counts, sizes
             raise UserError(f"{_name(spec)} does not run: {first_line(error)}; check its config") from error
     return policy.train()

@@ -73,6 +73,9 @@ class ModelSpec:
         quantization: hold the weights in 4 or 8 bits; they are then frozen, and trained by `lora` (QLoRA).
         trust_remote_code: run Python code that comes with the model; only for authors you trust.
         disable_dropout: set the model's dropout to 0, so that log-probabilities depend on the weights alone.
+        logprobs: how log-probabilities of tokens are taken from hidden states: chunked (matrix products, a chunk of
+            logits at a time), fused (one GPU kernel: no logits, and a token's number does not depend on the batch it is
+            in), or auto (chunked).
         seed: of new weights: those of a model built from `config`, and of adapters.
     """
 
@@ -89,4 +92,5 @@ class ModelSpec:
     quantization: QuantizationSpec | None = None
     trust_remote_code: bool = False
     disable_dropout: bool = True
+    logprobs: Literal["auto", "chunked", "fused"] = "auto"
     seed: int = 0

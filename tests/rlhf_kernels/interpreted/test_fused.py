@@ -9,7 +9,7 @@ from rlhf_kernels.rows import Transform, row_stats_reference
 from rlhf_kernels.triton_linear import Tile, can_describe, linear_stats_triton
 
 # bfloat16 products are wrong in the interpreter: float32 operands stand for them
-SMALL = Tile(16, 32, 16, 1, 1, 1)
+SMALL = Tile(16, 32, 16, 1, 1)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -108,10 +108,8 @@ def test_nan_and_unknown_ids_stay_in_their_rows():
 def test_a_nan_at_the_token_alone_is_not_forgotten():
     hidden, weight, tokens = problem(3, 70, 12)
     weight[int(tokens[1])] = math.nan
-    other = tokens != tokens[1]
     ours = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=SMALL)
-    assert ours.logprobs.isnan().all()  # every row sees that column, as token or among the others
-    assert other.any()
+    assert ours.logprobs.isnan().all()  # every row sees that column, as its token or among the others
 
 
 @pytest.mark.parametrize("how", ["rows apart", "columns apart", "odd row"])
