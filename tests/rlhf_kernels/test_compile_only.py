@@ -100,11 +100,11 @@ def test_a_new_horizon_is_the_same_scan():
 @pytest.mark.parametrize("name", bench_compile.kernels())
 def test_no_kernel_compiles_anew_for_a_number_that_varies(name):
     # triton specialises an integer that is 1 or a multiple of 16, and takes a float by its type: lengths and strides
-    # must be exempt, coefficients must come through a pointer. Of the sizes only the vocabulary may be compiled in.
+    # must be exempt, coefficients must come through a pointer. Of the sizes only those of a model may be compiled in.
     params = [p for p in bench_compile.kernels()[name].params if not (p.is_constexpr or p.name.endswith("_ptr"))]
     varies = {p.name for p in params if not p.do_not_specialize}
-    assert varies <= {"V"}
-    assert {p.name for p in params} <= {"V", "T", "size", "pieces", "steps", "segments", "inner", "num_rows",
+    assert varies <= {"V", "H"}
+    assert {p.name for p in params} <= {"V", "H", "T", "size", "pieces", "steps", "segments", "inner", "num_rows",
                                         "factor_stride"} | set(bench_compile._LONG)  # fmt: skip
 
 

@@ -201,9 +201,7 @@ def test_a_head_on_two_ranks_gets_the_sum_of_their_gradients_in_shards(tmp_path)
 
 TURN_ON = {
     "set_float32_matmul_precision": "torch.set_float32_matmul_precision('high')",
-    "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
     "fp32_precision": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-    "everywhere": "torch.backends.fp32_precision = 'tf32'",
 }
 WITHOUT_TF32 = """
 import torch
