@@ -2,5 +2,6 @@
 
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.vllm_engine import VLLMEngine
+from rlhf_lightning.rollout.vllm_server import VLLMServer
 
-__all__ = ["GenerationSpec", "HFGenerate", "VLLMEngine"]
+__all__ = ["GenerationSpec", "HFGenerate", "VLLMEngine", "VLLMServer"]
