@@ -91,9 +91,7 @@ class VLLMServer(RolloutEngine):
                 raise UserError(f"engine.{name}={value}: give a positive number")
         self.spec = spec
         self.tokenizer = tokenizer
-        self._server = _Server(
-            url, token_from_environment(), _Limits(patience_s, answer_timeout_s, retries, in_flight, part_mib)
-        )
+        self._server = _Server(url, _Limits(patience_s, answer_timeout_s, retries, in_flight, part_mib))
 
     def with_spec(self, spec: GenerationSpec) -> "VLLMServer":
         other = copy.copy(self)
@@ -138,7 +136,7 @@ class _BrokenError(Exception):
 class _Server:
     """One server as one run knows it: where it is, what it holds."""
 
-    def __init__(self, url: str, token: str, limits: _Limits) -> None:
+    def __init__(self, url: str, limits: _Limits) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
             raise UserError(f"engine.url={url!r} is no server's address: give http://127.0.0.1:8000 or the like")
@@ -151,7 +149,6 @@ class _Server:
         self.url = url
         self.limits = limits
         self._address = parts
-        self._token = token
         self._run = secrets.token_hex(8)
         self._updates = 0
         self._weights = ""
@@ -290,7 +287,7 @@ class _Server:
         raise AssertionError("unreachable")
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> Any:
-        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/octet-stream"}
+        headers = {"Authorization": f"Bearer {token_from_environment()}", "Content-Type": "application/octet-stream"}
         if path.startswith("/v1/"):
             headers |= {"Content-Type": "application/json", WEIGHTS_HEADER: self._weights}
         try:

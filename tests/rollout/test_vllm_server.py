@@ -227,12 +227,12 @@ def test_a_config_does_not_decide_where_weights_go(url, message, tokenizer, monk
 
 
 @pytest.mark.parametrize(("given", "what"), [(None, "is not set"), ("short", "has fewer than 16 characters")])
-def test_without_a_token_nobody_is_asked_and_nobody_listens(given, what, tokenizer, monkeypatch, capsys):
+def test_without_a_token_nobody_is_asked_and_nobody_listens(given, what, policy, tokenizer, monkeypatch, capsys):
     monkeypatch.delenv("RLHF_VLLM_TOKEN")
     if given:
         monkeypatch.setenv("RLHF_VLLM_TOKEN", given)
     with pytest.raises(UserError, match=f"RLHF_VLLM_TOKEN {what}"):
-        VLLMServer(GenerationSpec(), tokenizer)
+        VLLMServer(GenerationSpec(), tokenizer).take_weights(policy)
     assert vllm_serve.main(["--model", "x"]) == 2
     assert f"error: the environment variable RLHF_VLLM_TOKEN {what}" in capsys.readouterr().err
 
