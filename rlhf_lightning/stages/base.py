@@ -195,11 +195,19 @@ class RLHFModule(L.LightningModule, ABC):
     def _begin_next_epoch(self) -> None:
         """Resumed after the last batch of an epoch, Lightning counts it as done and takes the next for its rest.
 
-        The next one would never be counted as begun, and a checkpoint at its end could not be resumed.
+        The next one would never be counted as begun, and a checkpoint at its end could not be resumed. Where there is a
+        `max_steps`, an epoch that ended before the checkpoint was written would end once more, and the next be left
+        out.
         """
         loop = self.trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
             loop.reset_restart_stage()
+        if loop.restarted_on_epoch_end:
+            loop.epoch_progress.increment_completed()
+            loop._restarting = False  # the property would say otherwise where there is a `max_steps`
+            loop.epoch_loop.restarting = False
+            loop.reset_restart_stage()
+            loop.epoch_loop.reset_restart_stage()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # every rank's progress travels in rank 0's file
