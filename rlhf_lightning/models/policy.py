@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import LMHead, TokenScores, token_scores
+from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
+from rlhf_lightning.models.compiled import not_compiled
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 
@@ -34,6 +36,7 @@ class Policy(nn.Module):
     Args:
         model: a transformers causal language model, or a PeftModel around one.
         padding_free: score batches without computing their padding; see `models.unpadded`.
+        activation_offload: keep what the backward pass needs in host memory; see `models.activations`.
         logprobs: how log-probabilities are taken; see `ModelSpec`.
     """
 
@@ -42,11 +45,13 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         padding_free: bool = False,
+        activation_offload: bool = False,
         logprobs: Literal["auto", "chunked", "fused"] = "auto",
     ) -> None:
         super().__init__()
         self.model = model
         self.padding_free = padding_free
+        self.activation_offload = activation_offload
         self.logprobs: Literal["auto", "chunked", "fused"] = logprobs
         self._packing_checked = False
         self._unpadded_checked = False
@@ -88,12 +93,16 @@ class Policy(nn.Module):
         if segments is not None and not self._packing_checked:
             check_packing(self.body, self.config.get_text_config().vocab_size)
             self._packing_checked = True
-        if not self.padding_free:
-            return body_states(self.body, tokens, attention_mask, positions, segments)
-        if not self._unpadded_checked:
+        self.check_padding_free()
+        run = unpadded_states if self.padding_free else body_states
+        with on_host(self.model, self.activation_offload):
+            return run(self.body, tokens, attention_mask, positions, segments)
+
+    def check_padding_free(self) -> None:
+        """Raise, once, if batches are to be run without their padding and this model cannot."""
+        if self.padding_free and not self._unpadded_checked:
             check_unpadded(self.body, self.config.get_text_config().vocab_size)
             self._unpadded_checked = True
-        return unpadded_states(self.body, tokens, attention_mask, positions, segments)
 
     def shared_prompt_states(
         self,
@@ -111,7 +120,8 @@ class Policy(nn.Module):
             vocab = self.config.get_text_config().vocab_size
             check_branches(self.body, vocab, padding_free=self.padding_free)
             self._branches_checked = True
-        return branch_states(self.body, tokens, attention_mask, positions, mask, padding_free=self.padding_free)
+        with on_host(self.model, self.activation_offload):
+            return branch_states(self.body, tokens, attention_mask, positions, mask, padding_free=self.padding_free)
 
     def head(self) -> LMHead:
         """The output head with the current weights, and what the family does to its logits.
@@ -179,14 +189,16 @@ class Policy(nn.Module):
         """transformers' `generate`."""
         own = self.causal_lm.generation_config
         try:
-            return self.model.generate(**kwargs)
+            with not_compiled(self.model):
+                return self.model.generate(**kwargs)
         finally:
             # peft lends the model its wrapper's generation config and does not take it back
             self.causal_lm.generation_config = own
 
     def next_logits(self, **kwargs: Any) -> tuple[Tensor, Any]:
         """Logits of the next token [rows, vocab] and the cache, from what transformers' forward takes."""
-        output = self.model(**kwargs, use_cache=True, logits_to_keep=1)
+        with not_compiled(self.model):
+            output = self.model(**kwargs, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1], output.past_key_values
 
     @contextmanager

@@ -68,6 +68,8 @@ class ModelSpec:
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored).
         attn_implementation: sdpa, eager, flash_attention_2 (needs flash-attn) or flex_attention.
         padding_free: score and train on batches without computing their padding: all real tokens in one row.
+        compile: layers = each decoder layer compiled by torch.compile, one graph for all lengths; sampling is not.
+        activation_offload: what the backward pass needs waits for it in host memory.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: train low-rank adapters instead of the weights.
         quantization: hold the weights in 4 or 8 bits; they are then frozen, and trained by `lora` (QLoRA).
@@ -87,6 +89,8 @@ class ModelSpec:
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     padding_free: bool = False
+    compile: Literal["layers"] | None = None
+    activation_offload: bool = False
     gradient_checkpointing: bool = False
     lora: LoraSpec | None = None
     quantization: QuantizationSpec | None = None
