@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
-.PHONY: setup quickstart test test-vllm lint bench faults fuzz parallel clean
+.PHONY: setup quickstart test test-vllm vllm-server lint bench faults fuzz parallel clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,12 @@ $(VLLM_STAMP): tests/vllm/requirements.txt
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest tests/vllm
+
+# a server for `engine: VLLMServer`: make vllm-server MODEL=runs/sft/hf [PORT=8000] [OPTIONS="what vllm serve takes"]
+MODEL ?= runs/sft/hf
+PORT ?= 8000
+vllm-server: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m rlhf_lightning.rollout.vllm_serve --model $(MODEL) --port $(PORT) $(OPTIONS)
 
 # sharded and replicated runs beside one process, groups of two times two included
 parallel: setup

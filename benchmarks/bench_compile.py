@@ -8,6 +8,7 @@ error: every number in here was chosen so that there is none.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from rlhf_kernels import triton_gae, triton_kl, triton_policy, triton_rows, triton_whiten
+from rlhf_kernels import triton_gae, triton_kl, triton_linear, triton_policy, triton_rows, triton_whiten
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,7 +29,8 @@ TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 VOCABULARIES = (151936, 50257)
 """Aligned (divisible by 16) and not: nothing else about the vocabulary changes the machine code."""
 _BYTES = ("mask_ptr", "argmax_ptr", "clipped_ptr")
-_LONG = ("stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner", "ref_stride_outer", "ref_stride_inner")
+_LONG = ("stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner", "ref_stride_outer", "ref_stride_inner",
+         "stride_hidden", "stride_weight")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Config:
     """Argument types that differ from the usual."""
     registers: int = 0
     """Ceiling given to the assembler; 0 = none."""
+    stages: int = 0
+    """Loads in flight, where the kernel multiplies; 0 = the compiler's default."""
+    since: int = 0
+    """Lowest compute capability that launches it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Compiled:
 
 
 def kernels() -> dict[str, Any]:
-    modules = (triton_rows, triton_policy, triton_kl, triton_gae, triton_whiten)
+    modules = (triton_rows, triton_policy, triton_kl, triton_gae, triton_whiten, triton_linear)
     return {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
 
 
@@ -99,7 +105,43 @@ def _policy_configs(vocab: int) -> Iterator[Config]:
     yield Config("policy_loss", name, everything, warps, vocab, types, triton_policy.POLICY_REGISTERS)
 
 
+def _linear_configs(vocab: int) -> Iterator[Config]:
+    plain = {"BIAS": False, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False, "ENTROPY": False}
+    plain["ALIGNED"] = True
+    everything = dict.fromkeys(plain, True)
+    kinds = {
+        "plain": plain, "entropy": {**plain, "ENTROPY": True},
+        "everything on, odd sizes": {**everything, "ALIGNED": False}, "everything on": everything,
+    }  # fmt: skip
+    tiles = (
+        ("bf16", triton_linear.WIDE_TILE),
+        ("bf16", triton_linear.NARROW_TILE),
+        ("fp32", triton_linear.FLOAT_TILE),
+    )
+    for kind, options in kinds.items():
+        for (dtype, tile), descriptors in itertools.product(tiles, (True, False)):
+            if descriptors and (dtype == "fp32" or not options["ALIGNED"]):
+                continue
+            if tile == triton_linear.WIDE_TILE and not options["ALIGNED"]:
+                continue
+            constants = {**options, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_H": tile.depth}
+            constants |= {"PIECE_TILES": triton_linear.PIECE_TILES, "DESCRIPTORS": descriptors}
+            loads = "descriptors" if descriptors else "pointers"
+            sizes = (("hidden_ptr", tile.rows), ("weight_ptr", tile.columns))
+            types = tuple(
+                (name, f"tensordesc<{dtype}[{size}, {tile.depth}]>" if descriptors else f"*{dtype}")
+                for name, size in sizes
+            )
+            name = f"{kind}, {loads}, {dtype}, {tile.rows}x{tile.columns}x{tile.depth}, V={vocab}"
+            yield Config("linear_stats", name, constants, tile.warps, vocab, types, triton_linear.LINEAR_REGISTERS,
+                         tile.stages, 90 if descriptors else 0)  # fmt: skip
+
+
 def _other_configs() -> Iterator[Config]:
+    yield from _linear_configs(VOCABULARIES[0])
+    for entropy in (False, True):
+        constants = {"MERGE_ROWS": triton_linear.MERGE_ROWS, "ENTROPY": entropy}
+        yield Config("linear_merge", "entropy" if entropy else "plain", constants, 1, VOCABULARIES[0])
     for vocab in VOCABULARIES:
         block, warps = triton_rows.block_for(vocab, 4096)
         types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"), ("ref_ptr", "*bf16"))
@@ -124,10 +166,10 @@ def _other_configs() -> Iterator[Config]:
     yield Config("whiten", "float32", constants, 4, types=(("pieces_ptr", "*fp64"),))
 
 
-def configs() -> list[Config]:
-    """Every shipped configuration."""
+def configs(target: str) -> list[Config]:
+    """Every shipped configuration that a device of this kind launches."""
     rows = [config for vocab in VOCABULARIES for make in (_row_configs, _policy_configs) for config in make(vocab)]
-    return [*rows, *_other_configs()]
+    return [config for config in (*rows, *_other_configs()) if TARGETS[target] >= config.since]
 
 
 def _type_of(name: str, config: Config) -> str:
@@ -157,10 +199,14 @@ def compile_config(config: Config, capability: int) -> Compiled:
     for index, name in enumerate(kernel.arg_names):
         if signature[name].startswith("*") or (name == "V" and config.vocab % 16 == 0):
             divisible[(index,)] = [["tt.divisibility", 16]]
+        if name == "H" and config.constants["ALIGNED"]:
+            divisible[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=config.constants, attrs=divisible)
     options = {"num_warps": config.warps}
     if config.registers:
         options = triton_rows.launch_options(config.warps, config.registers)
+    if config.stages:
+        options["num_stages"] = config.stages
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, code = _inspect(compiled.asm["cubin"])
     return Compiled(
@@ -194,7 +240,7 @@ def main() -> int:
     arguments = parser.parse_args()
     spilled = 0
     for target in arguments.target or TARGETS:
-        results = [compile_config(config, TARGETS[target]) for config in configs()]
+        results = [compile_config(config, TARGETS[target]) for config in configs(target)]
         for result in results:
             bad = result.spill_stores + result.spill_loads
             spilled += bad

@@ -3,7 +3,8 @@
     python benchmarks/bench_gsm8k_verifier.py --data PATH
 
 MathAnswer on every labelled solution of GSM8K's example_model_solutions.jsonl (5276 of them), and CodeTests on
-HumanEval's canonical solutions, whole and with their last line broken. PATH holds data/gsm8k and data/humaneval, as published.
+HumanEval's canonical solutions, whole and with their last line broken. PATH holds data/gsm8k and data/humaneval, as
+published.
 Results: benchmarks/results/verifiers.json.
 """
 

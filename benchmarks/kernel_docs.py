@@ -121,7 +121,7 @@ def _compile_table(folder: Path) -> list[str]:
         rows = {name: [row for row in reports[name]["kernels"] if row["kernel"] == kernel] for name in names}
         cells = [f"{max(r['registers'] for r in rows[n])} / {max(r['shared_bytes'] for r in rows[n])}" for n in names]
         spills = sum(r["spill_stores"] + r["spill_loads"] for n in names for r in rows[n])
-        lines.append(f"| `{kernel}` | {len(rows[names[0]])} | {' | '.join(cells)} | {spills} |")
+        lines.append(f"| `{kernel}` | {max(map(len, rows.values()))} | {' | '.join(cells)} | {spills} |")
     return lines
 
 

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, UserError):
             return _report(stop.__context__, debug)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception:
+    except Exception as error:
+        if not debug and (said := _out_of_memory(error)):
+            return _report(UserError(said), debug)
         code = code_of_another()
         if code is None or debug:
             raise
@@ -93,6 +95,20 @@ def _report(error: UserError, debug: bool) -> int:
     elif claim(2):
         print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What to say where memory ran out in a place that cannot go on in smaller pieces."""
+    if "rlhf_lightning.stages" not in sys.modules:
+        return None
+    from rlhf_lightning.stages.splitting import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    return (
+        f"out of memory: {str(error).splitlines()[0]}: lower data.batch_size or data.eval_batch_size (raise "
+        "trainer.accumulate_grad_batches for the same loss)"
+    )
 
 
 def _dispatch(args: list[str], debug: bool) -> int:

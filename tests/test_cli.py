@@ -44,6 +44,18 @@ class MySFT(SFTModule):
             yield "gain", "a half gain is none"
 
 
+class Full(SFTModule):
+    """Finds no memory for more than one sequence, or where it measures none at all."""
+
+    def training_step(self, batch, batch_idx):
+        if len(batch.tokens) > 1 or self.seed == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class Interrupted(SFTModule):
     def training_step(self, batch, batch_idx):
         raise KeyboardInterrupt
@@ -413,6 +425,18 @@ def test_missing_model_folder(config, capsys):
 
 def test_interrupt_exits_with_130(config):
     assert fit(config, "--model", "mine.Interrupted", *ALLOW) == 130
+
+
+def test_out_of_memory(config, capsys):
+    config["model"]["class_path"] = "mine.Full"
+    assert fit(config, *ALLOW) == 0  # in smaller pieces
+    assert fit(config, *ALLOW, "--model.seed", "5", "--overwrite", "true") == 2
+    said = capsys.readouterr().err
+    assert "error: out of memory in training: one sequence of 6 tokens does not fit: cut records with data.max_" in said
+    assert fit(config, *ALLOW, "--data.val", "train.jsonl", "--overwrite", "true") == 2
+    said = capsys.readouterr().err
+    assert "error: out of memory: CUDA out of memory.: lower data.batch_size or data.eval_batch_size" in said
+    assert "Traceback" not in said
 
 
 def test_default_callbacks_can_be_named_away_and_replaced(config):

@@ -53,7 +53,7 @@ from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.python_function import PythonFunction
-from rlhf_lightning.rollout import GenerationSpec, VLLMEngine
+from rlhf_lightning.rollout import GenerationSpec, HFContinuousBatching, VLLMEngine, VLLMServer
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
@@ -147,7 +147,7 @@ PROMISES = [
     *(("docs/online_dpo.md", cls) for cls in (PairRule, Opponent, ReferenceSync, *ONLINE_LOSSES)),
     *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
     *(("docs/kto.md", cls) for cls in (KTO, APOZeroUnpaired, BCO)),
-    ("docs/engines.md", VLLMEngine),
+    *(("docs/engines.md", cls) for cls in (HFContinuousBatching, VLLMEngine, VLLMServer)),
     ("docs/sft.md", Schedule),
     ("docs/models.md", ModelSpec),
     ("docs/models.md", LoraSpec),

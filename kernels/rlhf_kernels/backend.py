@@ -8,7 +8,9 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _choices: dict[str, "BackendChoice"] = {}
+_Inputs = ParamSpec("_Inputs")
+_Output = TypeVar("_Output")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _choose(x: Tensor) -> BackendChoice:
+def choose(x: Tensor) -> BackendChoice:
+    """Kernels or reference for tensors like `x`."""
     device = x.device.type
     wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if wanted not in ("auto", "reference", "triton"):
@@ -60,7 +65,7 @@ def _choose(x: Tensor) -> BackendChoice:
 
 def use_triton(op: str, x: Tensor) -> bool:
     """Whether `op` should launch its kernel for tensors like `x`; remembered for the report."""
-    choice = _choose(x)
+    choice = choose(x)
     if choice.backend == "reference" and choice.device not in ("cpu", "meta") and _choices.get(op) != choice:
         _log.warning("rlhf_kernels.%s runs the plain-torch reference on %s: %s", op, choice.device, choice.reason)
     _choices[op] = choice
@@ -72,10 +77,31 @@ def backend_report() -> dict[str, BackendChoice]:
     return dict(sorted(_choices.items()))
 
 
-@functools.lru_cache(maxsize=256)
+def on_device(launch: Callable[_Inputs, _Output]) -> Callable[_Inputs, _Output]:
+    """Run `launch` on the device of its first tensor: Triton launches on the current one, wherever the tensors are."""
+
+    @functools.wraps(launch)
+    def run(*args: _Inputs.args, **kwargs: _Inputs.kwargs) -> _Output:
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):  # type: ignore[no-untyped-call]
+            return launch(*args, **kwargs)
+
+    return run
+
+
 def scalars(device: torch.device, *values: float) -> Tensor:
     """Numbers a kernel reads at run time, as float32 on `device`.
 
     A kernel argument that is a Python float is a new compilation for every value in some compilers; a pointer never is.
     """
+    if device.type != "cuda":
+        return _scalars(device, 0, values)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph reads this memory at every replay: it has to be the graph's own, and filled without the host.
+        return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+    return _scalars(device, torch.cuda.current_stream(device).cuda_stream, values)
+
+
+@functools.lru_cache(maxsize=256)
+def _scalars(device: torch.device, stream: int, values: tuple[float, ...]) -> Tensor:
+    """Per stream: nothing makes another one wait for the copy."""
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)

@@ -16,10 +16,33 @@ def check_float(name: str, x: Tensor) -> None:
             f"{name} is a {type(x).__name__}: give its weight tensor. A LoRA-wrapped head has to be merged first "
             "(weight + scaling * B @ A), or its adapter would be silently ignored"
         )
+    check_tensor(name, x)
     if x.dtype not in _FLOATS:
         raise ValueError(f"{name} has dtype {x.dtype}: give float32, bfloat16, float16 or float64")
     if x.device.type not in _DEVICES:
         raise ValueError(f"{name} is on {x.device}: supported devices are {', '.join(_DEVICES)}; move it there")
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}: give a tensor")
+
+
+def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} but {like_name} on {like.device}: move one of them")
+
+
+def check_some(name: str, x: Tensor, what: str) -> None:
+    if x.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: there is no {what}; skip the empty batch")
+
+
+def check_per_token(name: str, x: Tensor, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
+    """One float per token, beside `like`."""
+    check_float(name, x)
+    check_shape(name, x, like_name, shape)
+    check_device(name, x, like_name, like)
 
 
 def check_shape(name: str, x: Tensor, like_name: str, shape: Sequence[int]) -> None:
@@ -30,6 +53,7 @@ def check_shape(name: str, x: Tensor, like_name: str, shape: Sequence[int]) -> N
 def check_rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *, name: str = "logits") -> None:
     """Logits (or hidden states) [..., V], tokens [...], mask [...] belong together."""
     check_float(name, logits)
+    check_tensor("tokens", tokens)
     if tokens.dtype not in _INTEGERS:
         raise ValueError(f"tokens has dtype {tokens.dtype}: give integer token ids (torch.int64)")
     if logits.ndim == 0 or tokens.shape != logits.shape[:-1]:
@@ -37,18 +61,18 @@ def check_rows(logits: Tensor, tokens: Tensor, mask: Tensor | None, *, name: str
             f"tokens has shape {tuple(tokens.shape)} but {name} has shape {tuple(logits.shape)}: "
             f"{name} needs exactly one more (last) axis"
         )
-    if logits.numel() == 0:
-        raise ValueError(f"{name} has shape {tuple(logits.shape)}: there is no row to score; skip the empty batch")
-    if tokens.device != logits.device:
-        raise ValueError(f"tokens is on {tokens.device} but {name} on {logits.device}: move one of them")
+    check_some(name, logits, "row to score")
+    check_device("tokens", tokens, name, logits)
     if mask is not None:
-        check_mask(mask, tokens.shape, "tokens")
+        check_mask(mask, "tokens", tokens, tokens.shape)
 
 
-def check_mask(mask: Tensor, shape: Sequence[int], like_name: str) -> None:
+def check_mask(mask: Tensor, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask has dtype {mask.dtype}: give booleans, True = counts (mask.bool())")
     check_shape("mask", mask, like_name, shape)
+    check_device("mask", mask, like_name, like)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
@@ -58,9 +82,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
             f"{prefix}weight has shape {tuple(weight.shape)} but {prefix}hidden has shape {tuple(hidden.shape)}: "
             f"the weight of a head is [vocab, {hidden.shape[-1]}]"
         )
+    check_some(f"{prefix}weight", weight, "word")
+    check_device(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     if bias is not None:
-        check_float(f"{prefix}bias", bias)
-        check_shape(f"{prefix}bias", bias, f"{prefix}weight {tuple(weight.shape)}", weight.shape[:1])
+        check_per_token(f"{prefix}bias", bias, f"{prefix}weight {tuple(weight.shape)}", weight, weight.shape[:1])
 
 
 def check_temperature(temperature: float | Tensor, shape: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
-from rlhf_kernels.checks import check_float, check_mask, check_shape
+from rlhf_kernels.checks import check_float, check_mask, check_per_token, check_some
 from rlhf_kernels.rows import pieces, take_rows, work_dtype
 from rlhf_kernels.scaling import scaled
 
@@ -43,11 +43,11 @@ def exact_kl(
         [...] in float32 (float64 where the logits are).
     """
     check_float("logits", logits)
-    check_float("ref_logits", ref_logits)
-    check_shape("ref_logits", ref_logits, "logits", logits.shape)
-    check_kl(logits.shape[:-1], mask, weights, temperature, direction)
-    if logits.numel() == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: there is no row; skip the empty batch")
+    if logits.ndim == 0:
+        raise ValueError("logits has shape (): give [..., vocab]")
+    check_per_token("ref_logits", ref_logits, "logits", logits, logits.shape)
+    check_some("logits", logits, "row")
+    check_kl("logits", logits, mask, weights, temperature, direction)
     learns = logits.requires_grad and torch.is_grad_enabled()
     weights = None if weights is None else weights.detach()
     kl: Tensor = _op(logits, ref_logits.detach(), mask, weights, temperature, direction == "forward", learns)[0]
@@ -55,13 +55,12 @@ def exact_kl(
 
 
 def check_kl(
-    shape: torch.Size, mask: Tensor | None, weights: Tensor | None, temperature: float, direction: str
+    name: str, like: Tensor, mask: Tensor | None, weights: Tensor | None, temperature: float, direction: str
 ) -> None:
     if mask is not None:
-        check_mask(mask, shape, "logits")
+        check_mask(mask, name, like, like.shape[:-1])
     if weights is not None:
-        check_float("weights", weights)
-        check_shape("weights", weights, "logits", shape)
+        check_per_token("weights", weights, name, like, like.shape[:-1])
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     if direction not in ("forward", "reverse"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.arithmetic import torch_kl_term
 from rlhf_kernels.backend import use_triton
-from rlhf_kernels.checks import check_float, check_mask, check_shape
+from rlhf_kernels.checks import check_device, check_float, check_mask, check_per_token, check_some
 from rlhf_kernels.spec import ESTIMATORS
 
 
@@ -91,6 +91,7 @@ def kl_shaped_gae(
     named = {"logprobs": logprobs, "ref_logprobs": ref_logprobs}
     _check(values, mask, named, gamma=gamma, lam=lam, critic_lam=critic_lam)
     check_float("scores", scores)
+    check_device("scores", scores, "values", values)
     if scores.shape not in (values.shape, values.shape[:1]):
         raise ValueError(f"scores has shape {tuple(scores.shape)}: give one per row {tuple(values.shape[:1])}, or "
                          f"one per token {tuple(values.shape)}")  # fmt: skip
@@ -107,12 +108,10 @@ def _check(values: Tensor, mask: Tensor, others: dict[str, Tensor], **fractions:
     check_float("values", values)
     if values.ndim != 2:
         raise ValueError(f"values has shape {tuple(values.shape)}: give [batch, time]")
-    if values.numel() == 0:
-        raise ValueError(f"values has shape {tuple(values.shape)}: there is no token; skip the empty batch")
-    check_mask(mask, values.shape, "values")
+    check_some("values", values, "token")
+    check_mask(mask, "values", values, values.shape)
     for name, x in others.items():
-        check_float(name, x)
-        check_shape(name, x, "values", values.shape)
+        check_per_token(name, x, "values", values, values.shape)
     for name, number in fractions.items():
         if not 0 <= number <= 1:
             raise ValueError(f"{name}={number} must be in [0, 1]")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
-from rlhf_kernels.checks import check_float, check_head, check_shape
+from rlhf_kernels.checks import check_device, check_float, check_head, check_shape, check_some
 from rlhf_kernels.exact_kl import Direction, check_kl, kl_rows
 from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, plain
 from rlhf_kernels.rows import Rows, work_dtype
@@ -43,15 +43,17 @@ def linear_exact_kl(
     Returns:
         [...] in float32 (float64 where the hidden states are).
     """
-    check_float("hidden", hidden)
-    check_float("ref_hidden", ref_hidden)
+    for name, states in (("hidden", hidden), ("ref_hidden", ref_hidden)):
+        check_float(name, states)
+        if states.ndim == 0:
+            raise ValueError(f"{name} has shape (): give [..., hidden size]")
+        check_some(name, states, "row")
+    check_device("ref_hidden", ref_hidden, "hidden", hidden)
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     check_shape("ref_hidden[..., 0]", ref_hidden[..., 0], "hidden", hidden.shape[:-1])
     check_shape("ref_weight[:, 0]", ref_weight[:, 0], "weight", weight.shape[:1])
-    check_kl(hidden.shape[:-1], mask, None, temperature, direction)
-    if hidden.numel() == 0:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: there is no row; skip the empty batch")
+    check_kl("hidden", hidden, mask, None, temperature, direction)
     weight, bias = plain(weight), None if bias is None else plain(bias)
     ref_weight, ref_bias = plain(ref_weight).detach(), None if ref_bias is None else plain(ref_bias).detach()
     chunk = chunk_rows_for(weight.shape[0], hidden.device, chunk_rows, 16 if hidden.dtype == torch.float64 else 8)

@@ -112,12 +112,35 @@ def tile_for(
 
 @contextlib.contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """No autocast inside: it would round the logits to 16 bits."""
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
+    """No autocast inside, which would round logits to 16 bits; nor TF32, which rounds float32 operands to 11."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(float32_products())
         yield
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` says (Lightning advises "high").
+
+    torch has an old and a new switch, and refuses to read the old one after the new one was used: the one that the
+    user turned is turned back.
+    """
+    matmul = torch.backends.cuda.matmul
+    switch = "fp32_precision"
+    before: Any = getattr(matmul, switch)
+    if before in ("ieee", "none"):
+        yield
+        return
+    with contextlib.suppress(RuntimeError):  # the old one cannot be read any more
+        before, switch = matmul.allow_tf32, "allow_tf32"
+    setattr(matmul, switch, False if switch == "allow_tf32" else "ieee")
+    try:
+        yield
+    finally:
+        setattr(matmul, switch, before)
 
 
 class Head:

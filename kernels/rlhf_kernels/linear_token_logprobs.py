@@ -1,11 +1,11 @@
 """Log-probability of one chosen token per row of hidden states; the logits never exist in full."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.backend import use_triton
+from rlhf_kernels.backend import choose, use_triton
 from rlhf_kernels.checks import check_head, check_rows, check_softcap, check_temperature, check_token_range
 from rlhf_kernels.linear_rows import Head, HeadGrads, Tiles, check_chunk_rows, exact, keep_for, plain, tile_for
 from rlhf_kernels.rows import (
@@ -25,6 +25,7 @@ from rlhf_kernels.rows import (
 from rlhf_kernels.scaling import last_use
 from rlhf_kernels.token_logprobs import TokenLogprobs, split_temperature
 
+Method = Literal["auto", "chunked", "fused"]
 _NAME = "linear_token_logprobs"
 
 
@@ -40,12 +41,20 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     with_entropy: bool = False,
     chunk_rows: int | None = None,
+    method: Method = "auto",
 ) -> TokenLogprobs:
     """`token_logprobs(hidden @ weight.T + bias, tokens)`, exact in float32, a chunk of rows at a time.
 
     Gradients flow from logprobs, entropy and logsumexp to hidden, weight and bias. Logits are float32 sums of the
-    given operands, never rounded to 16 bits. They are kept for the backward pass up to a budget and computed again
-    beyond it.
+    given operands, never rounded to 16 bits.
+
+        chunked   products of torch, a chunk of rows at a time. Logits are kept for the backward pass up to a budget and
+                  computed again beyond it.
+        fused     one kernel from hidden states to log-probabilities; no logit is ever in memory. Batch-invariant: the
+                  bits of a token depend on its own state, not on the rows beside it. The backward pass computes the
+                  logits again, in chunks. For log-probabilities of the old policy and the reference, which have none.
+                  Needs a GPU, and hidden states and weight of one dtype.
+        auto      chunked.
 
     Args:
         hidden: [..., H]; the state that predicts the token of the same index.
@@ -58,6 +67,7 @@ def linear_token_logprobs(
         logit_scale: factor on the logits before the cap.
         with_entropy: also the entropy.
         chunk_rows: rows of logits alive at a time; None chooses by a memory budget.
+        method: see above.
     """
     check_rows(hidden, tokens, mask, name="hidden")
     check_head(hidden, weight, bias)
@@ -69,12 +79,29 @@ def linear_token_logprobs(
     check_chunk_rows(chunk_rows)
     learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     learns = learns and torch.is_grad_enabled()
-    keep = keep_for(tokens.numel() if learns else 0, weight.shape[0], hidden.device, size)
+    fused = _is_fused(method, hidden, weight)
+    keep = keep_for(tokens.numel() if learns and not fused else 0, weight.shape[0], hidden.device, size)
     logprobs, entropy, logsumexp, is_argmax, *_ = _op(
         hidden, weight, bias, tokens, mask, per_row, number, softcap or 0.0, logit_scale, with_entropy, chunk_rows,
-        keep, True,
+        keep, True, fused,
     )  # fmt: skip
     return TokenLogprobs(logprobs, entropy if with_entropy else None, logsumexp, is_argmax)
+
+
+def _is_fused(method: str, hidden: Tensor, weight: Tensor) -> bool:
+    if method not in ("auto", "chunked", "fused"):
+        raise ValueError(f"method={method!r}: use auto, chunked or fused")
+    if method != "fused":
+        return False
+    choice = choose(hidden)
+    if choice.backend != "triton":
+        raise ValueError(f"method='fused' is a kernel that does not run here ({choice.reason}): use auto or chunked")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"method='fused' multiplies operands of one dtype, but hidden is {hidden.dtype} and weight {weight.dtype}: "
+            "cast one of them, or use auto or chunked"
+        )
+    return True
 
 
 @torch.library.custom_op("rlhf_kernels::linear_token_logprobs", mutates_args=())
@@ -92,6 +119,7 @@ def _op(
     chunk_rows: int | None,
     keep: list[int],
     release: bool,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     # release: the backward pass may free the kept logits, because the caller does not hold on to them
     check_token_range(tokens, mask, weight.shape[0])
@@ -106,8 +134,14 @@ def _op(
     size = tile_for(counting.count, head.vocab, *budget, whole_rows=kernels)
     tiles = Tiles(kept, counting, head.vocab, size)
     parts = []
+    if fused and counting.count:
+        from rlhf_kernels.triton_linear import linear_stats_triton
+
+        every = slice(None) if counting.numbers is None else counting.numbers
+        inputs = (states[every], weight, bias, ids[every], transform.take(every))
+        parts.append(linear_stats_triton(*inputs, with_entropy=with_entropy))
     with exact(hidden.device):
-        for rows, some in tiles:
+        for rows, some in () if fused else tiles:
             sums = None
             for columns, tile, _ in some:
                 head.logits(states[rows], tile, columns)
@@ -146,7 +180,7 @@ def _gather(
 @_op.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, mask: Any, row_temperature: Any, temperature: Any,
-    softcap: Any, logit_scale: Any, with_entropy: bool, chunk_rows: Any, keep: list[int], release: Any,
+    softcap: Any, logit_scale: Any, with_entropy: bool, chunk_rows: Any, keep: list[int], release: Any, fused: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype = work_dtype(hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, weight.dtype)))
     logprobs, logsumexp, maximum, log_sum, miss = (
@@ -212,7 +246,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, tokens, mask, row_temperature, *numbers, ctx.with_entropy, _, _, ctx.release = inputs
+    hidden, weight, bias, tokens, mask, row_temperature, *numbers, ctx.with_entropy, _, _, ctx.release, _ = inputs
     logprobs, entropy, _, is_argmax, maximum, log_sum, miss, tile_size, kept = output
     ctx.numbers = numbers
     stats = (logprobs, entropy, maximum, log_sum, miss)
@@ -231,7 +265,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, mask, row_temperature, stats, kept, tile_size, d_logprob, d_entropy, d_logsumexp,
         ctx.numbers, needs, ctx.release and last_use(kept[0]),
     )  # fmt: skip
-    return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 10
+    return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 11
 
 
 _op.register_autograd(_backward, setup_context=_setup)

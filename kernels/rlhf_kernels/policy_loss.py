@@ -7,9 +7,8 @@ from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import (
-    check_float,
+    check_per_token,
     check_rows,
-    check_shape,
     check_softcap,
     check_temperature,
     check_token_range,
@@ -90,8 +89,7 @@ def check_policy(
     optional = {"ref_logprobs": ref_logprobs, "weights": weights}
     for name, x in (*named.items(), *optional.items()):
         if x is not None:
-            check_float(name, x)
-            check_shape(name, x, "tokens", tokens.shape)
+            check_per_token(name, x, "tokens", tokens, tokens.shape)
     ref_logprobs = ref_logprobs if spec.kl_coef else None
     return (
         old_logprobs.detach(),
@@ -108,7 +106,8 @@ def as_divisor(denominator: float | Tensor, like: Tensor) -> Tensor:
         return denominator.detach().reshape(()).to(like.device, work_dtype(like))
     if not denominator > 0:
         raise ValueError(f"denominator={denominator} must be positive: the number of tokens (or sequences) of the step")
-    return torch.tensor(denominator, dtype=work_dtype(like), device=like.device)
+    # filled there: a copy from here would make the host wait, and cannot be a part of a CUDA graph
+    return torch.full((), denominator, dtype=work_dtype(like), device=like.device)
 
 
 def encode(spec: PolicyLossSpec) -> tuple[str, str, str, bool]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backend import scalars
+from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.triton_policy import kl_term
 
 SEGMENT_BLOCKS = 4
@@ -193,6 +193,7 @@ def block_for_time(length: int) -> tuple[int, int]:
     return block, max(1, block // 256)
 
 
+@on_device
 def gae_triton(
     rewards: Tensor | None,
     scores: Tensor | None,

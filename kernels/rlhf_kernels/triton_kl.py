@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backend import scalars
+from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import work_dtype
 from rlhf_kernels.triton_rows import VARIES, block_for, bytes_of, layout, row_offset
 
@@ -90,6 +90,7 @@ def kl_kernel(
             tl.store(grads + columns, grad.to(grads_ptr.dtype.element_ty), mask=columns < V)
 
 
+@on_device
 def kl_rows_triton(
     logits: Tensor,
     ref_logits: Tensor,

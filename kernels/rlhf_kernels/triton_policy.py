@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels import arithmetic
-from rlhf_kernels.backend import scalars
+from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import Transform
 from rlhf_kernels.spec import PolicyLossSpec
 from rlhf_kernels.triton_rows import (
@@ -105,7 +105,8 @@ POLICY_REGISTERS = 64
 def policy_block_for(vocab: int) -> tuple[int, int]:
     """Columns per step, and warps: the one program of a multiprocessor has to keep the memory busy alone."""
     block, _ = block_for(vocab, 8192)
-    return block, max(1, block // 256)
+    # 1024 threads are the most a program may have: 32 warps of 32, or AMD's 16 of 64
+    return block, min(16 if torch.version.hip else 32, max(1, block // 256))
 
 
 @functools.cache
@@ -114,6 +115,7 @@ def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@on_device
 def policy_loss_triton(
     logits: Tensor,
     tokens: Tensor,

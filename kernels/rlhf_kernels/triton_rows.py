@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.backend import scalars
+from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import RowStats, Transform, work_dtype
 
 VARIES = ["inner", "stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner", "num_rows"]
@@ -253,6 +253,7 @@ def bytes_of(mask: Tensor | None, like: Tensor) -> Tensor:
     return like if mask is None else mask.contiguous().view(torch.uint8)
 
 
+@on_device
 def row_stats_triton(
     logits: Tensor, tokens: Tensor, transform: Transform, *, with_entropy: bool, mask: Tensor | None = None
 ) -> RowStats:
@@ -280,6 +281,7 @@ def _temperatures(transform: Transform, like: Tensor) -> Tensor:
     return like if transform.row_temperature is None else transform.row_temperature.contiguous()
 
 
+@on_device
 def row_grads_triton(
     logits: Tensor,
     tokens: Tensor,
@@ -311,6 +313,7 @@ def row_grads_triton(
     return out
 
 
+@on_device
 def scale_rows_triton(grads: Tensor, factor: Tensor) -> None:
     """grads [..., n] *= factor, a scalar or one per row; a row whose factor is 1 is neither read nor written."""
     assert grads.is_contiguous()

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kernels.backend import on_device
+
 BLOCK = 1024
 MAX_PIECES = 1024
 
@@ -52,6 +54,7 @@ def whiten_kernel(
     tl.store(out_ptr + at, tl.where(counts, y, 0.0).to(tl.float32).to(out_ptr.dtype.element_ty), mask=at < size)
 
 
+@on_device
 def whiten_triton(x: Tensor, mask: Tensor, shift_mean: bool, moments: Tensor | None) -> Tensor:
     """`masked_whiten`: one read for the moments, one read and one write for the result."""
     x, flags = x.contiguous(), mask.contiguous().view(torch.uint8)

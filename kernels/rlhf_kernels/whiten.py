@@ -23,9 +23,11 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, moments: 
         moments: [3] count, sum and sum of squares to use instead of those of x, added over ranks; None = of x.
     """
     check_float("x", x)
-    check_mask(mask, x.shape, "x")
-    if moments is not None and moments.shape != (3,):
-        raise ValueError(f"moments has shape {tuple(moments.shape)}: give [3], count, sum and sum of squares")
+    check_mask(mask, "x", x, x.shape)
+    if moments is not None:
+        check_float("moments", moments)
+        if moments.shape != (3,):
+            raise ValueError(f"moments has shape {tuple(moments.shape)}: give [3], count, sum and sum of squares")
     moments = None if moments is None else moments.detach().to(x.device)
     result: Tensor = _op(x.detach(), mask, shift_mean, moments)
     return result

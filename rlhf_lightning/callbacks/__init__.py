@@ -7,6 +7,7 @@ from rlhf_lightning.callbacks.health import Health
 from rlhf_lightning.callbacks.hf_export import HFExport
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 from rlhf_lightning.callbacks.nan_guard import NaNGuard
+from rlhf_lightning.callbacks.optimizer_offload import OptimizerOffload
 from rlhf_lightning.callbacks.progress import RolloutProgress
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.callbacks.throughput import Throughput
@@ -19,6 +20,7 @@ __all__ = [
     "LastCheckpoint",
     "MetricsCSV",
     "NaNGuard",
+    "OptimizerOffload",
     "RolloutProgress",
     "SampleLogger",
     "Throughput",

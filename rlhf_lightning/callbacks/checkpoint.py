@@ -1,5 +1,7 @@
 """checkpoints/last.ckpt: where a run that broke goes on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ class LastCheckpoint(ModelCheckpoint):
         dirpath: where to write; default: `checkpoints` in the run folder.
         every_n_train_steps: write every so many optimiser steps.
         every_minutes: write after so many minutes, if `every_n_train_steps` is not given. The end of each epoch, and
-            with it of the run, is written in any case.
+            of a run that stops inside one (max_steps, max_time, early stopping), is written in any case.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             train_time_interval=timedelta(minutes=every_minutes) if every_n_train_steps is None else None,
         )
+        self._stop_waits = False
+        """Whether the run was told to stop between two micro-batches of the current step."""
 
     @property
     def state_key(self) -> str:
@@ -53,13 +57,19 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # between the micro-batches of a step, gradients wait that no checkpoint holds: it is written after the step
+        # between the micro-batches of a step, gradients wait that no checkpoint holds: it is written after the step,
+        # and a run that is told to stop there stops after it
+        told = self._stop_waits or trainer.should_stop
+        self._stop_waits = trainer.fit_loop._should_accumulate() and told
+        trainer.should_stop = told and not self._stop_waits
         if not trainer.fit_loop._should_accumulate():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)  # Lightning ends an epoch wherever a run stops
-        self.save_now(trainer)
+        with _counted_as_it_is(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+            self._last_global_step_saved = -1  # what was written after the step knows nothing of the epoch's end
+            self.save_now(trainer)
 
     def save_now(self, trainer: Trainer) -> str:
         """Writes the checkpoint unless that of this step is there already; gives its path. All processes call it."""
@@ -77,3 +87,21 @@ class LastCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore: the folder may have moved, and there is only one file."""
+
+
+@contextmanager
+def _counted_as_it_is(trainer: Trainer) -> Iterator[None]:
+    """While inside, an epoch that a run stops within is not counted as done, which Lightning does wherever it stops.
+
+    A run that goes on from a checkpoint with that count leaves the rest of the epoch out.
+    """
+    loop = trainer.fit_loop
+    missing = 0 if loop.epoch_loop._num_ready_batches_reached() else 1
+    counts = (loop.epoch_progress.total, loop.epoch_progress.current)
+    for count in counts:
+        count.processed -= missing
+    try:
+        yield
+    finally:
+        for count in counts:
+            count.processed += missing

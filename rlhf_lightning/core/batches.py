@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -28,6 +28,8 @@ class Batch:
     totals: Mapping[str, float] | None = field(default=None, kw_only=True)
     """How many tokens, sequences, pairs ... the whole optimiser step holds, over its micro-batches and all ranks; the
     denominators of its losses. None: this batch is the whole step."""
+    unit: ClassVar[str] = "sequence"
+    """What it consists of, in a word: no smaller part of it has a loss of its own."""
 
     def to(self: Same, device: torch.device | str, non_blocking: bool = False) -> Same:
         """The same batch with every tensor on `device`."""
@@ -48,6 +50,41 @@ class Batch:
 
     def with_totals(self: Same, totals: Mapping[str, float]) -> Same:
         return replace(self, totals=dict(totals))
+
+    @property
+    def num_units(self) -> int:
+        """Sequences, pairs or prompts in the batch."""
+        own = next(iter(self._rows.values()), None)
+        return next(x.num_units for x in vars(self).values() if isinstance(x, Batch)) if own is None else len(own)
+
+    def part(self: Same, start: int, stop: int) -> Same:
+        """The units from `start` to before `stop`; the totals stay those of the step."""
+        changed: dict[str, Any] = {name: x[start:stop] for name, x in self._rows.items()}
+        changed |= {name: x.part(start, stop) for name, x in vars(self).items() if isinstance(x, Batch)}
+        return replace(self, **changed)
+
+    def halves(self: Same) -> tuple[Same, Same]:
+        """Two batches whose losses and gradients add up to those of this one, where the loss takes units one by one."""
+        middle = (self.num_units + 1) // 2
+        return self.part(0, middle), self.part(middle, self.num_units)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of every row, those of the batches inside it too."""
+        inner = [n for x in vars(self).values() if isinstance(x, Batch) for n in x.lengths]
+        mask = getattr(self, "attention_mask", None)
+        return inner if mask is None else [*mask.flatten(0, -2).sum(-1).tolist(), *inner]
+
+    @property
+    def num_cells(self) -> int:
+        """Tokens with their padding: what a forward pass computes."""
+        mask = getattr(self, "attention_mask", None)
+        inner = sum(x.num_cells for x in vars(self).values() if isinstance(x, Batch))
+        return inner + (0 if mask is None else int(mask.numel()))
+
+    @property
+    def _rows(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
 
 
 def step_totals(
@@ -89,6 +126,10 @@ class TokenBatch(Batch):
     def counts(self) -> dict[str, float]:
         return {"tokens": float(self.mask[:, 1:].sum()), "sequences": float(self.num_sequences)}
 
+    def without_loss(self) -> "TokenBatch":
+        """The same sequences, none of which counts."""
+        return replace(self, mask=torch.zeros_like(self.mask))
+
     @property
     def num_sequences(self) -> int:
         """Records in the batch: rows, or packed records."""
@@ -105,6 +146,7 @@ class PairBatch(Batch):
     rejected: TokenBatch
     margins: Float[Tensor, " pairs"] | None = None
     """By how much chosen should win (Llama 2's margin), or None."""
+    unit = "pair"
 
     def counts(self) -> dict[str, float]:
         return {"pairs": float(self.chosen.tokens.shape[0]), "chosen_tokens": self.chosen.counts()["tokens"]}
@@ -120,8 +162,23 @@ class RankedBatch(Batch):
     ranks: Float[Tensor, " completions"]
     """Rank within the prompt, 1 = best; equal ranks are ties."""
 
+    unit = "ranking"
+
     def counts(self) -> dict[str, float]:
-        return {"prompts": float(self.groups.max() + 1)}
+        return {"prompts": float(self.num_units)}
+
+    @property
+    def num_units(self) -> int:
+        return int(self.groups.max() + 1)
+
+    def part(self, start: int, stop: int) -> "RankedBatch":
+        here = (self.groups >= start) & (self.groups < stop)
+        return replace(
+            self,
+            completions=_select(self.completions, here.nonzero()[:, 0]),
+            groups=self.groups[here] - start,
+            ranks=self.ranks[here],
+        )
 
 
 @dataclass(frozen=True)
@@ -177,6 +234,9 @@ class PromptBatch(Batch):
 
     def counts(self) -> dict[str, float]:
         return {"sequences": float(self.tokens.shape[0])}
+
+    def part(self, start: int, stop: int) -> "PromptBatch":
+        return replace(super().part(start, stop), texts=self.texts[start:stop], records=self.records[start:stop])
 
 
 @dataclass(frozen=True)
@@ -252,6 +312,15 @@ class Rollouts(Batch):
         """The sequences at `rows`, as a minibatch."""
         return _select(self, rows)
 
+    @property
+    def num_units(self) -> int:
+        return max(len(self.tokens), 0 if self.extra is None else self.extra.num_units)
+
+    def part(self, start: int, stop: int) -> "Rollouts":
+        whole, rows = self.num_units, replace(self, extra=None)
+        extra = None if self.extra is None else _share(self.extra, len(self.extra.tokens), start, stop, whole)
+        return replace(_share(rows, len(self.tokens), start, stop, whole), extra=extra)
+
     def without_loss(self) -> "Rollouts":
         """The same sequences, none of which counts."""
         return replace(self, mask=torch.zeros_like(self.mask))
@@ -273,6 +342,7 @@ class PairRollouts(Batch):
     """True where the policy itself drew the answer, not another model."""
     counts_in_loss: Bool[Tensor, " pairs"]
     """False for a pair that only fills a place and carries no loss."""
+    unit = "pair"
 
     def counts(self) -> dict[str, float]:
         chosen_tokens = self.mask[:, 0, 1:].sum(-1)
@@ -300,7 +370,15 @@ class PairRollouts(Batch):
 
 
 RowsT = TypeVar("RowsT", TokenBatch, Generated, Rollouts)
+SharedT = TypeVar("SharedT", TokenBatch, Rollouts)
 SelectedT = TypeVar("SelectedT", TokenBatch, Generated, Rollouts, PairRollouts)
+
+
+def _share(batch: SharedT, rows: int, start: int, stop: int, whole: int) -> SharedT:
+    """The rows that belong to units `start` to `stop` of `whole`; where there are none, one in which nothing counts."""
+    first, last = start * rows // whole, stop * rows // whole
+    some = _select(batch, torch.arange(first, max(last, first + 1)).clamp(max=rows - 1))
+    return some if last > first else some.without_loss()
 
 
 def _select(batch: SelectedT, rows: Int[Tensor, " rows"]) -> SelectedT:

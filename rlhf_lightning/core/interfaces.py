@@ -33,6 +33,9 @@ class PolicyLossOutput:
 class PolicyLoss(ABC):
     """The policy's loss, per token, from log-probabilities and advantages."""
 
+    whole_batch: ClassVar[bool] = False
+    """Whether its value depends on which sequences share a micro-batch."""
+
     @abstractmethod
     def __call__(
         self,

@@ -28,6 +28,8 @@ class LMHead:
     """Factor on the logits (Cohere: logit_scale; Granite: 1 / logits_scaling)."""
     softcap: float | None = None
     """Gemma 2: logits = softcap * tanh(logits / softcap)."""
+    method: Literal["auto", "chunked", "fused"] = "auto"
+    """How log-probabilities of tokens are taken; see `rlhf_kernels.linear_token_logprobs`."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def token_scores(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         with_entropy=with_entropy,
+        method=head.method,
     )
     first = torch.zeros_like(result.logprobs[:, :1])
     return TokenScores(

@@ -7,6 +7,7 @@ that depend on the micro-batch size.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +39,7 @@ class ClipCov(PolicyLoss):
         arXiv:2505.22617
     """
 
+    whole_batch: ClassVar[bool] = True
     clip_low: float = 0.2
     clip_high: float = 0.2
     frac: float = 2e-4
@@ -85,6 +87,7 @@ class KlCov(PolicyLoss):
         arXiv:2505.22617
     """
 
+    whole_batch: ClassVar[bool] = True
     kl_coef: float = 1.0
     frac: float = 2e-4
 

@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import attention_of
+from rlhf_lightning.models.compiled import compile_layers
 from rlhf_lightning.models.locate import check_code, check_layers, check_model_folder, resolve_path
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy, check_head
@@ -55,14 +56,22 @@ def load_policy(spec: ModelSpec) -> Policy:
     if spec.path is not None and spec.tokenizer is not None:
         _check_vocabulary(spec, model.config.get_text_config().vocab_size, len(load_tokenizer(spec)))
     prepared = _prepare(model, spec)
-    policy = Policy(prepared, padding_free=spec.padding_free)
+    policy = Policy(
+        prepared,
+        padding_free=spec.padding_free,
+        activation_offload=spec.activation_offload,
+        logprobs=spec.logprobs,
+    )
     if spec.quantization is not None:
         keep_only_trained(policy)
     if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
         try:
-            check_head(policy)
+            check_head(Policy(prepared))  # by any method: they differ in speed
+            policy.check_padding_free()
         except RuntimeError as error:  # shapes inside that do not fit: head counts, sizes
             raise UserError(f"{_name(spec)} does not run: {first_line(error)}; check its config") from error
+    if spec.compile is not None:
+        compile_layers(policy.causal_lm)
     return policy.train()
 
 
@@ -89,6 +98,7 @@ def load_scalar_model(
         pooling=pooling or stored.get("pooling", "last"),
         bias=head is not None and head.get("bias") is not None,
         padding_free=spec.padding_free,
+        activation_offload=spec.activation_offload,
     )
     if head is None:
         init_head(model.head, head_init, seed)
@@ -97,6 +107,8 @@ def load_scalar_model(
     model.set_normalisation(float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0)))
     if spec.quantization is not None:
         keep_only_trained(model)
+    if spec.compile is not None:
+        compile_layers(model.decoder)
     return model.train()
 
 

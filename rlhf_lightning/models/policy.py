@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rlhf_kernels.backend import choose
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import LMHead, TokenScores, token_scores
+from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
+from rlhf_lightning.models.compiled import not_compiled
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 
@@ -32,12 +36,23 @@ class Policy(nn.Module):
     Args:
         model: a transformers causal language model, or a PeftModel around one.
         padding_free: score batches without computing their padding; see `models.unpadded`.
+        activation_offload: keep what the backward pass needs in host memory; see `models.activations`.
+        logprobs: how log-probabilities are taken; see `ModelSpec`.
     """
 
-    def __init__(self, model: nn.Module, *, padding_free: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        padding_free: bool = False,
+        activation_offload: bool = False,
+        logprobs: Literal["auto", "chunked", "fused"] = "auto",
+    ) -> None:
         super().__init__()
         self.model = model
         self.padding_free = padding_free
+        self.activation_offload = activation_offload
+        self.logprobs: Literal["auto", "chunked", "fused"] = logprobs
         self._packing_checked = False
         self._unpadded_checked = False
         self._branches_checked = False
@@ -78,12 +93,16 @@ class Policy(nn.Module):
         if segments is not None and not self._packing_checked:
             check_packing(self.body, self.config.get_text_config().vocab_size)
             self._packing_checked = True
-        if not self.padding_free:
-            return body_states(self.body, tokens, attention_mask, positions, segments)
-        if not self._unpadded_checked:
+        self.check_padding_free()
+        run = unpadded_states if self.padding_free else body_states
+        with on_host(self.model, self.activation_offload):
+            return run(self.body, tokens, attention_mask, positions, segments)
+
+    def check_padding_free(self) -> None:
+        """Raise, once, if batches are to be run without their padding and this model cannot."""
+        if self.padding_free and not self._unpadded_checked:
             check_unpadded(self.body, self.config.get_text_config().vocab_size)
             self._unpadded_checked = True
-        return unpadded_states(self.body, tokens, attention_mask, positions, segments)
 
     def shared_prompt_states(
         self,
@@ -101,11 +120,21 @@ class Policy(nn.Module):
             vocab = self.config.get_text_config().vocab_size
             check_branches(self.body, vocab, padding_free=self.padding_free)
             self._branches_checked = True
-        return branch_states(self.body, tokens, attention_mask, positions, mask, padding_free=self.padding_free)
+        with on_host(self.model, self.activation_offload):
+            return branch_states(self.body, tokens, attention_mask, positions, mask, padding_free=self.padding_free)
 
     def head(self) -> LMHead:
-        """The output head with the current weights, and what the family does to its logits."""
+        """The output head with the current weights, and what the family does to its logits.
+
+        Raises:
+            UserError: the head has an adapter, which its weight alone would pass by.
+        """
         linear = self.causal_lm.get_output_embeddings()
+        if isinstance(linear, BaseTunerLayer):
+            raise UserError(
+                "the output head has an adapter of its own, which would be passed by: leave the head out of the "
+                "adapter's target_modules, or merge the adapter (merge_and_unload) before"
+            )
         config = self.config.get_text_config()
         scale = getattr(config, "logit_scale", None)  # Cohere
         divisor = getattr(config, "logits_scaling", None)  # Granite
@@ -114,6 +143,7 @@ class Policy(nn.Module):
             bias=getattr(linear, "bias", None),
             logit_scale=(1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor)),
             softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+            method=self.logprobs,
         )
 
     def scores(
@@ -126,10 +156,15 @@ class Policy(nn.Module):
         with_entropy: bool = False,
         kept: UInt8[Tensor, "batch time bytes"] | None = None,
     ) -> TokenScores:
-        """Log-probability of every token that counts, from hidden states: see `core.logprobs.token_scores`."""
-        return token_scores(
-            hidden, tokens, mask, self.head(), temperature=temperature, with_entropy=with_entropy, kept=kept
-        )
+        """Log-probability of every token that counts, from hidden states: see `core.logprobs.token_scores`.
+
+        Raises:
+            UserError: `logprobs: fused` where that kernel does not run.
+        """
+        head = self.head()
+        if self.logprobs == "fused":
+            check_fused(hidden, head.weight)
+        return token_scores(hidden, tokens, mask, head, temperature=temperature, with_entropy=with_entropy, kept=kept)
 
     def forward(self, batch: HasTokens, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenScores:
         """Log-probability (and entropy) of every token of `batch` where `batch.mask`.
@@ -154,14 +189,16 @@ class Policy(nn.Module):
         """transformers' `generate`."""
         own = self.causal_lm.generation_config
         try:
-            return self.model.generate(**kwargs)
+            with not_compiled(self.model):
+                return self.model.generate(**kwargs)
         finally:
             # peft lends the model its wrapper's generation config and does not take it back
             self.causal_lm.generation_config = own
 
     def next_logits(self, **kwargs: Any) -> tuple[Tensor, Any]:
         """Logits of the next token [rows, vocab] and the cache, from what transformers' forward takes."""
-        output = self.model(**kwargs, use_cache=True, logits_to_keep=1)
+        with not_compiled(self.model):
+            output = self.model(**kwargs, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1], output.past_key_values
 
     @contextmanager
@@ -170,6 +207,18 @@ class Policy(nn.Module):
         assert isinstance(self.model, PeftModel), "this policy has no adapter to switch off"
         with self.model.disable_adapter():
             yield
+
+
+def check_fused(hidden: Tensor, weight: Tensor) -> None:
+    """Raise if log-probabilities of these cannot come from one kernel."""
+    choice = choose(hidden)
+    if choice.backend != "triton":
+        raise UserError(f"logprobs: fused does not run here ({choice.reason}): use auto or chunked")
+    if hidden.dtype != weight.dtype:
+        raise UserError(
+            f"logprobs: fused needs hidden states and head of one dtype, and they are {hidden.dtype} and "
+            f"{weight.dtype}: store the model in the dtype it computes in (dtype: bfloat16), or use auto or chunked"
+        )
 
 
 def check_head(policy: Policy) -> None:

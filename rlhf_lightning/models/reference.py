@@ -13,6 +13,7 @@ from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.models.body import evaluating
+from rlhf_lightning.models.compiled import compile_layers, is_compiled
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import HasTokens, Policy
 from rlhf_lightning.models.quantized import is_quantized
@@ -175,7 +176,10 @@ def make_reference(policy: Policy, spec: ModelSpec | None = None, *, follows: bo
         return Reference(other)
     if policy.has_adapter and not follows:
         return Reference(policy, shared=True)
-    return Reference(copy.deepcopy(policy))
+    copied = copy.deepcopy(policy)
+    if is_compiled(policy):  # a copy's layers are not
+        compile_layers(copied.causal_lm)
+    return Reference(copied)
 
 
 def _shapes(policy: Policy) -> list[tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ from torch.nn.utils import skip_init
 from transformers import PreTrainedModel
 
 from rlhf_lightning.core.batches import TokenBatch
+from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import body_states, check_packing
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
@@ -26,17 +27,25 @@ class ScalarModel(nn.Module):
         backbone: a transformers decoder without output head, or a PeftModel around one.
         pooling: last = the value at the last real token of a record; mean = the mean over the tokens that count.
         padding_free: score batches without computing their padding; see `models.unpadded`.
+        activation_offload: keep what the backward pass needs in host memory; see `models.activations`.
     """
 
     score_mean: Tensor
     score_std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, *, pooling: Pooling = "last", bias: bool = False, padding_free: bool = False
+        self,
+        backbone: nn.Module,
+        *,
+        pooling: Pooling = "last",
+        bias: bool = False,
+        padding_free: bool = False,
+        activation_offload: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.padding_free = padding_free
+        self.activation_offload = activation_offload
         self.pooling = pooling
         # no bias unless a file brings one: transformers' classification heads have none, and a constant added to all
         # scores lives in score_mean
@@ -74,7 +83,8 @@ class ScalarModel(nn.Module):
             check_unpadded(self.decoder, self.config.get_text_config().vocab_size)
             self._unpadded_checked = True
         run = unpadded_states if self.padding_free else body_states
-        hidden = run(self.decoder, tokens, attention_mask, positions, segments)
+        with on_host(self.backbone, self.activation_offload):
+            hidden = run(self.decoder, tokens, attention_mask, positions, segments)
         return linear_to_number(hidden, self.head)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, " records"]:

@@ -68,11 +68,16 @@ class ModelSpec:
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored).
         attn_implementation: sdpa, eager, flash_attention_2 (needs flash-attn) or flex_attention.
         padding_free: score and train on batches without computing their padding: all real tokens in one row.
+        compile: layers = each decoder layer compiled by torch.compile, one graph for all lengths; sampling is not.
+        activation_offload: what the backward pass needs waits for it in host memory.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         lora: train low-rank adapters instead of the weights.
         quantization: hold the weights in 4 or 8 bits; they are then frozen, and trained by `lora` (QLoRA).
         trust_remote_code: run Python code that comes with the model; only for authors you trust.
         disable_dropout: set the model's dropout to 0, so that log-probabilities depend on the weights alone.
+        logprobs: how log-probabilities of tokens are taken from hidden states: chunked (matrix products, a chunk of
+            logits at a time), fused (one GPU kernel: no logits, and a token's number does not depend on the batch it is
+            in), or auto (chunked).
         seed: of new weights: those of a model built from `config`, and of adapters.
         check_finite: refuse weights that are NaN or infinite; reads all of them once.
     """
@@ -85,10 +90,13 @@ class ModelSpec:
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     padding_free: bool = False
+    compile: Literal["layers"] | None = None
+    activation_offload: bool = False
     gradient_checkpointing: bool = False
     lora: LoraSpec | None = None
     quantization: QuantizationSpec | None = None
     trust_remote_code: bool = False
     disable_dropout: bool = True
+    logprobs: Literal["auto", "chunked", "fused"] = "auto"
     seed: int = 0
     check_finite: bool = True

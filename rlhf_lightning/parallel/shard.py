@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.compiled import layers_of
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar_head import ScalarModel, ValueHead
 from rlhf_lightning.models.sharded import RESHARDS
@@ -55,8 +56,7 @@ def decoder_layers(model: nn.Module) -> Iterable[nn.Module]:
     if isinstance(model, ValueHead):
         return []
     decoder: Any = model.causal_lm if isinstance(model, Policy) else model.decoder
-    names = set(getattr(decoder, "_no_split_modules", None) or ())
-    layers = [part for part in decoder.modules() if type(part).__name__ in names and not isinstance(part, nn.Embedding)]
+    layers = layers_of(decoder)
     if not layers:
         raise UserError(
             f"strategy fsdp2: models of type {decoder.config.model_type!r} do not say what their layers are "

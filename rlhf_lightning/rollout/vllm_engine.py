@@ -91,11 +91,6 @@ class VLLMEngine(RolloutEngine):
             )
         if kv_cache_gib is not None and not kv_cache_gib > 0:
             raise UserError(f"engine.kv_cache_gib={kv_cache_gib}: give a positive number of GiB, or null")
-        if find_spec("vllm") is None:
-            raise UserError(
-                "the engine VLLMEngine needs vLLM, which is not installed: docs/engines.md has the commands, for CUDA "
-                "and for the CPU; or leave engine out"
-            )
         self.spec = spec
         self.tokenizer = tokenizer
         options = _Options(
@@ -209,6 +204,11 @@ class _Running:
             )
 
     def _start(self, policy: Any) -> None:
+        if find_spec("vllm") is None:
+            raise UserError(
+                "the engine VLLMEngine needs vLLM, which is not installed: docs/engines.md has the commands, for CUDA "
+                "and for the CPU; or leave engine out"
+            )
         in_group = torch.distributed.is_initialized()
         if in_group and torch.distributed.get_world_size() > 1:
             raise UserError(

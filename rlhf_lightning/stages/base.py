@@ -1,5 +1,6 @@
 """What every stage shares: optimiser, schedule, exact averaging over micro-batches and ranks, exact resume, export."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
 from rlhf_lightning.parallel.sharded_checkpoint import guard
 from rlhf_lightning.stages.schedule import Schedule
+from rlhf_lightning.stages.splitting import Splitter
 from rlhf_lightning.stages.step_loader import StepLoader
 from rlhf_lightning.stages.step_means import StepMeans
 
@@ -44,6 +46,8 @@ class RLHFModule(L.LightningModule, ABC):
     """
 
     batch_format: ClassVar[BatchFormat]
+    changed_by_steps: ClassVar[tuple[str, ...]] = ("step_means",)
+    """Attributes that `training_step` changes, for `copy.copy`: put back where a step has to be taken anew."""
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class RLHFModule(L.LightningModule, ABC):
         self._optimizer_options: list[dict[str, Any]] = []
         """Numbers that the optimiser's groups were made with: learning rate, weight decay and the like."""
         self.step_means = StepMeans()
+        self.splitter = Splitter(self)
         self.figures: dict[str, float] = {}
         """Numbers of the last validation, for the model card."""
 
@@ -113,6 +118,8 @@ class RLHFModule(L.LightningModule, ABC):
 
     def ends_step(self, batch_idx: int) -> bool:
         """Whether a micro-batch is the last of its optimiser step."""
+        if self.splitter.more_follow:  # only a part of it was given
+            return False
         done = batch_idx + 1
         return done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
 
@@ -120,6 +127,42 @@ class RLHFModule(L.LightningModule, ABC):
         """With the last micro-batch of an optimiser step, log the means of all that was added to `step_means`."""
         if self.ends_step(batch_idx):
             self.log_dict(self.step_means.take(self.add_over_ranks), prog_bar=prog_bar, batch_size=1)
+
+    # ---- out of memory ---------------------------------------------------------------------------------------------
+
+    def step_state(self) -> dict[str, Any]:
+        """What a training step changes, beside gradients, as it is now."""
+        return {name: copy.copy(getattr(self, name)) for name in self.changed_by_steps}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go back to where `step_state` was taken."""
+        for name, value in state.items():
+            setattr(self, name, copy.copy(value))
+
+    def inseparable(self) -> str | None:
+        """Why a micro-batch must not be cut, in words; None: its parts have the same loss."""
+        return None
+
+    def smaller_batches(self, purpose: str, batch: Batch, pieces: int) -> str:
+        """Options that let a run begin with `batch` in so many pieces, where `purpose` did not fit as a whole."""
+        options = getattr(getattr(self.trainer, "datamodule", None), "options", {})
+        name = "tokens_per_batch" if options.get("tokens_per_batch") else "batch_size"
+        size = max((options.get(name) or batch.num_units) // pieces, 1)
+        accumulate = pieces * self.trainer.accumulate_grad_batches
+        return f"data.{name}={size} and trainer.accumulate_grad_batches={accumulate}"
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.splitter.backward(loss, lambda whole: super(RLHFModule, self).backward(whole, *args, **kwargs))
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if not self.splitter.keeps_gradients:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # not only before the next backward pass: a rollout, a validation and a forward pass need their memory
+        if self.ends_step(batch_idx):
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     # ---- loader and its state --------------------------------------------------------------------------------------
 
@@ -149,15 +192,27 @@ class RLHFModule(L.LightningModule, ABC):
         self._saved_progress = None
         self._begin_next_epoch()
         self._apply_optimizer_options()
+        self.splitter.attach()
+
+    def on_train_end(self) -> None:
+        self.splitter.detach()
 
     def _begin_next_epoch(self) -> None:
         """Resumed after the last batch of an epoch, Lightning counts it as done and takes the next for its rest.
 
-        The next one would never be counted as begun, and a checkpoint at its end could not be resumed.
+        The next one would never be counted as begun, and a checkpoint at its end could not be resumed. Where there is a
+        `max_steps`, an epoch that ended before the checkpoint was written would end once more, and the next be left
+        out.
         """
         loop = self.trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
             loop.reset_restart_stage()
+        if loop.restarted_on_epoch_end:
+            loop.epoch_progress.increment_completed()
+            loop._restarting = False  # the property would say otherwise where there is a `max_steps`
+            loop.epoch_loop.restarting = False
+            loop.reset_restart_stage()
+            loop.epoch_loop.reset_restart_stage()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # every rank's progress travels in rank 0's file

@@ -56,6 +56,8 @@ class DPOModule(RLHFModule):
         Gorbatovski et al., Learn Your Reference Model for Real Good Alignment (TR-DPO), 2024. arXiv:2404.09656
     """
 
+    changed_by_steps = ("step_means", "_objective")
+
     def __init__(
         self,
         policy: ModelSpec,
@@ -203,13 +205,19 @@ class DPOModule(RLHFModule):
         with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 assert isinstance(batch, PairBatch)
-                of_batch = self._objective.sums(self(batch.to(self.device)))
-                sums = {name: value + of_batch[name] for name, value in sums.items()}
+                for of_part in self.splitter.results(batch.to(self.device), self._sums_of):
+                    sums = {name: value + of_part[name] for name, value in sums.items()}
         return sums
+
+    def _sums_of(self, batch: PairBatch) -> dict[str, float]:
+        return self.objective.sums(self(batch))
 
     def pair_loss(self, batch: PairBatch, pairs: PairScores) -> PreferenceLossOutput:
         """The loss of scored pairs; the means over the step that it reads come with the batch, else from the batch."""
         return self.objective(pairs, batch)
+
+    def inseparable(self) -> str | None:
+        return None if self._objective is None else self._objective.inseparable
 
     # ---- training --------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class KTOModule(RLHFModule):
         D'Oosterlinck et al., Anchored Preference Optimization, 2024. arXiv:2408.06266
     """
 
+    changed_by_steps = ("step_means", "_rewards")
+
     def __init__(
         self,
         policy: ModelSpec,
@@ -172,7 +174,8 @@ class KTOModule(RLHFModule):
         with self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 assert isinstance(batch, UnpairedBatch)
-                sums.append(self._mismatched_log_ratios(batch.to(self.device)).sum())
+                of_parts = self.splitter.results(batch.to(self.device), self._mismatched_log_ratios)
+                sums += [ratios.sum() for ratios in of_parts]
         return {"mismatched_log_ratio": float(torch.stack(sums).sum())}  # the step's one wait for the device
 
     def baseline(self, batch: UnpairedBatch) -> Tensor:
@@ -302,6 +305,11 @@ class RewardMean:
         self.sums = [0.0, 0.0, 0.0, 0.0]
         """Sum of rewards and number of desirable completions, then of undesirable ones."""
         self._step: Tensor | None = None
+
+    def __copy__(self) -> "RewardMean":
+        same = RewardMean()
+        same.sums, same._step = list(self.sums), self._step
+        return same
 
     def add(self, rewards: Tensor, labels: Tensor) -> None:
         """Count a micro-batch of the present step."""

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from rlhf_lightning.core.batches import Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.batches import Batch, Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import RolloutEngine, Sample
@@ -33,8 +33,10 @@ from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell
 from rlhf_lightning.stages.schedule import Schedule
+from rlhf_lightning.stages.splitting import told
 
 OldLogprobs = Literal["recomputed", "sampler"]
+Measured = TypeVar("Measured")
 NOTHING_MORE: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -245,7 +247,7 @@ class OnPolicyModule(RLHFModule):
     def answer(self, draw: Callable[[], PromptBatch], phase: Phases) -> Answered:
         """One batch of prompts, answered and scored."""
         prompts = draw().to(self.device)
-        with phase("generate"):
+        with phase("generate"), told("generation", self._smaller_generation(prompts)):
             answers = self.sample(prompts)
         failpoint("score.before")
         with phase("score"):
@@ -258,6 +260,15 @@ class OnPolicyModule(RLHFModule):
         rows = torch.arange(len(groups), device=self.device)
         groups = torch.where(scored.counts.to(self.device), groups, len(groups) + rows)
         return Answered(prompts, without_dropped(answers, scored), scored, groups)
+
+    def _smaller_generation(self, prompts: PromptBatch) -> str:
+        rows = self.generation.rows_at_once or len(prompts.tokens) * self.generation.num_samples
+        return f"generation.rows_at_once={max(rows // 2, 1)} (other draws of the same distribution)"
+
+    def smaller_batches(self, purpose: str, batch: Batch, pieces: int) -> str:
+        if purpose == "measuring" and isinstance(batch, Generated):
+            return f"rows_at_once={max(batch.num_units // pieces, 1)}"
+        return f"trainer.accumulate_grad_batches={pieces * self.trainer.accumulate_grad_batches}"
 
     def sample(self, prompts: PromptBatch) -> Generated:
         """Answers to train on, those to one prompt side by side."""
@@ -293,7 +304,7 @@ class OnPolicyModule(RLHFModule):
             # -log p of the drawn token has the entropy for its mean
             return answers.sampler_logprobs, -answers.sampler_logprobs if entropy is None else entropy, {}
         with gathered_once(self.policy):  # ranks may have different numbers of parts
-            parts = [self._token_scores(part, with_entropy=True) for part in self._parts(answers)]
+            parts = self.measured(answers, lambda part: self._token_scores(part, with_entropy=True))
         logprobs = torch.cat([part.logprobs for part in parts]).float()
         sampler = {}
         if answers.kept is not None:
@@ -304,17 +315,22 @@ class OnPolicyModule(RLHFModule):
 
     def _measure_reference(self, answers: Generated) -> Tensor:
         """Log-probabilities under the reference; 0 without one."""
-        if self.reference is None:
+        reference = self.reference
+        if reference is None:
             return torch.zeros(answers.tokens.shape, device=self.device)
         temperature = self.generation.temperature
-        with gathered_once(self.reference.policy):
-            parts = [self.reference(part, temperature=temperature).logprobs for part in self._parts(answers)]
+        with gathered_once(reference.policy):
+            parts = self.measured(answers, lambda part: reference(part, temperature=temperature).logprobs)
         return torch.cat(parts).float()
 
     def _token_scores(self, batch: Any, *, with_entropy: bool) -> TokenScores:
         """Log-probabilities at the temperature that the answers were sampled at."""
         assert self.policy is not None
         return self.policy(batch, temperature=self.generation.temperature, with_entropy=with_entropy)
+
+    def measured(self, answers: Generated, run: Callable[[Generated], Measured]) -> list[Measured]:
+        """What `run` says of the answers, so many rows after so many."""
+        return [result for part in self._parts(answers) for result in self.splitter.results(part, run)]
 
     def _parts(self, answers: Generated) -> Iterator[Generated]:
         rows = torch.arange(answers.tokens.shape[0], device=answers.tokens.device)

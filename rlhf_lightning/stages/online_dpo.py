@@ -87,6 +87,7 @@ class OnlineDPOModule(OnPolicyModule):
 
     rollout_kind = PairRollouts
     denominator = "pairs"
+    changed_by_steps = ("step_means", "objective")
 
     def __init__(
         self,
@@ -283,9 +284,15 @@ class OnlineDPOModule(OnPolicyModule):
         with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
             for batch in cast(Sequence[PairRollouts], batches):
                 here = batch.to(self.device)
-                of_batch = self.objective.sums(self._measured(here), here.counts_in_loss)
-                sums = {name: value + of_batch[name] for name, value in sums.items()}
+                for of_part in self.splitter.results(here, self._sums_of):
+                    sums = {name: value + of_part[name] for name, value in sums.items()}
         return sums
+
+    def _sums_of(self, batch: PairRollouts) -> dict[str, float]:
+        return self.objective.sums(self._measured(batch), batch.counts_in_loss)
+
+    def inseparable(self) -> str | None:
+        return self.objective.inseparable
 
     def training_step(self, batch: PairRollouts, batch_idx: int) -> Tensor:
         self.log_pending()

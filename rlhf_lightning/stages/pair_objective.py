@@ -1,5 +1,6 @@
 """A preference loss over the pairs of an optimiser step: denominators, means that it reads, metrics."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -26,6 +27,18 @@ class PairObjective:
         self.loss = loss
         self.running: dict[str, float | Tensor] = dict.fromkeys(loss.running_means, 0.0)
         self._statistics = StepMeans()
+
+    def __copy__(self) -> "PairObjective":
+        same = PairObjective(self.loss)
+        same.running, same._statistics = dict(self.running), copy.copy(self._statistics)
+        return same
+
+    @property
+    def inseparable(self) -> str | None:
+        """Why a micro-batch must not be cut, in words."""
+        if "whole_batch" not in self.loss.needs:
+            return None
+        return f"{type(self.loss).__name__} compares the pairs of a micro-batch"
 
     def warn_of_cuts(self, cut: int) -> None:
         """Say what it means that a step is cut into so many micro-batches and ranks, if it means anything."""

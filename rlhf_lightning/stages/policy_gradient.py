@@ -23,6 +23,7 @@ from rlhf_lightning.stages.on_policy import NOTHING_MORE, Answered, OldLogprobs,
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
+from rlhf_lightning.stages.step_means import StepMeans
 
 
 class PolicyGradientModule(OnPolicyModule):
@@ -45,6 +46,8 @@ class PolicyGradientModule(OnPolicyModule):
         engine, use_reference, reference_sync, renormalise_truncated, old_logprobs: likewise.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
     """
+
+    changed_by_steps = ("step_means", "_step_kl")
 
     def __init__(
         self,
@@ -107,8 +110,12 @@ class PolicyGradientModule(OnPolicyModule):
         self.ptx_coef = ptx_coef
         self._stopped_rollout = -1
         """The rollout on which target_kl ended training early."""
-        self._step_kl = torch.zeros(2, dtype=torch.float64)
-        """Sum and count of the approximate KL over the micro-batches of the current optimiser step."""
+        self._step_kl = StepMeans()
+        """The approximate KL over the micro-batches of the current optimiser step."""
+
+    def inseparable(self) -> str | None:
+        name = type(self.loss).__name__
+        return f"{name} compares the tokens of a micro-batch" if self.loss.whole_batch else None
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
@@ -288,8 +295,7 @@ class PolicyGradientModule(OnPolicyModule):
 
     def _count_step_kl(self, approx_kl: Tensor, batch: Rollouts) -> None:
         if self.target_kl is not None:
-            count, total, _ = masked_moments(approx_kl, batch.mask).unbind()  # stays on the device until the step's end
-            self._step_kl = self._step_kl.to(batch.mask.device) + torch.stack((total, count))
+            self._step_kl.add({"kl": approx_kl}, batch.mask)
 
     def skips_step(self) -> bool:
         """Also the steps that are left of a rollout that the policy has moved too far from."""
@@ -300,9 +306,8 @@ class PolicyGradientModule(OnPolicyModule):
         skipped = self.skips_step()
         super().optimizer_step(*args, **kwargs)
         if self.target_kl is not None and not skipped:
-            total, count = self.add_over_ranks(self._step_kl).tolist()
-            self._step_kl = torch.zeros_like(self._step_kl)
-            if total > self.target_kl * count:
+            moved = self._step_kl.take(self.add_over_ranks)["kl"]
+            if float(moved) > self.target_kl:
                 self._stopped_rollout = self._loader.rollouts
 
     # ---- state -----------------------------------------------------------------------------------------------------

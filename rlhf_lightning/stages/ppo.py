@@ -162,11 +162,11 @@ class PPOModule(PolicyGradientModule):
     # ---- collecting ------------------------------------------------------------------------------------------------
 
     def values_of(self, answered: Answered) -> Tensor:
-        assert self.policy is not None
-        assert self.critic is not None
-        answers = answered.answers
-        with gathered_once(self.policy), gathered_once(self.critic):
-            values = [critic_values(self.critic, self.policy, part) for part in self._parts(answers)]
+        policy, critic, answers = self.policy, self.critic, answered.answers
+        assert policy is not None
+        assert critic is not None
+        with gathered_once(policy), gathered_once(critic):
+            values = self.measured(answers, lambda part: critic_values(critic, policy, part))
         return torch.where(answers.mask, torch.cat(values).float(), 0.0)
 
     def rollout_metrics(

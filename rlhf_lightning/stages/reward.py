@@ -165,9 +165,16 @@ class RewardModule(RLHFModule):
         """Scores of the batch's completions."""
         return self.scores(batch)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._train_unscaled()  # a run that goes on inside an epoch does not see its beginning
+
     def on_train_epoch_start(self) -> None:
+        self._train_unscaled()
+
+    def _train_unscaled(self) -> None:
+        """The loss compares scores as they are trained, not as the last end of an epoch scaled them."""
         if self.normalise_on != "none":
-            # the loss compares scores as they are trained, not as the last epoch's end scaled them
             assert self.model is not None
             self.model.set_normalisation(0.0, 1.0)
 

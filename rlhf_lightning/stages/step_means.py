@@ -17,6 +17,11 @@ class StepMeans:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def __copy__(self) -> "StepMeans":
+        same = StepMeans()
+        same._sums = dict(self._sums)
+        return same
+
     def add(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
         """Count the entries of `values` where `mask` is True. Tensors only: nothing waits for the device."""
         count = mask.sum().float()

@@ -5,6 +5,7 @@ import shutil
 import lightning as L
 import torch
 
+from rlhf_lightning import ModelSpec, RewardModule, RLHFDataModule
 from rlhf_lightning.callbacks import LastCheckpoint, MetricsCSV
 
 
@@ -29,6 +30,15 @@ def test_every_n_steps(sft, trainer_of, tmp_path, monkeypatch):
     monkeypatch.setattr(callback, "_save_checkpoint", lambda trainer, path: written.append(trainer.global_step))
     trainer_of(callback).fit(*sft)
     assert sorted(set(written)) == [1, 2]
+
+
+def test_what_the_end_of_an_epoch_changes_is_in_it(trainer_of, tiny_model, write_jsonl, tmp_path):
+    """Also where the epoch's last step has been written before: a reward model is normalised behind it."""
+    pairs = [{"prompt": "the film", "chosen": f" was {word}", "rejected": " dull"} for word in ("good", "great")]
+    data = RLHFDataModule(train=write_jsonl("pairs.jsonl", pairs), batch_size=1)
+    module = RewardModule(ModelSpec(path=str(tiny_model)), normalise_on="train", seed=0)
+    trainer_of(LastCheckpoint(every_n_train_steps=1)).fit(module, data)
+    assert load(tmp_path)["state_dict"]["model.score_std"] == module.model.score_std != 1
 
 
 def test_every_minutes(sft, trainer_of, monkeypatch):
@@ -83,4 +93,4 @@ def test_metrics_from_before_a_checkpoint_are_on_disk_with_it(sft, trainer_of, t
     monkeypatch.setattr(L.Trainer, "save_checkpoint", look)
     callbacks = [LastCheckpoint(tmp_path, every_n_train_steps=1)]
     trainer_of(*callbacks, logger=MetricsCSV(tmp_path), max_epochs=2, log_every_n_steps=1).fit(module, datamodule=data)
-    assert written == [0, 1, 2, 3]
+    assert written == [0, 1, 2, 2, 3, 4]  # behind every step, and at the end of each epoch

@@ -184,3 +184,45 @@ def test_pairs_of_answers_are_cut_whole():
     nothing = pairs.without_loss()
     assert nothing.counts() == {"pairs": 0, "chosen_tokens": 0}
     assert torch.equal(nothing.mask, pairs.mask), "its loss stays finite"
+
+
+@pytest.mark.parametrize("batch", [b for b, _ in EVERY_BATCH if b.num_units > 1], ids=lambda b: type(b).__name__)
+def test_halves_add_up_to_the_whole(batch):
+    first, second = batch.with_totals({"sequences": 9.0}).halves()
+    assert first.totals == second.totals == {"sequences": 9.0}
+    assert first.num_units == (batch.num_units + 1) // 2
+    assert first.num_units + second.num_units == batch.num_units
+    counts = {name: first.counts()[name] + value for name, value in second.counts().items()}
+    assert counts == batch.counts()
+    assert sorted(first.lengths + second.lengths) == sorted(batch.lengths)
+    assert first.num_cells + second.num_cells == batch.num_cells
+
+
+def test_rankings_are_parted_by_prompt():
+    completions = token_batch([[0, 1, 1], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 1]])
+    batch = RankedBatch(completions, torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1.0, 2.0, 2.0, 1.0, 1.0]))
+    first, second = batch.halves()
+    assert first.groups.tolist() == [0, 0, 1, 1]
+    assert second.groups.tolist() == [0]
+    assert second.completions.tokens.tolist() == completions.tokens[4:].tolist()
+    assert second.ranks.tolist() == [1.0]
+
+
+def test_a_second_source_is_shared_out_with_the_rollouts():
+    extra = token_batch([[0, 1, 1]])
+    first, second = rollouts(rows=2, extra=extra).halves()
+    # one of the two gets the row, the other one in which nothing counts: a step needs something to run on
+    assert sorted(part.extra.counts()["tokens"] for part in (first, second)) == [0, 2]
+    alone = rollouts(rows=1, extra=token_batch([[0, 1, 1], [0, 0, 1], [0, 1, 0]]))
+    parts = [alone.part(i, i + 1) for i in range(3)]
+    assert alone.num_units == 3
+    assert sum(part.counts()["sequences"] for part in parts) == 1
+    assert [part.extra.tokens.tolist() for part in parts] == [[row] for row in alone.extra.tokens.tolist()]
+
+
+def test_prompts_are_parted_with_their_texts_and_records():
+    prompts = PromptBatch(
+        PAIR.tokens, PAIR.mask, texts=["a", "b"], records=[{"n": 0}, {"n": 1}], indices=torch.arange(2)
+    )
+    second = prompts.part(1, 2)
+    assert (second.texts, second.records, second.indices.tolist()) == (["b"], [{"n": 1}], [1])

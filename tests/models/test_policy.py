@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from rlhf_kernels import BackendChoice
 from transformers import GenerationConfig
 
 from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
-from rlhf_lightning.models.policy import Policy, check_head
+from rlhf_lightning.models.policy import Policy, check_fused, check_head
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums over at most 48 numbers of size 1
@@ -175,6 +177,44 @@ def test_an_adapter_where_the_head_would_pass_it_by_is_refused(lab, target, part
     config = {"model_type": "llama", **lab.configs["llama"], "tie_word_embeddings": part == "input embedding"}
     with pytest.raises(UserError, match=part):
         load_policy(ModelSpec(config=config, lora=LoraSpec(target_modules=target)))
+
+
+def test_a_head_that_somebody_else_gave_an_adapter_is_refused(lab):
+    batch = lab.padded(lab.records(2))
+    model = get_peft_model(lab.policy("llama").model, LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(UserError, match=r"output head has an adapter.*leave the head out.*or merge"):
+        Policy(model)(batch)
+    merged = Policy(model.merge_and_unload())
+    assert merged(batch).logprobs.isfinite().all()
+
+
+def test_a_head_that_is_trained_whole_beside_adapters_is_the_one_that_scores(lab):
+    batch = lab.padded(lab.records(2))
+    plain = lab.policy("llama")(batch).logprobs
+    model = get_peft_model(
+        lab.policy("llama").model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    policy = Policy(model)
+    with torch.no_grad():
+        policy.head().weight.mul_(2)
+    check_head(policy)  # log-probabilities are those of the model's own logits
+    assert not torch.allclose(policy(batch).logprobs, plain, atol=1e-3)
+    with policy.adapter_disabled():
+        torch.testing.assert_close(policy(batch).logprobs, plain)
+
+
+def test_fused_log_probabilities_need_a_device_with_kernels(lab):
+    policy = lab.policy("llama", logprobs="fused")
+    assert policy.head().method == "fused"
+    message = r"logprobs: fused does not run here \(no Triton kernels for cpu tensors\): use auto or chunked"
+    with pytest.raises(UserError, match=message):
+        policy(lab.padded(lab.records(2)))
+
+
+def test_fused_log_probabilities_need_one_dtype(monkeypatch):
+    monkeypatch.setattr("rlhf_lightning.models.policy.choose", lambda x: BackendChoice("triton", "cuda", ""))
+    with pytest.raises(UserError, match=r"they are torch.bfloat16 and torch.float32: store the model in the dtype"):
+        check_fused(torch.zeros(1, 2, dtype=torch.bfloat16), torch.zeros(3, 2))
 
 
 def test_an_adapter_for_layers_that_do_not_exist_is_refused(lab):

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerState
 from one_step import another, records
 
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
+from rlhf_lightning.callbacks import LastCheckpoint
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses import SamplerCorrection
 from rlhf_lightning.losses.preference_batch import BetaDPO
@@ -102,7 +103,7 @@ def module_for(stage, model):
     )
 
 
-def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=(), max_epochs=2):
+def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=(), max_epochs=2, max_steps=-1, validated=False):
     module = module_for(stage, model)
     if stage.endswith("cached"):
         module.reference_cache = str(folder / "reference")
@@ -111,6 +112,7 @@ def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=(), max_epo
         pretraining=write_jsonl("texts.jsonl", records("sft")),
         batch_size=4 if stage in ON_POLICY else 2,
         pretraining_batch_size=2,
+        val=write_jsonl("val.jsonl", records(stage)[:2]) if validated else None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,6 +120,8 @@ def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=(), max_epo
             accelerator="cpu",
             devices=1,
             max_epochs=max_epochs,
+            max_steps=max_steps,
+            num_sanity_val_steps=0,
             accumulate_grad_batches=2,
             gradient_clip_val=1.0,
             logger=False,
@@ -129,6 +133,24 @@ def fit(stage, model, write_jsonl, folder, ckpt_path=None, callbacks=(), max_epo
         )
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, trainer
+
+
+class OutOfTime(L.Callback):
+    """Stops a run after so many micro-batches; -1: at the end of the first epoch."""
+
+    def __init__(self, micro_batches):
+        self.micro_batches = micro_batches
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        last = self.micro_batches if self.micro_batches > 0 else trainer.num_training_batches
+        trainer.should_stop = trainer.should_stop or batch_idx == last - 1
+
+
+class NumberOfEpoch(L.Callback):
+    """Something for a checkpoint to watch that every validation improves."""
+
+    def on_validation_end(self, trainer, module):
+        trainer.callback_metrics["val_epoch"] = torch.tensor(float(trainer.current_epoch))
 
 
 def everything(module, trainer):
@@ -189,6 +211,44 @@ def test_resuming_at_one_end_of_an_epoch_after_another(stage, tiny_model, write_
         resumed = everything(*run)
         different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
         assert not different, f"resumed at the end of epoch {epochs - 1}: {different}"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_run_that_was_told_to_stop_inside_an_epoch_goes_on_with_its_rest(
+    stage, micro_batch, tiny_model, write_jsonl, tmp_path
+):
+    """As max_time and early stopping do it. Left alone, Lightning counts the epoch as done."""
+
+    expected = everything(*fit(stage, tiny_model, write_jsonl, tmp_path))
+    _, stopped = fit(stage, tiny_model, write_jsonl, tmp_path, callbacks=[OutOfTime(micro_batch), LastCheckpoint()])
+    assert stopped.global_step == 1  # the step of both micro-batches
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    resumed = everything(*fit(stage, tiny_model, write_jsonl, tmp_path, ckpt_path=last))
+    different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("writer", ["end of epoch", "end of validation"])
+@pytest.mark.parametrize("max_steps", [-1, 99])
+def test_resuming_behind_an_epoch_whose_last_step_is_done(stage, writer, max_steps, tiny_model, write_jsonl, tmp_path):
+    """Left alone, Lightning leaves the next epoch out if there is a `max_steps`."""
+    if writer == "end of epoch":
+        callback, last = LastCheckpoint(), tmp_path / "checkpoints" / "last.ckpt"
+    else:
+        watch = {"monitor": "val_epoch", "mode": "max", "save_on_train_epoch_end": False}
+        callback, last = ModelCheckpoint(tmp_path, "validated", **watch), "validated.ckpt"
+
+    def run(ckpt_path=None, callbacks=()):
+        options = {"max_epochs": 3, "max_steps": max_steps, "validated": writer == "end of validation"}
+        return fit(stage, tiny_model, write_jsonl, tmp_path, ckpt_path, callbacks, **options)
+
+    expected = everything(*run())
+    run(callbacks=[OutOfTime(-1), NumberOfEpoch(), callback])
+    resumed = everything(*run(str(tmp_path / last)))
+    different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
+    assert not different
 
 
 def test_another_number_of_processes_is_refused(tiny_model, write_jsonl, tmp_path):

@@ -61,3 +61,34 @@ def test_a_fallback_on_an_accelerator_is_logged_once(monkeypatch, caplog):
 def test_a_call_on_the_cpu_logs_nothing(caplog):
     token_logprobs(torch.zeros(1, 2), torch.tensor([0]))
     assert not caplog.records
+
+
+def test_numbers_are_kept_per_stream_and_a_graph_has_its_own(monkeypatch):
+    class Device:
+        type = "cuda"
+
+    stream, capturing = torch.device("cpu"), False
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *size, device, **options: full(*size, **options))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": stream}))
+    monkeypatch.setattr(backend, "_scalars", lambda device, stream, values: made.setdefault((stream, values), object()))
+    made = {}
+    stream = 1
+    first = backend.scalars(Device(), 0.5, 2.0)
+    assert backend.scalars(Device(), 0.5, 2.0) is first
+    stream = 2
+    assert backend.scalars(Device(), 0.5, 2.0) is not first  # nothing orders the two streams
+    capturing = True
+    inside = [backend.scalars(Device(), 0.5, 2.0) for _ in range(2)]
+    assert len(made) == 2
+    assert inside[0].tolist() == [0.5, 2.0]
+    assert inside[0] is not inside[1]
+
+
+def test_programs_have_at_most_a_thousand_threads(monkeypatch):
+    triton_policy = pytest.importorskip("rlhf_kernels.triton_policy")
+    for hip, lanes in ((None, 32), ("6.4", 64)):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert all(triton_policy.policy_block_for(vocab)[1] * lanes <= 1024 for vocab in (1, 300, 50257, 151936))
+        assert all(triton_policy.block_for(vocab, 4096)[1] * lanes <= 1024 for vocab in (1, 300, 50257, 151936))

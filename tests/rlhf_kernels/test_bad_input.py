@@ -44,6 +44,10 @@ CASES = [
      r"weight is a Linear: give its weight tensor"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, bias=torch.zeros(4)), r"bias has shape \(4,\)"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, chunk_rows=0), r"chunk_rows=0 must be at least 1"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, method="fast"),
+     r"method='fast': use auto, chunked or fused"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, method="fused"),
+     r"method='fused' is a kernel that does not run here \(no Triton kernels for cpu tensors\): use auto or chunked"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS + 9), r"token id 9 at \[0\] is outside \[0, 5\)"),
     (lambda: exact_kl(LOGITS, LOGITS[:1]), r"ref_logits has shape \(1, 5\) but logits asks for \(2, 5\)"),
     (lambda: exact_kl(LOGITS, LOGITS, direction="both"), r"direction='both': use forward"),
@@ -80,3 +84,28 @@ def test_an_id_that_does_not_count_may_be_anything():
 def test_a_temperature_that_wants_a_gradient_is_refused():
     with pytest.raises(ValueError, match="temperature requires a gradient"):
         token_logprobs(LOGITS, TOKENS, temperature=torch.ones(2, requires_grad=True))
+
+
+def test_a_head_with_an_adapter_is_refused_until_it_is_merged():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(3, 5, bias=False)})
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    ).base_model.model  # init_lora_weights=False: an adapter that changes something
+    hidden, tokens = torch.randn(2, 3), torch.tensor([1, 4])
+    expected = wrapped.lm_head(hidden).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    for call in (
+        lambda: linear_token_logprobs(hidden, wrapped.lm_head, tokens),
+        lambda: linear_exact_kl(hidden, wrapped.lm_head, hidden, WEIGHT),
+        lambda: linear_exact_kl(hidden, WEIGHT, hidden, wrapped.lm_head),
+        lambda: linear_policy_loss(hidden, wrapped.lm_head, tokens, PER_TOKEN, PER_TOKEN, mask=FLAGS, denominator=1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"weight is a Linear: give its weight tensor\. A LoRA-wrapped head has to"
+        ):
+            call()
+    before = linear_token_logprobs(hidden, wrapped.lm_head.weight, tokens).logprobs
+    assert not torch.allclose(before, expected, atol=1e-3)  # what silence would have given
+    wrapped.lm_head.merge()
+    torch.testing.assert_close(linear_token_logprobs(hidden, wrapped.lm_head.weight, tokens).logprobs, expected)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from rlhf_kernels import linear_rows, linear_token_logprobs, token_logprobs
@@ -194,3 +197,35 @@ def _one_of_two_ranks(rank, store):
 
 def test_a_head_on_two_ranks_gets_the_sum_of_their_gradients_in_shards(tmp_path):
     torch.multiprocessing.spawn(_one_of_two_ranks, (tmp_path / "store",), nprocs=2)
+
+
+TURN_ON = {
+    "set_float32_matmul_precision": "torch.set_float32_matmul_precision('high')",
+    "fp32_precision": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+}
+WITHOUT_TF32 = """
+import torch
+from rlhf_kernels.linear_rows import float32_products
+def state():
+    try:
+        old = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        old = "unreadable"
+    return torch.backends.cuda.matmul.fp32_precision, old
+{turn_on}
+before = state()
+with float32_products():
+    assert state() == ("ieee", False), state()  # both switches: products and profilers read one each
+assert state() == before, (before, state())
+assert before[0] == "tf32"
+"""
+
+
+def test_products_of_float32_are_not_rounded_by_any_of_the_switches():
+    # each in a process of its own: torch does not forget which of them was used
+    runs = [
+        subprocess.Popen([sys.executable, "-c", WITHOUT_TF32.format(turn_on=line)], stderr=subprocess.PIPE, text=True)
+        for line in TURN_ON.values()
+    ]
+    for name, run in zip(TURN_ON, runs, strict=True):
+        assert run.wait() == 0, f"{name}: {run.stderr.read()[-500:]}"

@@ -106,7 +106,7 @@ def samples():
     one = torch.tensor(5.0)
     return {
         "token_logprobs": (logits, tokens, mask, None, 1.0, 0.0, 1.0, True, False),
-        "linear_token_logprobs": (*head, tokens, mask, None, 1.0, 0.0, 1.0, True, 2, [4 * V], False),
+        "linear_token_logprobs": (*head, tokens, mask, None, 1.0, 0.0, 1.0, True, 2, [4 * V], False, False),
         "policy_loss": (logits, tokens, a, b, a, None, mask, None, one, *options, True),
         "linear_policy_loss": (*head, tokens, a, b, a, None, mask, None, one, *options, 2, [True, True, True]),
         "exact_kl": (logits, logits.detach().roll(1, 0), mask, a, 1.0, False, True),

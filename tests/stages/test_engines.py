@@ -197,7 +197,7 @@ def test_vllm_that_is_not_installed_is_named(tiny_model, monkeypatch):
 
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"VLLMEngine needs vLLM, which is not installed: docs/engines.md"):
-        vllm_engine.VLLMEngine(GenerationSpec(), None)
+        vllm_engine.VLLMEngine(GenerationSpec(), None).take_weights(load_policy(ModelSpec(path=str(tiny_model))))
 
 
 @pytest.mark.parametrize(

@@ -221,8 +221,7 @@ def step(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = L.Trainer(
-            **{"accelerator": "cpu", "devices": 1, **trainer},
-            max_epochs=1,
+            **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, **trainer},
             accumulate_grad_batches=accumulate,
             logger=False,
             enable_checkpointing=False,

@@ -1,9 +1,11 @@
 """The real vLLM on the CPU, beside a policy of Hugging Face: `make test-vllm` builds the environment and runs these."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from vllm_process import start_server
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -41,3 +43,18 @@ def llama(tmp_path_factory, tiny_tokenizer, llama_config):
 
     spec = ModelSpec(config=llama_config, tokenizer=str(tiny_tokenizer))
     return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def token():
+    os.environ["RLHF_VLLM_TOKEN"] = "of-these-tests-only-0123456789"
+    yield os.environ["RLHF_VLLM_TOKEN"]
+    del os.environ["RLHF_VLLM_TOKEN"]
+
+
+@pytest.fixture(scope="session")
+def server(token, llama, tmp_path_factory):
+    made = start_server(llama, tmp_path_factory.mktemp("server"))
+    yield made
+    if made.process.poll() is None:
+        made.signal(signal.SIGKILL)

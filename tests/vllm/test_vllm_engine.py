@@ -1,4 +1,4 @@
-"""VLLMEngine against transformers: the same tokens, the same log-probabilities, before and after an update."""
+"""vLLM, in process and as a server, against transformers: the same tokens and log-probabilities, also after updates."""
 
 import random
 from dataclasses import replace
@@ -28,11 +28,15 @@ def prompts(tokenizer):
     return collate_prompts(ids, list(TEXTS), [{} for _ in TEXTS], range(len(TEXTS)), tokenizer.pad_token_id)
 
 
-@pytest.fixture(scope="module")
-def engine(tokenizer):
-    from rlhf_lightning.rollout.vllm_engine import VLLMEngine
+@pytest.fixture(scope="module", params=["VLLMEngine", "VLLMServer"])
+def engine(request, tokenizer):
+    from rlhf_lightning.rollout import VLLMEngine, VLLMServer
 
-    made = VLLMEngine(GenerationSpec(max_new_tokens=16), tokenizer)
+    spec = GenerationSpec(max_new_tokens=16)
+    if request.param == "VLLMServer":
+        made = VLLMServer(spec, tokenizer, url=request.getfixturevalue("server").url)
+    else:
+        made = VLLMEngine(spec, tokenizer)
     yield made
     made.close()
 
@@ -153,8 +157,8 @@ def test_prompts_that_leave_no_room_are_refused(engine, policy, prompts):
         answered(engine, policy, prompts, max_new_tokens=60)
 
 
-def test_an_engine_that_was_closed_starts_again(engine, policy, prompts):
+def test_an_engine_that_was_closed_goes_on(engine, policy, prompts):
     first = answered(engine, policy, prompts)
     engine.close()
-    assert not torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()  # nothing of vLLM's is left in this process
     assert torch.equal(answered(engine, policy, prompts).tokens, first.tokens)

@@ -273,3 +273,65 @@ def test_a_factor_of_one_leaves_the_stored_gradient_alone():
     assert grads[:, 0].tolist() == [1.0, 2.0, 0.0]
     scale_rows_triton(grads, torch.tensor(3.0))
     assert grads[:, 4].tolist() == [3.0, 6.0, 0.0]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("key", ["logits", "ref"])
+def test_nan_in_one_row_of_a_kl(direction, key, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    inputs = {"logits": rows(3, 300)[0], "ref": rows(3, 300, seed=1)[0]}
+    inputs[key][1, 7] = math.nan
+    x = inputs["logits"].requires_grad_()
+    kl = exact_kl(x, inputs["ref"], direction=direction)
+    grad = torch.autograd.grad(kl.sum(), x)[0]
+    assert kl.isnan().tolist() == [False, True, False]
+    assert grad[[0, 2]].isfinite().all()
+    assert grad[1].isnan().any()
+
+
+@pytest.mark.parametrize("key", ["logits", "old", "advantages", "ref", "weights"])
+def test_nan_in_one_row_of_a_loss(key, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    logits, tokens, _, advantages, weights = rows(3, 300)
+    inputs = {
+        "logits": logits, "old": torch.zeros(3) - 5, "advantages": advantages, "ref": torch.zeros(3) - 5,
+        "weights": weights,
+    }  # fmt: skip
+    inputs[key] = inputs[key].clone()
+    inputs[key][1] = math.nan
+    x = inputs["logits"].requires_grad_()
+    spec = PolicyLossSpec(kl_coef=0.1, entropy_coef=0.1)
+    per_token = (tokens, inputs["old"], inputs["advantages"])
+    options = {"ref_logprobs": inputs["ref"], "weights": inputs["weights"], "denominator": 3.0, "loss": spec}
+    result = policy_loss(x, *per_token, mask=torch.ones(3, dtype=torch.bool), **options)
+    fields = (result.logprobs, result.entropy, result.ratio, result.kl)
+    assert all(field[[0, 2]].isfinite().all() for field in fields)
+    assert result.logprobs[1].isnan() == (key == "logits")
+    grad = torch.autograd.grad(result.loss, x)[0]
+    assert grad[[0, 2]].isfinite().all()
+    seen = policy_loss(x, *per_token, mask=torch.tensor([True, False, True]), **options)
+    assert seen.loss.isfinite()
+    assert torch.autograd.grad(seen.loss, x)[0].isfinite().all()
+
+
+def test_launches_happen_on_the_device_of_the_tensors(monkeypatch):
+    # triton launches on the current device, whatever the tensors are on
+    entered = []
+    guard = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or guard(x))
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    logits, tokens, mask, factor, _ = rows(3, 40)
+    x = logits.requires_grad_()
+    one = torch.ones(3)
+    calls = {
+        "statistics and gradient": lambda: token_logprobs(x, tokens).logprobs.sum().backward(),
+        "kl": lambda: exact_kl(x, x.detach()),
+        "loss": lambda: policy_loss(x, tokens, one, one, mask=mask, denominator=1.0),
+        "fused": lambda: linear_token_logprobs(x.detach(), torch.eye(40), tokens, method="fused"),
+        "scan": lambda: gae(logits.detach(), logits.detach(), logits > 0, gamma=1.0, lam=1.0),
+        "whiten": lambda: masked_whiten(factor, mask),
+    }
+    for name, run in calls.items():
+        entered.clear()
+        run()
+        assert len(entered) == (2 if name == "statistics and gradient" else 1), name

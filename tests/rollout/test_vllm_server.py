@@ -1,0 +1,381 @@
+"""The client of a vLLM server against a small one of ours; the gate in front of vLLM against a small application."""
+
+import asyncio
+import copy
+import threading
+import time
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+from fake_vllm import TOKEN, FakeVLLM, serving
+from fits import fit
+from one_step import records
+from safetensors.torch import save
+
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.collate import collate_prompts
+from rlhf_lightning.data.encode import encode_prompt
+from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout import vllm_serve
+from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.vllm_serve import Gate, WeightReceiver, check_arguments, is_loopback
+from rlhf_lightning.rollout.vllm_server import PING_SECONDS, VLLMServer
+from rlhf_lightning.stages import GRPOModule
+
+TEXTS = ("the film", "a plot was very", "good")
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("RLHF_VLLM_TOKEN", TOKEN)
+    monkeypatch.delenv("RLHF_VLLM_HOSTS", raising=False)
+
+
+@pytest.fixture
+def policy(tiny_model):
+    return load_policy(ModelSpec(path=str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(ModelSpec(path=str(tiny_model)))
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    ids = [encode_prompt(tokenizer, text) for text in TEXTS]
+    return collate_prompts(ids, list(TEXTS), [{} for _ in TEXTS], range(len(TEXTS)), tokenizer.pad_token_id)
+
+
+def moved(policy):
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    return policy
+
+
+def client(server, tokenizer, spec=None, **options):
+    return VLLMServer(spec or GenerationSpec(max_new_tokens=6), tokenizer, url=server.url, **options)
+
+
+# ---- answers and weights ---------------------------------------------------------------------------------------------
+
+
+def test_answers_come_from_the_weights_that_were_given_last(policy, tokenizer, prompts):
+    greedy = GenerationSpec(max_new_tokens=6, temperature=0.0)
+    with serving(FakeVLLM(copy.deepcopy(policy), tokenizer)) as server:
+        engine = client(server, tokenizer, greedy)
+        for _ in range(2):
+            engine.take_weights(policy)
+            expected = HFGenerate(greedy, tokenizer).generate(policy, prompts, seed=0)
+            assert torch.equal(engine.generate(policy, prompts, seed=0).tokens, expected.tokens)
+            moved(policy)
+        stale = engine.generate(policy, prompts, seed=0)
+    assert not torch.equal(stale.tokens, HFGenerate(greedy, tokenizer).generate(policy, prompts, seed=0).tokens)
+
+
+def test_answers_to_a_prompt_stand_side_by_side_with_what_the_server_said(policy, tokenizer, prompts):
+    with serving(FakeVLLM(copy.deepcopy(policy), tokenizer)) as server:
+        engine = client(server, tokenizer, GenerationSpec(max_new_tokens=6, num_samples=4), in_flight=2)
+        engine.take_weights(policy)
+        answers = engine.generate(policy, prompts, seed=1)
+        again, other = (engine.generate(policy, prompts, seed=seed) for seed in (1, 2))
+    assert torch.equal(answers.tokens, again.tokens)
+    assert not torch.equal(answers.tokens, other.tokens)
+    before = prompts.tokens.shape[1]
+    assert torch.equal(answers.tokens[:, :before], prompts.tokens.repeat_interleave(4, 0))
+    own = policy(answers).logprobs
+    torch.testing.assert_close(answers.sampler_logprobs, own, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_is_added_in_and_weights_may_come_in_parts(tiny_model, policy, tokenizer, prompts):
+    adapted = moved(load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=4))))
+    with serving(FakeVLLM(policy, tokenizer)) as server:
+        engine = client(server, tokenizer, part_mib=1)
+        engine._server.limits = engine._server.limits.__class__(20, 600, 3, 128, 0)  # a part for each weight
+        engine.take_weights(adapted)
+        answers = engine.generate(adapted, prompts, seed=1)
+        assert server.parts == len(policy.causal_lm.state_dict())
+    torch.testing.assert_close(answers.sampler_logprobs, adapted(answers).logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_stage_trains_through_a_server(tiny_model, policy, tokenizer, write_jsonl, tmp_path):
+    prompts = write_jsonl("prompts.jsonl", [{"prompt": row["prompt"]} for row in records("ppo")[:8]])
+    with serving(FakeVLLM(policy, tokenizer)) as server:
+        module = GRPOModule(
+            ModelSpec(path=str(tiny_model)),
+            [WeightedReward(LengthReward(target=3), name="reward")],
+            generation=GenerationSpec(max_new_tokens=5, num_samples=4),
+            engine=partial(VLLMServer, url=server.url),
+            optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+            seed=1,
+        )
+        metrics = fit(module, tmp_path, data={"train": prompts, "batch_size": 4}).callback_metrics
+        assert server.asked.count("/rlhf/weights") == 2
+        assert server.asked.count("/v1/completions") == 8
+    assert metrics["rollout/logprob_gap"] < 1e-5
+    assert metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-5)
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_that_passes_is_tried_again(policy, tokenizer, prompts):
+    failures = {"/v1/completions": [503, 500], "/rlhf/weights": [503]}
+    with serving(FakeVLLM(policy, tokenizer, failures)) as server:
+        engine = client(server, tokenizer)
+        engine.take_weights(policy)
+        assert engine.generate(policy, prompts, seed=1).mask.any(-1).all()
+        assert server.asked.count("/v1/completions") == 5
+
+
+def test_a_failure_that_stays_is_an_error(policy, tokenizer, prompts):
+    with serving(FakeVLLM(policy, tokenizer, {"/v1/completions": [503] * 99})) as server:
+        engine = client(server, tokenizer, retries=1)
+        engine.take_weights(policy)
+        with pytest.raises(UserError, match=r"2 tries: status 503.*on purpose.*make vllm-server"):
+            engine.generate(policy, prompts, seed=1)
+
+
+def test_nobody_there_is_an_error_at_once(policy, tokenizer):
+    with serving(FakeVLLM(policy, tokenizer)) as server:
+        engine = client(server, tokenizer)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"no vLLM server answers at {server.url} \(4 tries: ConnectionRefusedError"):
+        engine.take_weights(policy)
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("path", ["/rlhf/model", "/rlhf/weights", "/v1/completions"])
+def test_a_server_that_hangs_is_an_error_after_the_patience(path, policy, tokenizer, prompts):
+    with serving(FakeVLLM(policy, tokenizer)) as server:
+        engine = client(server, tokenizer, patience_s=1.0)
+        if path == "/v1/completions":
+            engine.take_weights(policy)
+        server.hangs = (path, "/health")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"no vLLM server answers at {server.url}"):
+            engine.take_weights(policy) if path != "/v1/completions" else engine.generate(policy, prompts, seed=1)
+        assert time.monotonic() - started < 10
+
+
+def test_a_dead_server_is_an_error_within_30_seconds_by_default(tokenizer, policy):
+    limits = VLLMServer(GenerationSpec(), tokenizer)._server.limits
+    # silence counts from when the last sign of life was asked for, and is looked at twice a second
+    assert limits.patience_s + 0.5 < 30
+    # a server that is gone is noticed by the tries: 0.5 + 1 + 2 seconds between them
+    assert limits.retries == 3
+    assert limits.patience_s > PING_SECONDS
+
+
+def test_one_answer_that_takes_too_long_is_named(policy, tokenizer, prompts):
+    with serving(FakeVLLM(policy, tokenizer)) as server:
+        engine = client(server, tokenizer, answer_timeout_s=1.0)
+        engine.take_weights(policy)
+        server.hangs = ("/v1/completions",)
+        with pytest.raises(UserError, match=r"engine.answer_timeout_s=1.0: raise it"):
+            engine.generate(policy, prompts, seed=1)
+
+
+def test_a_server_with_another_token_or_model_or_weights_is_named(policy, tokenizer, prompts, monkeypatch):
+    with serving(FakeVLLM(policy, tokenizer)) as server:
+        monkeypatch.setenv("RLHF_VLLM_TOKEN", "another-token-of-some-length")
+        with pytest.raises(UserError, match="was started with another RLHF_VLLM_TOKEN than this run's"):
+            client(server, tokenizer).take_weights(policy)
+        monkeypatch.setenv("RLHF_VLLM_TOKEN", TOKEN)
+        for what, told in (("hidden_size", 32), ("architecture", "MistralForCausalLM")):
+            server.changes = {what: told}
+            with pytest.raises(UserError, match=f"serves a model whose {what} is {told}, and the policy's is"):
+                client(server, tokenizer).take_weights(policy)
+        server.changes = {}
+        engine = client(server, tokenizer)
+        engine.take_weights(policy)
+        server.weights = None  # it was started anew
+        with pytest.raises(UserError, match="holds other weights than this run gave it"):
+            engine.generate(policy, prompts, seed=1)
+        assert server.asked.count("/v1/completions") <= len(TEXTS)  # such an error is not tried again
+
+
+def test_a_server_that_is_not_ours_is_named(policy, tokenizer):
+    message = "does not know /rlhf/model: start it with make vllm-server"
+    with serving(FakeVLLM(policy, tokenizer, {"/rlhf/model": [404]})) as s, pytest.raises(UserError, match=message):
+        client(s, tokenizer).take_weights(policy)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("127.0.0.1:8000", "is no server's address: give http://"),
+        ("http://127.0.0.1:8000/v1", "is no server's address"),
+        ("ftp://127.0.0.1", "is no server's address"),
+        ("http://10.0.0.7:8000", "is not this machine.*export RLHF_VLLM_HOSTS=10.0.0.7 if it is yours"),
+        ("http://127.0.0.1.evil.org", "is not this machine"),
+        ("http://127.0.0.1@evil.org", "is not this machine"),
+    ],
+)
+def test_a_config_does_not_decide_where_weights_go(url, message, tokenizer, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        VLLMServer(GenerationSpec(), tokenizer, url=url)
+    monkeypatch.setenv("RLHF_VLLM_HOSTS", "other, 10.0.0.7")
+    VLLMServer(GenerationSpec(), tokenizer, url="https://10.0.0.7:8000")
+
+
+@pytest.mark.parametrize(("given", "what"), [(None, "is not set"), ("short", "has fewer than 16 characters")])
+def test_without_a_token_nobody_is_asked_and_nobody_listens(given, what, policy, tokenizer, monkeypatch, capsys):
+    monkeypatch.delenv("RLHF_VLLM_TOKEN")
+    if given:
+        monkeypatch.setenv("RLHF_VLLM_TOKEN", given)
+    with pytest.raises(UserError, match=f"RLHF_VLLM_TOKEN {what}"):
+        VLLMServer(GenerationSpec(), tokenizer).take_weights(policy)
+    assert vllm_serve.main(["--model", "x"]) == 2
+    assert f"error: the environment variable RLHF_VLLM_TOKEN {what}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["patience_s", "answer_timeout_s", "in_flight", "part_mib"])
+def test_limits_are_positive(option, tokenizer):
+    with pytest.raises(UserError, match=f"engine.{option}=0: give a positive number"):
+        VLLMServer(GenerationSpec(), tokenizer, **{option: 0})
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Takes weights as vLLM's engine does."""
+
+    def __init__(self, broken=False):
+        self.worker, self.broken, self.events = WeightReceiver(), broken, []
+        self.worker.reload_weights = lambda weights_iterator: self.events.append(dict(weights_iterator))
+
+    async def collective_rpc(self, method, args=()):
+        if self.broken and method == "rlhf_load":
+            raise ValueError("there is no parameter named so")
+        getattr(self.worker, method)(*args)
+
+    async def reset_prefix_cache(self):
+        self.events.append("reset")
+
+
+class Served:
+    """An application behind the gate, asked without a network."""
+
+    def __init__(self, **options):
+        self.engine, self.reached = Engine(**options), []
+        self.gate = Gate(self.app)
+
+    async def app(self, scope, receive, send):
+        self.reached.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    def ask(self, method, path, body=b"", token=TOKEN, **headers):
+        path, _, query = path.partition("?")
+        named = {"authorization": f"Bearer {token}", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": query.encode(),
+            "headers": [(name.encode(), value.encode()) for name, value in named.items() if value is not None],
+            "app": Namespace(state=Namespace(engine_client=self.engine)),
+        }
+        pieces = [{"type": "http.request", "body": body[i : i + 7], "more_body": True} for i in range(0, len(body), 7)]
+        pieces.append({"type": "http.request"})
+        sent = []
+
+        async def receive():
+            return pieces.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        asyncio.run(self.gate(scope, receive, send))
+        return sent[0]["status"]
+
+
+PART = {name: save({name: torch.full((2,), float(i))}) for i, name in enumerate(("a", "b"))}
+
+
+def test_the_gate_lets_nobody_through_without_the_token():
+    served = Served()
+    for token in ("", TOKEN[:-1], TOKEN + "x", "of-these"):
+        for method, path in (("GET", "/v1/models"), ("POST", "/rlhf/weights?name=x&part=0&parts=1"), ("GET", "/docs")):
+            assert served.ask(method, path, PART["a"], token=token) == 401
+    assert served.reached == []
+    assert served.engine.events == []
+    assert served.ask("GET", "/health", token="") == 200
+    assert served.ask("GET", "/v1/models") == 200
+    assert served.reached == ["/health", "/v1/models"]
+
+
+def test_weights_are_taken_up_whole_and_known_prompts_are_forgotten():
+    served = Served()
+    assert served.ask("POST", "/rlhf/weights?name=one&part=0&parts=2", PART["a"]) == 200
+    assert served.engine.events == []
+    assert served.ask("POST", "/v1/completions", x_rlhf_weights="one") == 409  # half of them are there
+    assert served.ask("POST", "/rlhf/weights?name=one&part=1&parts=2", PART["b"]) == 200
+    loaded, reset = served.engine.events
+    assert {name: value.tolist() for name, value in loaded.items()} == {"a": [0.0, 0.0], "b": [1.0, 1.0]}
+    assert reset == "reset"
+    assert served.ask("POST", "/v1/completions", x_rlhf_weights="one") == 200
+    assert served.ask("POST", "/v1/completions", x_rlhf_weights="two") == 409
+    assert served.ask("POST", "/v1/completions") == 200  # somebody who does not mind
+
+
+def test_parts_that_come_twice_do_no_harm_and_lost_ones_are_noticed():
+    served = Served()
+    for part, name in ((0, "a"), (0, "a"), (1, "b"), (1, "b")):
+        assert served.ask("POST", f"/rlhf/weights?name=one&part={part}&parts=2", PART[name]) == 200
+    assert len(served.engine.events) == 2
+    assert served.ask("POST", "/rlhf/weights?name=two&part=1&parts=2", PART["b"]) == 409
+    assert served.ask("POST", "/rlhf/weights?name=two&part=0", PART["b"]) == 400
+    assert served.ask("POST", "/v1/completions", x_rlhf_weights="one") == 200
+
+
+def test_what_cannot_be_loaded_is_refused_and_nothing_is_held_after():
+    import pickle
+
+    served = Served()
+    assert served.ask("POST", "/rlhf/weights?name=one&part=0&parts=1", PART["a"]) == 200
+    for body in (pickle.dumps({"a": 1}), b""):
+        assert served.ask("POST", "/rlhf/weights?name=two&part=0&parts=1", body) == 422
+    assert served.ask("POST", "/v1/completions", x_rlhf_weights="one") == 409
+    assert Served(broken=True).ask("POST", "/rlhf/weights?name=one&part=0&parts=1", PART["a"]) == 422
+
+
+def test_the_server_listens_on_this_machine_and_for_one_process():
+    fine = {"host": "127.0.0.1", "data_parallel_size": 1, "api_server_count": 1, "uds": None, "grpc": False}
+    check_arguments(Namespace(**fine))
+    check_arguments(Namespace(**fine | {"host": "10.0.0.7"}))  # whoever says so; there is a token
+    for option, value, message in (
+        ("host", "", "--host '' would listen everywhere"),
+        ("data_parallel_size", 2, "--data-parallel-size 2: weights are given to one server process"),
+        ("uds", "/tmp/x", "--uds /tmp/x"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_arguments(Namespace(**fine | {option: value}))
+    assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.7", "a.org")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_server_that_dies_while_it_answers_is_an_error(policy, tokenizer, prompts):
+    server = FakeVLLM(policy, tokenizer)
+    with serving(server):
+        engine = client(server, tokenizer, patience_s=2.0, retries=1)
+        engine.take_weights(policy)
+        server.hangs = ("/v1/completions",)
+        threading.Timer(0.3, lambda: (server.ended.set(), server.shutdown(), server.socket.close())).start()
+        with pytest.raises(UserError, match=f"no vLLM server answers at {server.url}"):
+            engine.generate(policy, prompts, seed=1)
