@@ -173,3 +173,16 @@ def test_log_probabilities_are_those_of_the_logits(monkeypatch):
     fused = linear_token_logprobs(hidden, weight, tokens, method="fused", with_entropy=True)
     whole = token_logprobs(hidden @ weight.T, tokens, with_entropy=True)
     torch.testing.assert_close(tuple(fused), tuple(whole), **CLOSE)
+
+
+def test_fused_compiles_into_one_graph(monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    hidden, weight, tokens = problem(3, 40, 12)
+
+    def use(h, w):
+        return linear_token_logprobs(h, w, tokens, method="fused").logprobs.sum()
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(use(h, w), (h, w))
+    compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(h, w), (h, w)), expected)
