@@ -1,27 +1,39 @@
-"""Time every op of rlhf_kernels against plain torch and against each peer that is installed.
+"""Check every op of rlhf_kernels, then time it against plain torch and against each peer that is installed.
 
-    python benchmarks/bench_kernels.py                 # this machine's device -> benchmarks/results/kernels/*.json
+On a GPU, in pieces of less than ten minutes; a piece that was cut off goes on where it stopped, if it finds its file:
+
+    PYTHONPATH=kernels:. python3 benchmarks/bench_kernels.py --part 1 --out out/1  # checks; ops on logits
+    PYTHONPATH=kernels:. python3 benchmarks/bench_kernels.py --part 2 --out out/2  # log-probs from hidden states
+    PYTHONPATH=kernels:. python3 benchmarks/bench_kernels.py --part 3 --out out/3  # the loss from them; advantages
+    python benchmarks/bench_kernels.py --merge out/*/cuda.json                     # one file; docs/kernels.md
+
+Elsewhere:
+
+    python benchmarks/bench_kernels.py                 # this machine's device -> results/kernels/*.json, docs
     python benchmarks/bench_kernels.py --large         # CPU: only 2048 tokens x 151936 words, ours and torch (10 min)
     python benchmarks/bench_kernels.py --dry-run       # tiny shapes, kernels in the interpreter: nothing is measured
     python benchmarks/bench_kernels.py --docs          # write docs/kernels.md from the results, measuring nothing
 
-Each op runs in a process of its own (on the CPU: each shape of it). An implementation is first checked against float64
-and reported with its error; an op of ours whose error is above its tolerance gets no row and the command fails. A peer
-that is not installed, needs another device or fails is listed with the reason (most of them come with
-`pip install liger-kernel cut-cross-entropy trl`). Timings are medians over interleaved rounds on rotated buffers of
-random numbers; an implementation that has used up its time drops out of further rounds.
-On a GPU the ceilings (copy bandwidth, bfloat16 matrix product) are measured in the same process, so that a share of
-them means something.
+Each op runs in a process of its own (on the CPU: each shape of it), and what a shape gave is on disk before the next
+begins. An implementation is first checked against float64 and reported with its error; an op of ours whose error is
+above its tolerance gets no row and the command fails. A peer that is not installed, needs another device or fails is
+listed by name with the reason (most of them come with `pip install liger-kernel cut-cross-entropy trl`). Timings are
+medians over interleaved rounds on rotated buffers of random numbers; an implementation that has used up its time drops
+out of further rounds. On a GPU the ceilings (copy bandwidth, bfloat16 matrix product) are measured in the same process,
+so that a share of them means something.
 """
 
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,6 +77,12 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "masked_whiten": [(512, 8192)],
     },
 }
+PARTS = {
+    1: ("checks", "token_logprobs", "policy_loss", "exact_kl"),
+    2: ("linear_token_logprobs",),
+    3: ("linear_policy_loss", "gae", "masked_whiten"),
+}
+"""What one call of ten minutes does."""
 SECONDS = {"cpu": 600.0, "cuda": 4.0}
 """Time an implementation may take at one shape before it drops out of further rounds; it gets three in any case."""
 
@@ -92,6 +110,8 @@ class Row:
     """6 N H V over both passes, for ops from hidden states."""
     ceiling_share: float | None = None
     """Of the copy bandwidth or the matrix product measured in the same process (GPU only)."""
+    forward_teraflops: float | None = None
+    """2 N H V over the forward pass, for ops from hidden states."""
 
 
 def synchronise(device: str) -> None:
@@ -224,6 +244,9 @@ def measure(
         if case.bytes_moved:
             row.gigabytes_per_s = case.bytes_moved(buffers[0]) / (total or first) / 1e6
             row.ceiling_share = row.gigabytes_per_s / top["copy_gb_s"] if top else None
+        if case.flops:
+            row.forward_teraflops = case.flops(shape) / 3 / first / 1e9
+            row.ceiling_share = row.forward_teraflops / top["matmul_tflop_s"] if top else None
         if case.flops and total:
             row.teraflops = case.flops(shape) / total / 1e9
             row.ceiling_share = row.teraflops / top["matmul_tflop_s"] if top else None
@@ -231,9 +254,11 @@ def measure(
     return rows, problems
 
 
-def describe(device: str) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    about = {"torch": torch.__version__, "commit": commit.strip(), "threads": torch.get_num_threads()}
+def describe(device: str, commit: str | None) -> dict[str, Any]:
+    if commit is None:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    about = {"torch": torch.__version__, "commit": commit, "threads": torch.get_num_threads()}
     try:
         import triton
 
@@ -244,6 +269,7 @@ def describe(device: str) -> dict[str, Any]:
         about["device"] = torch.cuda.get_device_name()
         about["driver"] = str(torch._C._cuda_getDriverVersion())
         about["ceilings"] = ceilings(device)
+        torch.cuda.empty_cache()  # the processes that measure need the memory
     else:
         about["device"] = platform.processor() or platform.machine()
         about["time"] = "processor time, one thread"
@@ -251,60 +277,139 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def child(argument: str) -> None:
-    """One op, in this process: prints its rows as JSON on the last line."""
+    """One op, in this process: prints what each shape gave as a line of JSON, as soon as it is there."""
     request = json.loads(argument)
     device = request["device"]
     torch.set_num_threads(1)
+    if request["op"] == "checks":
+        from kernel_checks import run as run_checks
+
+        for outcome in run_checks(device):
+            tell(checks=[outcome], failures=[f"{outcome['check']}: {outcome['wrong']}"] if outcome["wrong"] else [])
+        tell(done=["checks"])
+        return
     top = ceilings(device)
-    rows: list[Row] = []
-    problems: list[str] = []
-    failures: list[str] = []
     for shape in map(tuple, request["shapes"]):
-        try:
-            some, others = measure(request["op"], shape, device, request["rounds"], top)
-        except Exception as problem:
-            failures.append(f"{request['op']} {shape}: {type(problem).__name__}: {problem}")
+        if time.time() > request["deadline"]:
+            tell(left=[f"{request['op']} {shape}"])
             continue
+        try:
+            rows, problems = measure(request["op"], shape, device, request["rounds"], top)
+            tell(rows=[asdict(row) for row in rows], problems=problems, done=[f"{request['op']} {shape}"])
+        except Exception as problem:
+            tell(failures=[f"{request['op']} {shape}: {type(problem).__name__}: {problem}"])
         finally:
             if device == "cuda":
                 torch.cuda.empty_cache()
-        rows += some
-        problems += others
-    print(json.dumps({"rows": [asdict(row) for row in rows], "problems": problems, "failures": failures}))
 
 
-def run(name: str, device: str, rounds: int, only: str | None) -> dict[str, list[Any]]:
-    """Rows, problems of peers and failures of ours, of all ops of a set of shapes."""
-    found: dict[str, list[Any]] = {"rows": [], "problems": [], "failures": []}
+def tell(**found: list[Any]) -> None:
+    print(LINE + json.dumps(found), flush=True)
+
+
+LINE = "found: "
+"""Begins a line that is for the parent; everything else is somebody's chatter."""
+
+
+class Report:
+    """What was found, on disk after every shape; taken up again if the same code on the same device wrote it."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path = path
+        empty: dict[str, list[Any]] = {key: [] for key in ("rows", "problems", "checks", "failures", "left", "done")}
+        self.found = {**about, **empty}
+        if path is not None and path.is_file():
+            old = json.loads(path.read_text())
+            if "done" in old and all(old.get(key) == about[key] for key in SAME):
+                self.found = {**old, "failures": [], "left": []}
+
+    def add(self, more: dict[str, list[Any]]) -> None:
+        for key, some in more.items():
+            self.found[key] += [x for x in some if x not in self.found[key]]
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+SAME = ("device", "torch", "triton", "commit")
+
+
+def run(name: str, device: str, rounds: int, ops: list[str], report: Report, seconds: float) -> None:
+    """All shapes of `ops`, as far as `seconds` reach; fills the report."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if name == "dry":
         environment["TRITON_INTERPRET"] = "1"
-    for op, shapes in SHAPES[name].items():
+    deadline = time.time() + seconds
+    for op in ops:
+        shapes = [shape for shape in SHAPES[name].get(op, []) if f"{op} {shape}" not in report.found["done"]]
         # memory of a process is only comparable while it is fresh; a GPU counts its own
         groups = [shapes] if device == "cuda" else [[shape] for shape in shapes]
-        for group in groups if only in (None, op) else []:
-            request = json.dumps({"op": op, "shapes": group, "device": device, "rounds": rounds})
-            command = [sys.executable, __file__, "--one", request]
-            result = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if result.returncode:
-                last = (result.stderr.strip().splitlines() or [f"ended with {result.returncode}"])[-1]
-                found["failures"].append(f"{op} {group}: {last}")
+        for group in ([] if "checks" in report.found["done"] else [[]]) if op == "checks" else groups:
+            if time.time() > deadline:
+                report.add({"left": [f"{op} {shape}" for shape in group] or [op]})
+            elif group or op == "checks":
+                request = {"op": op, "shapes": group, "device": device, "rounds": rounds, "deadline": deadline}
+                run_child(request, environment, report)
+
+
+def run_child(request: dict[str, Any], environment: dict[str, str], report: Report) -> None:
+    """One process, read line by line; ended a minute after the deadline, whatever it does then."""
+    command = [sys.executable, __file__, "--one", json.dumps(request)]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        watchdog = threading.Timer(max(0.0, request["deadline"] - time.time()) + 60, process.kill)
+        watchdog.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith(LINE):
                 continue
-            answer = json.loads(result.stdout.splitlines()[-1])
-            for key, some in found.items():
-                some += answer[key]
-            for row in answer["rows"]:
+            found = json.loads(line.removeprefix(LINE))
+            report.add(found)
+            for row in found.get("rows", []):
                 timing = f"{row['forward_ms']:10.3f} ms forward {row['both_ms'] or 0:10.3f} ms both"
-                shape = tuple(row["shape"])
-                print(f"{op:22} {shape!s:20} {row['implementation']:36} {timing} {row['peak_mb']:8.0f} MB", flush=True)
-    return found
+                shape = str(tuple(row["shape"]))
+                print(
+                    f"{row['op']:22} {shape:20} {row['implementation']:36} {timing} {row['peak_mb']:8.0f} MB",
+                    flush=True,
+                )
+            for check in found.get("checks", []):
+                print(f"{check['outcome']:8} {check['seconds']:6.1f} s  {check['check']}: {check['what']}", flush=True)
+        code = process.wait()
+        watchdog.cancel()
+        if code:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or [f"ended with {code}"])[-1]
+            report.add({"failures": [f"{request['op']} {request['shapes']}: {last}"]})
+
+
+def merge(paths: list[Path]) -> None:
+    """Pieces that one code found on one kind of device -> results/kernels/cuda.json."""
+    pieces = [json.loads(path.read_text()) for path in paths]
+    for key in SAME:
+        if len({piece[key] for piece in pieces}) > 1:
+            raise SystemExit(
+                f"{key} differs: {', '.join(str(piece[key]) for piece in pieces)}; merge what belongs together"
+            )
+    report = Report(None, {key: value for key, value in pieces[0].items() if not isinstance(value, list)})
+    for piece in pieces:
+        report.add({key: value for key, value in piece.items() if isinstance(value, list)})
+    report.path = RESULTS / "cuda.json"
+    report.write()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", type=int, choices=PARTS, help="a piece of less than ten minutes; default: everything")
+    parser.add_argument("--out", type=Path, help="folder for the results, instead of the repository's")
+    parser.add_argument("--seconds", type=float, help="begin nothing after so many (--part: 480)")
+    parser.add_argument("--merge", type=Path, nargs="+", help="put the files of several parts together, write the docs")
+    parser.add_argument("--commit", help="of the code, where it lies without its history")
     parser.add_argument("--large", action="store_true", help="CPU: only the shape of a 152k vocabulary")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter; nothing is written")
-    parser.add_argument("--op", help="only this op; nothing is written")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter; written to --out only")
+    parser.add_argument("--op", help="only this op (or: checks); written to --out only")
     parser.add_argument("--rounds", type=int, help="timed rounds per implementation")
     parser.add_argument("--docs", action="store_true", help="write docs/kernels.md from the results on disk")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -312,22 +417,28 @@ def main() -> int:
     if arguments.one:
         child(arguments.one)
         return 0
-    if not arguments.docs:
+    if arguments.merge:
+        merge(arguments.merge)
+    elif not arguments.docs:
         device = "cuda" if torch.cuda.is_available() and not arguments.dry_run else "cpu"
         name = "dry" if arguments.dry_run else "large" if arguments.large else device
         rounds = arguments.rounds or {"cpu": 5, "large": 3, "cuda": 40, "dry": 1}[name]
-        found = run(name, device, rounds, arguments.op)
-        for problem in sorted(set(found["problems"])):
+        partial = arguments.dry_run or arguments.op or arguments.part
+        folder = arguments.out or (None if partial else RESULTS)
+        report = Report(folder and folder / f"{name}.json", describe(device, arguments.commit))
+        ops = [arguments.op] if arguments.op else list(PARTS.get(arguments.part, ("checks", *SHAPES[name])))
+        if name in ("cpu", "large") and "checks" in ops:
+            ops.remove("checks")  # nothing to check: the kernels do not run here
+        run(name, device, rounds, ops, report, arguments.seconds or (480 if arguments.part else math.inf))
+        for problem in sorted(set(report.found["problems"])):
             print(f"not timed: {problem}")
-        for failure in found["failures"]:
+        for left in report.found["left"]:
+            print(f"no time left for {left}: the same command goes on from here")
+        for failure in report.found["failures"]:
             print(failure, file=sys.stderr)
-        if not arguments.dry_run and not arguments.op:
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            report = {**describe(device), "rows": found["rows"], "problems": sorted(set(found["problems"]))}
-            (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        if found["failures"]:
+        if report.found["failures"] or report.found["left"]:
             return 1
-        if arguments.dry_run or arguments.op:
+        if folder != RESULTS:
             return 0
     from kernel_docs import write_docs
 

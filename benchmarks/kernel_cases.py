@@ -105,11 +105,24 @@ class Implementation(NamedTuple):
     """False: it cannot give gradients."""
 
 
+def _kernels(call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+    """By the kernels, on a GPU or in the interpreter."""
+    return _backend("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto", call)
+
+
+def _fused(i: Inputs, tile: tuple[int, ...] | None = None, **how: Any) -> Tensor:
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_linear import Tile, linear_stats_triton
+
+    how["tile"] = None if tile is None else Tile(*tile)
+    hidden, weight = i["hidden"].detach(), i["weight"].detach()
+    return linear_stats_triton(hidden, weight, None, i["tokens"], Transform(), with_entropy=False, **how).logprobs
+
+
 def _mine(call: Callable[[Inputs], Any]) -> dict[str, Implementation]:
     """Ours: the kernels on a GPU (or in the interpreter), the reference everywhere."""
-    backend = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
     return {
-        "rlhf_kernels (Triton)": Implementation(_backend(backend, call), "cuda"),
+        "rlhf_kernels (Triton)": Implementation(_kernels(call), "cuda"),
         "rlhf_kernels (reference)": Implementation(_backend("reference", call)),
     }
 
@@ -200,6 +213,18 @@ def _linear_ops() -> dict[str, Op]:
     shared["flops"] = lambda shape: 6.0 * shape[0] * shape[1] * shape[2]
     scores = {
         **_mine(lambda i: ours.linear_token_logprobs(i["hidden"], i["weight"], i["tokens"])),
+        "rlhf_kernels (fused)": Implementation(
+            _kernels(lambda i: ours.linear_token_logprobs(i["hidden"], i["weight"], i["tokens"], method="fused")),
+            "cuda",
+        ),
+        # what else the fused kernel could be: to choose by, not to ship
+        "fused, pointers": Implementation(_kernels(lambda i: _fused(i, descriptors=False)), "cuda", backward=False),
+        "fused, 128 x 256 x 64": Implementation(
+            _kernels(lambda i: _fused(i, tile=(128, 256, 64, 3, 8))), "cuda", backward=False
+        ),
+        "fused, 64 x 256 x 64": Implementation(
+            _kernels(lambda i: _fused(i, tile=(64, 256, 64, 4, 8))), "cuda", backward=False
+        ),
         "torch": Implementation(lambda i: _naive_logprobs(i["hidden"] @ i["weight"].T, i["tokens"])),
         "512 rows at a time (verl's way)": Implementation(peers.linear_by_rows),
         "TRL chunked log-probs": Implementation(peers.trl_linear, package="trl"),

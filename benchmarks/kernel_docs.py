@@ -14,9 +14,9 @@ def _number(x: float | None, digits: int = 1) -> str:
 
 def _timing_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| op | shape | implementation | forward ms | backward ms | both ms | GB/s | TFLOP/s | of ceiling | peak MB "
-        "| error |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| op | shape | implementation | forward ms | backward ms | both ms | GB/s | TFLOP/s | forward | of ceiling "
+        "| peak MB | error |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         error = "" if row["error"] is None else f"{row['error']:.0e}"
@@ -24,13 +24,15 @@ def _timing_table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [
             row["op"], " x ".join(map(str, row["shape"])), row["implementation"], _number(row["forward_ms"]),
             _number(row["backward_ms"]), _number(row["both_ms"]), _number(row["gigabytes_per_s"]),
-            _number(row["teraflops"], 2), share, _number(row["peak_mb"], 0), error,
+            _number(row["teraflops"], 2), _number(row.get("forward_teraflops"), 2), share, _number(row["peak_mb"], 0),
+            error,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 MINE = "rlhf_kernels (Triton)"
+FUSED = "rlhf_kernels (fused)"
 REFERENCE = "rlhf_kernels (reference)"
 VERL = "512 rows at a time (verl's way)"
 HEAD_SHAPE, LONG = (4096, 4096, 128256), (16384, 151936)
@@ -75,6 +77,9 @@ TARGETS = (
     Target("large", "linear_token_logprobs", CPU_SHAPE, "peak_mb", 1200, REFERENCE),
     Target("large", "linear_token_logprobs", CPU_SHAPE, "both_ms", 1.0, REFERENCE, "torch"),
     Target("cuda", "token_logprobs", (8192, 151936), "forward_ms", 0.63),
+    Target("cuda", "linear_token_logprobs", HEAD_SHAPE, "forward_ms", 6.7, FUSED),
+    Target("cuda", "linear_token_logprobs", HEAD_SHAPE, "forward_ms", 1.5, FUSED, VERL),
+    Target("cuda", "linear_token_logprobs", HEAD_SHAPE, "error", 1e-5, FUSED),
     Target("cuda", "policy_loss", LONG, "both_ms", 2.7),
     Target("cuda", "policy_loss", LONG, "both_ms", 1.3, over="Liger triton_grpo_loss"),
     Target("cuda", "policy_loss", LONG, "both_ms", 1.3, over="TRL log-prob kernel, torch loss"),
@@ -162,7 +167,8 @@ def write_docs(root: Path) -> None:
     lines += [*_target_table(reports), ""]
     if "cuda" not in reports:
         lines += [
-            "On a GPU: not measured yet. Where there is one, `python benchmarks/bench_kernels.py` fills this in.",
+            "On a GPU: not measured yet. Where there is one, `python benchmarks/bench_kernels.py` fills this in, "
+            "in one go or in three pieces of less than ten minutes.",
             "",
         ]
     for name, report in reports.items():
@@ -175,6 +181,12 @@ def write_docs(root: Path) -> None:
             *_timing_table(report["rows"]),
             "",
         ]
+        if report.get("checks"):
+            lines += ["| check | holds | largest error | seconds |", "|---|---|---:|---:|"]
+            for check in report["checks"]:
+                error = "" if check["error"] is None else f"{check['error']:.0e}"
+                lines.append(f"| {check['what']} | {check['outcome']} | {error} | {check['seconds']} |")
+            lines.append("")
         if report["problems"]:
             lines += ["Not timed:", "", *(f"- {problem}" for problem in report["problems"]), ""]
         if name != "large":

@@ -22,6 +22,9 @@ ENVIRONMENT_VARIABLE = "RLHF_KERNELS_BACKEND"
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Asked once, here: `choose` may be traced by torch.compile, which cannot follow the question."""
+
 _choices: dict[str, "BackendChoice"] = {}
 _Inputs = ParamSpec("_Inputs")
 _Output = TypeVar("_Output")
@@ -39,11 +42,6 @@ class BackendChoice:
     """Why that backend, in words."""
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def choose(x: Tensor) -> BackendChoice:
     """Kernels or reference for tensors like `x`."""
     device = x.device.type
@@ -52,7 +50,7 @@ def choose(x: Tensor) -> BackendChoice:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={wanted!r}: use auto, reference or triton")
     if wanted == "reference":
         return BackendChoice("reference", device, f"{ENVIRONMENT_VARIABLE}=reference")
-    if not has_triton():
+    if not HAS_TRITON:
         return BackendChoice("reference", device, "triton is not installed")
     if x.dtype not in KERNEL_DTYPES:
         return BackendChoice("reference", device, f"the kernels do not take {x.dtype}")

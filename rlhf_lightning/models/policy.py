@@ -163,7 +163,7 @@ class Policy(nn.Module):
         """
         head = self.head()
         if self.logprobs == "fused":
-            check_fused(hidden, head.weight)
+            check_fused(hidden, head.weight, truncated=kept is not None)
         return token_scores(hidden, tokens, mask, head, temperature=temperature, with_entropy=with_entropy, kept=kept)
 
     def forward(self, batch: HasTokens, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenScores:
@@ -209,8 +209,17 @@ class Policy(nn.Module):
             yield
 
 
-def check_fused(hidden: Tensor, weight: Tensor) -> None:
-    """Raise if log-probabilities of these cannot come from one kernel."""
+def check_fused(hidden: Tensor, weight: Tensor, *, truncated: bool) -> None:
+    """Raise if log-probabilities of these cannot come from one kernel.
+
+    Args:
+        truncated: whether each token was drawn from a part of the vocabulary.
+    """
+    if truncated:
+        raise UserError(
+            "logprobs: fused is over the whole vocabulary, and these tokens were drawn from a part of it: generate "
+            "without top_k, top_p and min_p, or use auto or chunked"
+        )
     choice = choose(hidden)
     if choice.backend != "triton":
         raise UserError(f"logprobs: fused does not run here ({choice.reason}): use auto or chunked")

@@ -214,7 +214,12 @@ def test_fused_log_probabilities_need_a_device_with_kernels(lab):
 def test_fused_log_probabilities_need_one_dtype(monkeypatch):
     monkeypatch.setattr("rlhf_lightning.models.policy.choose", lambda x: BackendChoice("triton", "cuda", ""))
     with pytest.raises(UserError, match=r"they are torch.bfloat16 and torch.float32: store the model in the dtype"):
-        check_fused(torch.zeros(1, 2, dtype=torch.bfloat16), torch.zeros(3, 2))
+        check_fused(torch.zeros(1, 2, dtype=torch.bfloat16), torch.zeros(3, 2), truncated=False)
+
+
+def test_fused_log_probabilities_are_over_the_whole_vocabulary():
+    with pytest.raises(UserError, match="drawn from a part of it: generate without top_k, top_p and min_p, or use"):
+        check_fused(torch.zeros(1, 2), torch.zeros(3, 2), truncated=True)
 
 
 def test_an_adapter_for_layers_that_do_not_exist_is_refused(lab):

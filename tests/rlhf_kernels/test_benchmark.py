@@ -1,5 +1,6 @@
 """The benchmark runs where there is no GPU: tiny shapes, kernels in the interpreter, and the page it writes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 kernel_docs = pytest.importorskip("kernel_docs")
+bench_kernels = pytest.importorskip("bench_kernels")
 sys.path.pop(0)
 
 
@@ -18,6 +20,46 @@ def test_a_dry_run_checks_ours_against_float64_and_lists_the_others():
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("rlhf_kernels (Triton)", "rlhf_kernels (reference)", "Python loop", "torch associative_scan"):
         assert name in result.stdout
+
+
+ABOUT = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
+
+
+def test_a_report_goes_on_where_the_same_code_stopped(tmp_path):
+    path = tmp_path / "cuda.json"
+    first = bench_kernels.Report(path, ABOUT)
+    first.add({"rows": [{"op": "gae"}], "done": ["gae (3, 40)"], "failures": ["exact_kl: out of memory"]})
+    again = bench_kernels.Report(path, ABOUT)
+    assert again.found["done"] == ["gae (3, 40)"]
+    assert again.found["rows"] == [{"op": "gae"}]
+    assert again.found["failures"] == []  # tried again
+    other = bench_kernels.Report(path, {**ABOUT, "commit": "def"})
+    assert other.found["rows"] == other.found["done"] == []
+
+
+def test_pieces_of_one_code_on_one_device_are_put_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "RESULTS", tmp_path / "results")
+    pieces = [tmp_path / f"{name}.json" for name in "abc"]
+    for path, commit in zip(pieces, ("abc", "abc", "def"), strict=True):
+        bench_kernels.Report(path, {**ABOUT, "commit": commit}).add({"rows": [{"op": path.stem}]})
+    bench_kernels.merge(pieces[:2])
+    merged = json.loads((tmp_path / "results" / "cuda.json").read_text())
+    assert [row["op"] for row in merged["rows"]] == ["a", "b"]
+    assert merged["device"] == "a GPU"
+    with pytest.raises(SystemExit, match="commit differs: abc, abc, def"):
+        bench_kernels.merge(pieces)
+
+
+def test_the_parts_are_everything():
+    done = [op for ops in bench_kernels.PARTS.values() for op in ops]
+    assert sorted(done) == sorted(["checks", *bench_kernels.SHAPES["cuda"]])
+
+
+def test_nothing_begins_after_the_deadline(tmp_path):
+    report = bench_kernels.Report(tmp_path / "dry.json", ABOUT)
+    bench_kernels.run("dry", "cpu", 1, ["gae"], report, seconds=-1)
+    assert report.found["left"] == ["gae (3, 40)"]
+    assert report.found["rows"] == []
 
 
 def row(implementation, shape=kernel_docs.HEAD_SHAPE, both_ms=10.0):

@@ -173,3 +173,33 @@ def test_log_probabilities_are_those_of_the_logits(monkeypatch):
     fused = linear_token_logprobs(hidden, weight, tokens, method="fused", with_entropy=True)
     whole = token_logprobs(hidden @ weight.T, tokens, with_entropy=True)
     torch.testing.assert_close(tuple(fused), tuple(whole), **CLOSE)
+
+
+def test_the_trainer_scores_by_it_what_it_scores_by_chunks(monkeypatch):
+    logprobs = pytest.importorskip("rlhf_lightning.core.logprobs")
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    hidden, weight, tokens = problem(10, 70, 12)
+    hidden, tokens, mask = hidden.view(2, 5, 12), tokens.view(2, 5), torch.rand(2, 5) > 0.3
+    chunked, fused = (
+        logprobs.token_scores(
+            hidden, tokens, mask, logprobs.LMHead(weight, softcap=5.0, method=method), temperature=0.8,
+            with_entropy=True,
+        )
+        for method in ("chunked", "fused")
+    )  # fmt: skip
+    torch.testing.assert_close(fused.logprobs, chunked.logprobs, **CLOSE)
+    torch.testing.assert_close(fused.entropy, chunked.entropy, **CLOSE)
+    assert torch.equal(fused.is_argmax, chunked.is_argmax)
+
+
+def test_fused_compiles_into_one_graph(monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    hidden, weight, tokens = problem(3, 40, 12)
+
+    def use(h, w):
+        return linear_token_logprobs(h, w, tokens, method="fused").logprobs.sum()
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(use(h, w), (h, w))
+    compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(h, w), (h, w)), expected)

@@ -1,0 +1,276 @@
+"""What the interpreter cannot show, checked on the device itself: every kernel, in the dtypes that models have.
+
+`run("cuda")` on a GPU; `run("cpu")` under TRITON_INTERPRET=1 goes through the same code with float32 (its bfloat16
+products are wrong) and leaves out what a CPU has not: graphs, streams, a second device.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import rlhf_kernels as ours
+import torch
+from rlhf_kernels import triton_linear
+from rlhf_kernels.rows import Transform, row_stats_reference
+from torch import Tensor
+
+LOGPROB = 1e-5
+"""Largest error of a log-probability or entropy (nats), from float64 of the same operands."""
+GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3}
+"""Largest norm of the error of a gradient over its norm: roundings of its own dtype."""
+
+
+class WrongError(Exception):
+    """A check failed; the message has the numbers."""
+
+
+def close(name: str, ours: Tensor, exact: Tensor, bound: float) -> float:
+    """Largest difference; raises above `bound`."""
+    error = float((ours.double() - exact.double()).abs().max())
+    if not error <= bound:
+        raise WrongError(f"{name}: {error:.1e} from float64, above {bound:.0e}")
+    return error
+
+
+def same_bits(name: str, first: Any, second: Any) -> None:
+    for x, y in zip(first, second, strict=True):
+        if x is not None and not torch.equal(x, y):
+            raise WrongError(f"{name}: {int((x != y).sum())} of {x.numel()} numbers have other bits")
+
+
+def backend(name: str) -> None:
+    os.environ["RLHF_KERNELS_BACKEND"] = name
+
+
+class Bench:
+    """Inputs of any size on a device, always the same ones."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.gpu = device, device == "cuda"
+        self.dtypes = (torch.float32, torch.bfloat16, torch.float16) if self.gpu else (torch.float32,)
+        self.kernels = "auto" if self.gpu else "triton"
+        self.shapes = [(1, 7), (63, 257), (257, 50257), (300, 151936)] if self.gpu else [(3, 7), (5, 257)]
+        self.heads = (
+            [(1, 7, 16), (130, 4099, 896), (257, 50257, 77), (300, 151936, 2048)] if self.gpu else [(17, 300, 20)]
+        )
+
+    def normal(self, *size: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return (torch.randn(size, generator=generator, device=self.device) * scale).to(dtype)
+
+    def tokens(self, rows: int, vocab: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(1)
+        return torch.randint(vocab, (rows,), generator=generator, device=self.device)
+
+    def head(self, rows: int, vocab: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.normal(rows, size, dtype=dtype)
+        return hidden, self.normal(vocab, size, dtype=dtype, seed=2, scale=3 / size**0.5), self.tokens(rows, vocab)
+
+
+def against_float64(bench: Bench, function: Callable[..., Any], dtype: torch.dtype, *leaves: Tensor) -> float:
+    """Runs `function` of `leaves` with the kernels in `dtype` and as reference in float64; numbers, then gradients."""
+    results = []
+    for kind, name in ((dtype, bench.kernels), (torch.float64, "reference")):
+        backend(name)
+        inputs = [x.to(kind).requires_grad_() for x in leaves]
+        numbers, total = function(*inputs)
+        grads = torch.autograd.grad(total, inputs) if total is not None else ()
+        results.append((numbers, grads))
+    backend(bench.kernels)
+    (numbers, grads), (exact, exact_grads) = results
+    error = max(close("numbers", x, y, LOGPROB) for x, y in zip(numbers, exact, strict=True))
+    for x, y in zip(grads, exact_grads, strict=True):
+        relative = float((x.double() - y).norm() / y.norm().clamp(min=1e-30))
+        if not relative <= GRADIENT[dtype]:
+            raise WrongError(f"gradient: {relative:.1e} of its norm, above {GRADIENT[dtype]:.0e}")
+    return error
+
+
+def check_logits(bench: Bench) -> Iterator[float]:
+    """token_logprobs, exact_kl and policy_loss on ragged shapes, forward and gradient."""
+    for dtype in bench.dtypes:
+        for rows, vocab in bench.shapes:
+            logits = bench.normal(rows, vocab, dtype=dtype, scale=3.0)
+            reference = bench.normal(rows, vocab, dtype=dtype, seed=5, scale=3.0)
+            tokens, factor = bench.tokens(rows, vocab), bench.normal(rows, seed=3)
+            mask = factor > -0.5
+            mask[0] = True
+
+            def scores(x: Tensor, tokens: Tensor = tokens, mask: Tensor = mask, factor: Tensor = factor) -> Any:
+                some = ours.token_logprobs(x, tokens, mask=mask, with_entropy=True, temperature=0.9)
+                return some[:2], (some.logprobs * factor + some.entropy).sum()
+
+            def kl(x: Tensor, y: Tensor = reference, factor: Tensor = factor) -> Any:
+                per_row = ours.exact_kl(x, y.to(x.dtype))
+                return (per_row / per_row.detach().max().clamp(min=1),), (per_row * factor).sum()
+
+            def loss(x: Tensor, tokens: Tensor = tokens, mask: Tensor = mask, factor: Tensor = factor) -> Any:
+                old = torch.full_like(factor, -9.0)
+                spec = ours.PolicyLossSpec("reinforce", kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
+                result = ours.policy_loss(
+                    x, tokens, old, factor, mask=mask, denominator=float(len(mask)), ref_logprobs=old, loss=spec
+                )
+                return (result.logprobs, result.entropy), result.loss
+
+            yield against_float64(bench, scores, dtype, logits)
+            yield against_float64(bench, kl, dtype, logits)
+            yield against_float64(bench, loss, dtype, logits)
+
+
+def check_heads(bench: Bench) -> Iterator[float]:
+    """linear_token_logprobs by both methods and linear_policy_loss on ragged shapes, forward and gradient."""
+    for dtype in bench.dtypes:
+        for rows, vocab, size in bench.heads:
+            hidden, weight, tokens = bench.head(rows, vocab, size, dtype)
+            factor = bench.normal(rows, seed=3)
+            for method in ("chunked", "fused"):
+
+                def scores(h: Tensor, w: Tensor, t: Tensor = tokens, f: Tensor = factor, method: str = method) -> Any:
+                    way: Any = method if h.dtype != torch.float64 else "chunked"
+                    some = ours.linear_token_logprobs(h, w, t, with_entropy=True, temperature=0.9, method=way)
+                    return some[:2], (some.logprobs * f).sum()
+
+                yield against_float64(bench, scores, dtype, hidden, weight)
+
+            def loss(h: Tensor, w: Tensor, tokens: Tensor = tokens, factor: Tensor = factor) -> Any:
+                old, every = torch.full_like(factor, -9.0), factor == factor
+                spec = ours.PolicyLossSpec("reinforce")
+                result = ours.linear_policy_loss(h, w, tokens, old, factor, mask=every, denominator=9.0, loss=spec)
+                return (result.logprobs,), result.loss
+
+            yield against_float64(bench, loss, dtype, hidden, weight)
+
+
+def check_scans(bench: Bench) -> Iterator[float]:
+    """kl_shaped_gae, whole rows and split ones, and masked_whiten."""
+    for rows, length in [(3, 1), (5, 1000), (600, 4097), (4, 40000)] if bench.gpu else [(3, 40)]:
+        values, logprobs, reference = (bench.normal(rows, length, seed=seed) for seed in range(3))
+        mask, scores = bench.normal(rows, length, seed=4) > -0.8, bench.normal(rows, seed=5)
+
+        def scan(v: Tensor, p: Tensor = logprobs, q: Tensor = reference, m: Tensor = mask, s: Tensor = scores) -> Any:
+            with torch.no_grad():
+                kind = v.dtype
+                shaped = ours.kl_shaped_gae(
+                    s.to(kind), p.to(kind), q.to(kind), v, m, kl_coef=0.1, gamma=0.99, lam=0.95, critic_lam=1.0
+                )
+                scale = shaped.returns.abs().max().clamp(min=1)
+                numbers = (shaped.advantages / scale, shaped.returns / scale, ours.masked_whiten(v, m))
+            return numbers, None
+
+        yield against_float64(bench, scan, torch.float32, values)
+
+
+def check_batches(bench: Bench) -> Iterator[float]:
+    """The fused kernel gives a row the same bits in any batch; descriptors and pointers agree with float64."""
+    for dtype in bench.dtypes:
+        for _, vocab, size in bench.heads:
+            rows = 1000 if bench.gpu else 20
+            hidden, weight, tokens = bench.head(rows, vocab, size, dtype)
+
+            def run(some: Tensor, head: tuple[Tensor, Tensor, Tensor] = (hidden, weight, tokens), **how: Any) -> Any:
+                states, weight, ids = head[0][some], head[1], head[2][some]
+                plain = Transform()
+                return triton_linear.linear_stats_triton(states, weight, None, ids, plain, with_entropy=True, **how)
+
+            every = torch.arange(rows, device=bench.device)
+            whole = run(every)
+            exact = row_stats_reference(hidden.double() @ weight.double().T, tokens, Transform(), with_entropy=True)
+            yield close("fused", whole.logprobs, exact.logprobs, LOGPROB)
+            yield close("fused entropy", whole.entropy, exact.entropy, LOGPROB)
+            yield close("fused, pointers", run(every, descriptors=False).logprobs, exact.logprobs, LOGPROB)
+            shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(bench.device)
+            for some in (every[:1], every[-2:], every[:17], shuffled[:129], shuffled, every.flip(0)):
+                same_bits(f"{len(some)} of {rows} rows, {dtype}", run(some), (field[some] for field in whole))
+
+
+def check_again(bench: Bench) -> Iterator[float]:
+    """The same input gives the same bits, forward and backward."""
+    rows, vocab, size = bench.heads[-1]
+    dtype = bench.dtypes[-1]
+    hidden, weight, tokens = bench.head(rows, vocab, size, dtype)
+    ones, mask = torch.ones(rows, device=bench.device), torch.ones(rows, dtype=torch.bool, device=bench.device)
+
+    def run() -> list[Tensor]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        x = (hidden @ weight.T).requires_grad_()
+        scores = ours.linear_token_logprobs(h, w, tokens, with_entropy=True)
+        loss = ours.linear_policy_loss(h, w, tokens, -9 * ones, ones, mask=mask, denominator=3.0).loss
+        other = ours.policy_loss(x, tokens, -9 * ones, ones, mask=mask, denominator=3.0).loss
+        kl = ours.exact_kl(x, x.detach().flip(0)).sum()
+        return [*torch.autograd.grad(scores.logprobs.sum() + loss + other + kl, (h, w, x)), *scores[:3], loss, kl]
+
+    same_bits("a second run", run(), run())
+    yield 0.0
+
+
+def check_graphs(bench: Bench) -> Iterator[float]:
+    """Captured in a CUDA graph and replayed on other numbers; on a stream that is not the default one."""
+    if not bench.gpu:
+        return
+    rows, vocab, size = 257, 50257, 896
+    hidden, weight, tokens = bench.head(rows, vocab, size, torch.bfloat16)
+    logits, ones = hidden @ weight.T, torch.ones(rows, device="cuda")
+    mask = tokens % 3 > 0
+
+    def run() -> tuple[Tensor, ...]:
+        spec = ours.PolicyLossSpec(entropy_coef=0.01)
+        options = {"mask": mask, "denominator": 3.0, "loss": spec}
+        return (
+            ours.token_logprobs(logits, tokens, mask=mask).logprobs,
+            ours.policy_loss(logits, tokens, -9 * ones, ones, **options).loss,
+            ours.exact_kl(logits, logits.flip(0)),
+            ours.linear_token_logprobs(hidden, weight, tokens, method="fused").logprobs,
+            ours.linear_token_logprobs(hidden, weight, tokens).logprobs,
+        )
+
+    side = torch.cuda.Stream()
+    expected = run()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        aside = run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    same_bits("on another stream", aside, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    hidden.copy_(hidden.flip(0))
+    logits.copy_(hidden @ weight.T)
+    graph.replay()
+    torch.cuda.synchronize()
+    same_bits("replayed", captured, run())
+    yield 0.0
+
+
+def check_devices(bench: Bench) -> Iterator[float]:
+    """Tensors on the second device while the first is current."""
+    if not bench.gpu or torch.cuda.device_count() < 2:
+        return
+    logits, tokens = bench.normal(63, 257), bench.tokens(63, 257)
+    with torch.cuda.device(0):
+        there = ours.token_logprobs(logits.to("cuda:1"), tokens.to("cuda:1")).logprobs
+    same_bits("on cuda:1", [there.cpu()], [ours.token_logprobs(logits, tokens).logprobs.cpu()])
+    yield 0.0
+
+
+CHECKS = (
+    check_logits, check_heads, check_scans, check_batches, check_again, check_graphs, check_devices,
+)  # fmt: skip
+
+
+def run(device: str) -> Iterator[dict[str, Any]]:
+    """One result per check: its name, what it holds, the largest error, seconds, and what was wrong or None."""
+    bench = Bench(device)
+    backend(bench.kernels)
+    for check in CHECKS:
+        began, wrong, errors = time.perf_counter(), None, []
+        try:
+            errors = list(check(bench))
+        except Exception as problem:  # any failure is the finding; the next check is another matter
+            wrong = f"{type(problem).__name__}: {str(problem)[:500]}"
+        what = (check.__doc__ or "").splitlines()[0]
+        seconds = round(time.perf_counter() - began, 1)
+        outcome = "failed" if wrong else "passed" if errors else "not here"
+        yield {"check": check.__name__, "what": what, "outcome": outcome, "error": max(errors, default=None),
+               "seconds": seconds, "wrong": wrong}  # fmt: skip
