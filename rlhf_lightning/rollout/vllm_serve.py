@@ -77,6 +77,8 @@ class Gate:
         """Name of the weights that are held; None: none that a run has given, or some are on their way."""
         self._arriving: tuple[str, int] | None = None
         """Name of the weights on their way, and how many parts have come."""
+        self._answering = 0
+        """Requests for these weights that are being answered: they are not changed meanwhile."""
         self._one_at_a_time = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,10 +97,16 @@ class Gate:
         elif scope["path"] == "/rlhf/weights" and scope["method"] == "POST":
             async with self._one_at_a_time:
                 await self._take(scope, receive, send)
-        elif headers.get(WEIGHTS_HEADER.lower(), self.weights) != self.weights:
+        elif (wanted := headers.get(WEIGHTS_HEADER.lower())) is None:
+            await self.app(scope, receive, send)
+        elif wanted != self.weights:
             await _reply(send, 409, {"error": "the server holds other weights", "weights": self.weights})
         else:
-            await self.app(scope, receive, send)
+            self._answering += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self._answering -= 1
 
     def _model(self, scope: Scope) -> dict[str, Any]:
         model = scope["app"].state.engine_client.model_config
@@ -119,14 +127,9 @@ class Gate:
         try:
             name, part, parts = query["name"], int(query["part"]), int(query["parts"])
         except (KeyError, ValueError):
+            part = parts = -1
+        if not 0 <= part < parts:
             await _reply(send, 400, {"error": "name, part and parts say what is sent"})
-            return
-        if name == self.weights:  # the answer to the last part was lost
-            await _reply(send, 200, {"weights": self.weights})
-            return
-        come = self._arriving[1] if self._arriving is not None and self._arriving[0] == name else 0
-        if part not in (0, come - 1, come):  # a part may come twice
-            await _reply(send, 409, {"error": f"part {part} of {name} is not the next one"})
             return
         body = bytearray()
         more = True
@@ -136,6 +139,16 @@ class Gate:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
+        if name == self.weights:  # the answer to the last part was lost
+            await _reply(send, 200, {"weights": self.weights})
+            return
+        come = self._arriving[1] if self._arriving is not None and self._arriving[0] == name else 0
+        if part not in (0, come - 1, come):  # a part may come twice
+            await _reply(send, 409, {"error": f"part {part} of {name} is not the next one"})
+            return
+        if self._answering:
+            await _reply(send, 409, {"error": f"{self._answering} requests for {self.weights} are being answered"})
+            return
         self.weights, self._arriving = None, (name, part + 1)
         engine = scope["app"].state.engine_client
         try:

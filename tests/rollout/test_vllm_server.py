@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from asking_ranks import in_two_processes
 from fake_vllm import TOKEN, FakeVLLM, serving
 from fits import fit
 from one_step import records
@@ -334,8 +335,32 @@ def test_parts_that_come_twice_do_no_harm_and_lost_ones_are_noticed():
         assert served.ask("POST", f"/rlhf/weights?name=one&part={part}&parts=2", PART[name]) == 200
     assert len(served.engine.events) == 2
     assert served.ask("POST", "/rlhf/weights?name=two&part=1&parts=2", PART["b"]) == 409
-    assert served.ask("POST", "/rlhf/weights?name=two&part=0", PART["b"]) == 400
+    for query in ("part=0", "part=-1&parts=2", "part=2&parts=2", "part=0&parts=none"):
+        assert served.ask("POST", f"/rlhf/weights?name=two&{query}", PART["b"]) == 400
     assert served.ask("POST", "/v1/completions", x_rlhf_weights="one") == 200
+
+
+def test_weights_do_not_change_under_an_answer():
+    served = Served()
+    assert served.ask("POST", "/rlhf/weights?name=one&part=0&parts=1", PART["a"]) == 200
+    meanwhile = []
+    quiet = served.app
+
+    async def app(scope, receive, send):
+        # another run comes while this one is answered
+        def come():
+            meanwhile.append(served.ask("POST", "/rlhf/weights?name=two&part=0&parts=1", PART["b"]))
+
+        thread = threading.Thread(target=come)
+        thread.start()
+        thread.join()
+        await quiet(scope, receive, send)
+
+    served.gate.app = app
+    assert served.ask("POST", "/v1/completions", x_rlhf_weights="one") == 200
+    assert meanwhile == [409]
+    assert len(served.engine.events) == 2
+    assert served.ask("POST", "/rlhf/weights?name=two&part=0&parts=1", PART["b"]) == 200
 
 
 def test_what_cannot_be_loaded_is_refused_and_nothing_is_held_after():
@@ -379,3 +404,16 @@ def test_a_server_that_dies_while_it_answers_is_an_error(policy, tokenizer, prom
         threading.Timer(0.3, lambda: (server.ended.set(), server.shutdown(), server.socket.close())).start()
         with pytest.raises(UserError, match=f"no vLLM server answers at {server.url}"):
             engine.generate(policy, prompts, seed=1)
+
+
+def test_two_processes_share_a_server_and_hear_the_same_of_its_failure(tiny_model, policy, tokenizer, tmp_path):
+    other = moved(copy.deepcopy(policy))
+    with serving(FakeVLLM(other, tokenizer, {"/rlhf/weights": [0, 0, 422]})) as server:
+        told = in_two_processes(server.url, str(tiny_model), tmp_path)
+        assert server.parts == 2  # the first process alone gives weights, and each time
+    for rank in range(2):
+        prompts = collate_prompts([[1, 4 + rank]], [""], [{}], range(1), tokenizer.pad_token_id)
+        greedy = HFGenerate(GenerationSpec(max_new_tokens=4, temperature=0.0), tokenizer)
+        assert told[rank]["answered"] == 2 * [greedy.generate(policy, prompts, seed=0).tokens[0].tolist()]
+        # the second one does not wait for weights that never come
+        assert "refuses /rlhf/weights (status 422)" in told[rank]["error"]

@@ -19,7 +19,7 @@ class FakeVLLM(ThreadingHTTPServer):
     """Holds `policy`, a copy that nobody trains.
 
     Args:
-        failures: status to answer so many requests with first, by path: {"/v1/completions": [503, 503]}.
+        failures: status to answer so many requests with first, by path: {"/v1/completions": [503, 503]}; 0 = none.
         hangs: paths that are never answered.
     """
 
@@ -67,8 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.asked.append(path.path)
             failing = server.failures.get(path.path)
-            if failing:
-                self.reply(failing.pop(0), {"error": "on purpose"})
+            if failing and (status := failing.pop(0)):
+                self.reply(status, {"error": "on purpose"})
             elif path.path == "/health":
                 self.reply(200, {})
             elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
