@@ -371,6 +371,8 @@ class RolloutEngine(ABC):
     """Whether a sampler that truncates by probability (top-p, top-k, min-p) comes with the sets it drew from."""
     says_entropy: ClassVar[bool] = False
     """Whether its own log-probabilities come with the entropy of what it drew from."""
+    heeds_rows_at_once: ClassVar[bool] = False
+    """Whether `rows_at_once` bounds how many answers it draws at a time."""
 
     @abstractmethod
     def with_spec(self, spec: Any) -> "RolloutEngine":

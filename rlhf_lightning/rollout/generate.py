@@ -187,6 +187,7 @@ class HFGenerate(RolloutEngine):
 
     says_kept = True
     says_entropy = True
+    heeds_rows_at_once = True
 
     def __init__(self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.spec = spec

@@ -262,6 +262,8 @@ class OnPolicyModule(RLHFModule):
         return Answered(prompts, without_dropped(answers, scored), scored, groups)
 
     def _smaller_generation(self, prompts: PromptBatch) -> str:
+        if not self.engine.heeds_rows_at_once:
+            return f"data.batch_size={max(len(prompts.tokens) // 2, 1)}"
         rows = self.generation.rows_at_once or len(prompts.tokens) * self.generation.num_samples
         return f"generation.rows_at_once={max(rows // 2, 1)} (other draws of the same distribution)"
 

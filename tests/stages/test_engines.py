@@ -230,3 +230,12 @@ def test_weights_that_are_not_whole_are_refused(tiny_model, monkeypatch):
             patched.setattr(handover, name, lambda module: True)
             with pytest.raises(UserError, match=message):
                 next(handover.checkpoint_weights(policy))
+
+
+def test_out_of_memory_names_what_the_engine_heeds(tiny_model, write_jsonl, tmp_path):
+    class Full(CopyEngine):
+        def generate(self, policy, prompts, *, seed):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match=r"out of memory in generation: set data.batch_size=2"):
+        fit(made("grpo", tiny_model, engine=Full), tmp_path, data=data(write_jsonl))
