@@ -10,9 +10,8 @@ from torch import nn
 from rlhf_lightning.core.errors import UserError
 
 MOST_GRAPHS = 64
-"""Of one kind of layer. With adapters a layer is up to 24: mask or none, one row or several, with and without gradient,
-adapters on or off, the first layer (whose input has no gradient) or another; torch stops at 8, and computes on without
-having compiled."""
+"""Of one kind of layer. A layer is another graph with a mask or without, for one row, without gradient, with adapters
+on or off, and as the first one, whose input has no gradient; torch by itself stops compiling at 8, and only logs it."""
 
 
 def layers_of(decoder: Any) -> list[nn.Module]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
@@ -53,6 +54,12 @@ def test_a_policy_comes_back_with_equal_logits(lab, family, lora, given_weights,
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=policy.config._attn_implementation)
     torch.testing.assert_close(model(tokens).logits, expected, **EXACT)
     assert not any("lora" in name for name in model.state_dict())
+    assert (folder / "adapter").is_dir() == policy.has_adapter
+    if policy.has_adapter:  # alone too, with the weights that were given
+        alone = load_file(folder / "adapter" / "adapter_model.safetensors")
+        wanted = {name.removeprefix("model."): value for name, value in before.items() if "lora_" in name}
+        assert len(alone) == len(wanted)
+        assert all(torch.equal(alone[name.replace(".default.", ".")], value) for name, value in wanted.items())
     tied = policy.config.tie_word_embeddings  # stays so: one matrix in the file and in memory
     assert model.config.tie_word_embeddings == tied
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
