@@ -273,6 +273,52 @@ def test_1e_4_is_a_number(config, capsys):
     assert float(printed["model"]["init_args"]["optimizer"]["init_args"]["lr"]) == 1e-4
 
 
+def test_abbreviations_are_answered_with_what_they_begin(config, capsys):
+    assert fit(config, "--trainer.max_ep", "1") == 2
+    assert "did you mean max_epochs?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{path: train.jsonl, weight: 0}", "source train.jsonl: weight=0.0 must be above 0"),
+        ("[{path: train.jsonl, limit: 0}]", "source train.jsonl: limit=0 must be at least 1"),
+        ("{path: train.jsonl, format: jsnl}", "data.train.format: jsnl is not one of the choices; did you mean jsonl?"),
+        ("{weight: 2}", "bad.yaml:1: data.train: path is missing there"),
+    ],
+)
+def test_a_source_that_cannot_be_meant(config, capsys, source, message):
+    Path("bad.yaml").write_text(f"data: {{train: {source}}}\n")
+    assert fit(config, "--config", "bad.yaml") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_source_on_the_command_line_is_no_path(config, capsys):
+    assert fit(config, "--data.train", '[{"path": "train.jsonl", "wieght": 2}]') == 2
+    assert "wieght is no option of a source (did you mean weight?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("packing=true", "data.packing does nothing: this stage reads pairs"),
+        ("train_on=all", "data.train_on does nothing: this stage reads pairs"),
+        ("pretraining=train.jsonl", "data.pretraining does nothing: RewardModule trains on no second source"),
+    ],
+)
+def test_data_options_that_do_nothing_for_the_stage_are_errors(config, capsys, tiny_model, option, message):
+    config["model"] = {"class_path": "RewardModule", "init_args": {"model": {"path": str(tiny_model)}}}
+    assert fit(config, f"--data.{option}") == 2
+    assert f"command line: --{message}" in capsys.readouterr().err
+
+
+def test_a_typo_below_the_class_of_a_kl_controller(config, capsys):
+    config["model"]["class_path"] = "PPOModule"
+    config["model"]["init_args"]["kl"] = {"control": {"class_path": "FixedKL", "init_args": {"coeff": 0.1}}}
+    assert fit(config) == 2
+    assert "coeff is not an option of FixedKL; did you mean coef?" in capsys.readouterr().err
+
+
 TYPOS = {
     "trainer": ("max_epochs: 2", "max_epoch: 2", "trainer.max_epoch", "max_epochs"),
     "data": ("batch_size: 4", "batchsize: 4", "data.batchsize", "batch_size"),
@@ -498,6 +544,28 @@ def test_preview_prints_records_without_training(config, capsys):
     assert "good" in printed
     assert "line 3" not in printed
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("generate", "--prompt", "the", "--batch_size", "0"), "--batch_size 0: give at least 1"),
+        (("generate", "--prompts", "latin.txt"), "--prompts latin.txt: not UTF-8 text (byte 3)"),
+        (("preview", "--num_records", "0"), "--num_records 0: give at least 1"),
+        (("preview", "--split", "tst"), "--split: tst is not one of the choices; did you mean test?"),
+    ],
+)
+def test_other_subcommands_refuse_what_cannot_be_meant(config, capsys, command, message):
+    Path("latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert main([command[0], "--config", write(config), *command[1:]]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(config):
+    Path("prompts.txt").write_bytes(b"\xef\xbb\xbfthe film\r\n\r\na plot\r\n")
+    options = ["--prompts", "prompts.txt", "--out", "o.jsonl", "--sampling.max_new_tokens", "2", "--ckpt_path", "null"]
+    assert main(["generate", "--config", write(config), *options]) == 0
+    assert [json.loads(row)["prompt"] for row in Path("o.jsonl").read_text().splitlines()] == ["the film", "a plot"]
 
 
 # --- start-up

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from rlhf_lightning.cli.sources import ConfigSources
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.datamodule import RLHFDataModule
 
 CASTING = ("16-true", "bf16-true", "64", "64-true", "transformer-engine", "transformer-engine-float16")
 """Precisions whose plugin converts every tensor of a batch."""
@@ -79,14 +80,19 @@ def check_instances(config: Any, model: Any, data: Any, sources: ConfigSources) 
     found = [
         *inert_trainer_options(config, sources),
         *((f"model.init_args.{key}", why) for key, why in model.inert_options()),
-        *((f"data.{key}", why) for key, why in _of_data(data)),
+        *((f"data.{key}", why) for key, why in _of_data(data, model)),
     ]
     if found:
         raise UserError("\n  ".join(f"{at(key, sources)} does nothing: {why}; remove it" for key, why in found))
 
 
-def _of_data(data: Any) -> Iterable[Inert]:
-    return data.inert_options() if hasattr(data, "inert_options") else ()
+def _of_data(data: Any, model: Any) -> Iterable[Inert]:
+    if isinstance(data, RLHFDataModule):
+        yield from data.inert_options(model.batch_format)
+        if data.options["pretraining"] is not None and not model.reads_pretraining:
+            yield "pretraining", f"{type(model).__name__} trains on no second source (one with ptx_coef above 0 does)"
+    elif hasattr(data, "inert_options"):
+        yield from data.inert_options()
 
 
 def inert_trainer_options(config: Any, sources: ConfigSources) -> Iterable[Inert]:

@@ -26,6 +26,8 @@ UNKNOWN = (
 WRONG_TYPE = re.compile(r"Expected (?:a|an) (?P<type>.+?)\.? Got value: (?P<value>.*)")
 WRONG_TYPE_OF_UNION = re.compile(r"Expected (?:a|an) <class '(?P<type>[^']+)'>$")
 LITERAL = re.compile(r"Literal\[(?P<options>.*)\]")
+LITERAL_OF_UNION = re.compile(r"Expected a typing\.Literal\[(?P<options>.*)\]$")
+MISSING = re.compile(r"arguments are required: (?P<key>\S+)")
 UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)$")
 DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
 NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
@@ -47,11 +49,13 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
         sources: where keys were set.
         parser: of the subcommand; knows the options of trainer and data.
     """
-    missing = re.search(r"arguments are required: (\S+)", message)
-    if missing:
-        key = missing.group(1).partition(".")[2] or missing.group(1)
-        return f"{key} is missing: set it in the YAML file or by --{key}"
     complaints = _complaints(message)
+    for complaint in complaints:
+        if (match := MISSING.search(complaint.text)) and complaint.key:
+            return f"{_at(complaint.key, sources)}: {match['key']} is missing there"
+    if match := MISSING.search(message):
+        key = match["key"].partition(".")[2] or match["key"]
+        return f"{key} is missing: set it in the YAML file or by --{key}"
     for complaint in complaints:
         if match := DENIED.search(complaint.text):
             return f"{_at(complaint.key, sources)}: {trust.refusal(match['path'])}"
@@ -67,14 +71,16 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
     for complaint in complaints:
         if match := WRONG_TYPE.search(complaint.text):
             if choice := LITERAL.search(match["type"]):
-                known = [str(option) for option in ast.literal_eval(f"[{choice['options']}]")]
-                hint = _nearest(match["value"], known)
-                return f"{_at(complaint.key, sources)}: {match['value']} is not one of the choices; {hint}"
+                return _no_choice(complaint.key, match["value"], choice["options"], sources)
             return f"{_at(complaint.key, sources)}: {match['value']} is not {_a_type(match['type'])}"
         if match := UNKNOWN_CLASS.search(complaint.text):
             if types and "." not in match["name"]:
                 return f"{_at(complaint.key, sources)}: {match['name']} is not {' or '.join(map(_a_type, types))}"
             return _unknown_class(complaint.key, match["name"], sources)
+    for complaint in complaints:
+        set_here = sources.where(complaint.key)
+        if (match := LITERAL_OF_UNION.search(complaint.text)) and set_here is not None and set_here.value:
+            return _no_choice(complaint.key, set_here.value, match["options"], sources)
     place = sources.where(complaints[0].key) if complaints else None
     if types and place is not None and place.value:
         return f"{_at(place.key, sources, place)}: {place.value} is not {' or '.join(map(_a_type, types))}"
@@ -85,6 +91,11 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
     if not key:
         return what
     return f"{_at(f'{key}.class_path' if 'Import path' in what else key, sources)}: {what}"
+
+
+def _no_choice(key: str, value: str, options: str, sources: ConfigSources) -> str:
+    known = [str(option) for option in ast.literal_eval(f"[{options}]")]
+    return f"{_at(key, sources)}: {value} is not one of the choices; {_nearest(value, known)}"
 
 
 def located(error: UserError, sources: ConfigSources) -> UserError:
@@ -149,7 +160,8 @@ def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
 
 def _nearest(name: str, valid: Iterable[str], most: int = 60) -> str:
     valid = sorted(valid)
-    near = get_close_matches(name, valid, n=1, cutoff=0.5)
+    begun = [option for option in valid if len(name) > 2 and option.startswith(name)]  # somebody abbreviates
+    near = begun[:1] if len(begun) == 1 else get_close_matches(name, begun or valid, n=1, cutoff=0.3 if begun else 0.5)
     if near:
         return f"did you mean {near[0]}?"
     return f"choose one of {', '.join(valid[:most])}{', ...' if len(valid) > most else ''}"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
@@ -46,6 +46,7 @@ class RLHFTrainer(Trainer):
             ckpt_path: weights: a checkpoint, `last` of the run folder, `auto` (last if there is one, else the model
                 that the config starts from), or null (the model that the config starts from).
         """
+        _at_least_1("batch_size", batch_size)
         questions = _read_prompts(prompt, prompts)
         if out is not None:
             if Path(out).is_dir():
@@ -66,7 +67,11 @@ class RLHFTrainer(Trainer):
         return rows
 
     def preview(
-        self, model: LightningModule, datamodule: RLHFDataModule, num_records: int = 4, split: str = "train"
+        self,
+        model: LightningModule,
+        datamodule: RLHFDataModule,
+        num_records: int = 4,
+        split: Literal["train", "val", "test", "pretraining"] = "train",
     ) -> None:
         """Print a few records as the stage will see them, every token coloured by what it counts for.
 
@@ -74,8 +79,9 @@ class RLHFTrainer(Trainer):
             model: the stage: its tokenizer and the kind of records it wants.
             datamodule: the records.
             num_records: how many.
-            split: train, val, test or pretraining.
+            split: which of the data sets.
         """
+        _at_least_1("num_records", num_records)
         tokenizer = None if datamodule.options["tokenizer"] else model.tokenizer
         Console(width=None if Console().is_terminal else 120).print(
             preview_records(datamodule, model.batch_format, num_records, tokenizer=tokenizer, split=split)
@@ -126,6 +132,11 @@ def load_weights(model: LightningModule, ckpt_path: str | Path) -> None:
     print(f"weights: {path}, step {checkpoint.get('global_step', '?')}")
 
 
+def _at_least_1(option: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"--{option} {value}: give at least 1")
+
+
 def _read_prompts(given: list[str] | str | None, file: str | None) -> list[Any]:
     questions: list[Any] = [given] if isinstance(given, str) else list(given or [])
     if file is not None:
@@ -136,7 +147,11 @@ def _read_prompts(given: list[str] | str | None, file: str | None) -> list[Any]:
                 raise UserError(f"{file} has no column `prompt`; its columns are {', '.join(table.columns())}")
             questions += [row["prompt"] for row in table.rows]
         elif path.is_file():
-            questions += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(f"--prompts {file}: not UTF-8 text (byte {error.start})") from error
+            questions += [line for line in text.splitlines() if line.strip()]
         else:
             raise UserError(f"--prompts {file}: no such file")
     if not questions:

@@ -102,6 +102,9 @@ class RLHFDataModule(L.LightningDataModule):
         super().__init__()
         self.options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         contradictions(self.options)
+        for name in ("train", "val", "test", "pretraining"):
+            for source in [] if self.options[name] is None else as_sources(self.options[name]):
+                source.check()
         self.seed = seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._batch_format: BatchFormat | None = None

@@ -21,6 +21,9 @@ _FORMATS: dict[str, FileFormat] = {
     ".tsv": "csv",
 }
 
+_ABOUT_RECORDS = ("dataset_info.json", "dataset_infos.json")
+"""Files of the hub that describe a data set."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -41,7 +44,9 @@ class Source:
     limit: int | None = None
     """Use only the first so many records."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise if a number cannot be meant."""
+        # not when it is made: a parser that may take a text instead would say that no text was given
         if not self.weight > 0:
             raise UserError(f"source {self.path}: weight={self.weight} must be above 0; leave the source out instead")
         if self.limit is not None and self.limit < 1:
@@ -74,6 +79,7 @@ def read_source(source: Source, *, skip_bad: bool = False) -> Table:
         source: which one.
         skip_bad: whether a line that is no JSON is noted and left out instead of being an error.
     """
+    source.check()
     path = Path(source.path).expanduser()
     if hub_id(source.path) is not None:
         table = _read_hub(source)
@@ -221,7 +227,7 @@ def _read_directory(path: Path, source: Source, skip_bad: bool) -> Table:
                 raise UserError(f"{path}: no split {split!r}; it holds {', '.join(data)}{closest(split, list(data))}")
             data = data[split]
         return Table(str(path), data)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _FORMATS.get(_suffix(file)))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _holds_records(file.relative_to(path)))
     if source.split is not None:
         found = files
         files = [f for f in files if f.name.startswith(source.split) or source.split in f.relative_to(path).parts[:-1]]
@@ -235,6 +241,12 @@ def _read_directory(path: Path, source: Source, skip_bad: bool) -> Table:
     rows = [row for table in tables for row in table.rows]
     places = [table.place(i) for table in tables for i in range(len(table.rows))]
     return Table(str(path), rows, places, [line for table in tables for line in table.bad])
+
+
+def _holds_records(file: Path) -> bool:
+    """Not what an editor, a file system or a hub keeps beside them."""
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not hidden and file.name not in _ABOUT_RECORDS and _suffix(file) in _FORMATS
 
 
 def _read_hub(source: Source) -> Table:

@@ -33,7 +33,13 @@ def record_kind(columns: Sequence[str], batch_format: BatchFormat, label: str) -
     for kind in KINDS[batch_format]:
         if set(kind) <= set(columns):
             return kind
-    nearest = min(KINDS[batch_format], key=lambda kind: len(set(kind) - set(columns)))
+
+    # the fewest missing; of two, what has a column, or one of nearly its name
+    def distance(kind: Sequence[str]) -> tuple[int, int]:
+        missing = set(kind) - set(columns)
+        return len(missing), -len(kind) - sum(bool(closest(name, columns)) for name in missing)
+
+    nearest = min(KINDS[batch_format], key=distance)
     missing = [name for name in nearest if name not in columns]
     hints = "".join(f"{name}{closest(name, columns)} " for name in missing).strip()
     wanted = " or ".join("+".join(kind) for kind in KINDS[batch_format])

@@ -4,14 +4,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+import yaml
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.building import Encoding, Row, build_items
 from rlhf_lightning.data.items import Item, UnpairedItem
 from rlhf_lightning.data.mismatch import with_mismatched
-from rlhf_lightning.data.readers import Source, iterate, read_source
+from rlhf_lightning.data.readers import Source, closest, iterate, read_source
 from rlhf_lightning.data.report import DataReport
 
 log = logging.getLogger(__name__)
@@ -129,10 +131,29 @@ def as_sources(given: Sources | Mapping[str, Any]) -> list[Source]:
     entries = given if isinstance(given, list) else [given]
     if not entries:
         raise UserError("the list of sources is empty")
-    return [
-        entry if isinstance(entry, Source) else Source(**entry) if isinstance(entry, Mapping) else Source(str(entry))
-        for entry in entries
-    ]
+    return [_as_source(entry) for entry in entries]
+
+
+def _as_source(entry: str | Source | Mapping[str, Any]) -> Source:
+    if isinstance(entry, Source):
+        return entry
+    if isinstance(entry, Mapping):
+        known = [field.name for field in fields(Source)]
+        unknown = [name for name in entry if name not in known]
+        if unknown or "path" not in entry:
+            what = f"{unknown[0]} is no option of a source{closest(unknown[0], known)}" if unknown else "it has no path"
+            raise UserError(f"source {dict(entry)}: {what}; it takes {', '.join(known)}")
+        return Source(**entry)
+    if entry.lstrip().startswith(("{", "[")):  # on the command line, what fits no source is taken for a path
+        try:
+            given = yaml.safe_load(entry)
+        except yaml.YAMLError:
+            given = None
+        for inner in given if isinstance(given, list) else [given]:
+            if isinstance(inner, Mapping):
+                _as_source(inner)
+        raise UserError(f"source {entry!r} is no path; its options are {', '.join(f.name for f in fields(Source))}")
+    return Source(entry)
 
 
 def record_share(record: Mapping[str, Any]) -> float:

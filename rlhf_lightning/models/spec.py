@@ -24,6 +24,12 @@ class LoraSpec:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
 
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"lora.r={self.r}: the rank of an update is at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout={self.dropout}: use a share of the adapter's input, 0 <= dropout < 1")
+
 
 @dataclass(frozen=True)
 class QuantizationSpec:

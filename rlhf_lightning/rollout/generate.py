@@ -68,6 +68,10 @@ class GenerationSpec:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"generation.max_new_tokens={self.max_new_tokens}: an answer needs at least 1 token")
+        if self.min_new_tokens < 0:
+            raise UserError(f"generation.min_new_tokens={self.min_new_tokens}: give 0 (no minimum) or more")
+        if "" in self.stop_strings:
+            raise UserError("generation.stop_strings holds an empty string, which every answer begins with: remove it")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"generation.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"

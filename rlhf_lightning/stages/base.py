@@ -95,6 +95,11 @@ class RLHFModule(L.LightningModule, ABC):
         if self.lr_scheduler is not None and self.schedule != Schedule():
             yield "schedule", "lr_scheduler replaces it"
 
+    @property
+    def reads_pretraining(self) -> bool:
+        """Whether `data.pretraining` is trained on beside the records."""
+        return False
+
     def frozen_models(self) -> list[nn.Module]:
         """Models that are neither trained nor saved, and so not among the module's own; sharded as those are."""
         return []

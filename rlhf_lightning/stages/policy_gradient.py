@@ -130,6 +130,10 @@ class PolicyGradientModule(OnPolicyModule):
         if self.shaper.shaping.overlong_cache is None and self.shaper.shaping.overlong_factor != 1:
             yield "shaping.overlong_factor", "shaping.overlong_cache is not set"
 
+    @property
+    def reads_pretraining(self) -> bool:
+        return self.ptx_coef != 0
+
     def extra_loader(self) -> Iterable[TokenBatch] | None:
         if not self.ptx_coef:
             return None

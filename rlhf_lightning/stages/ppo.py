@@ -124,6 +124,8 @@ class PPOModule(PolicyGradientModule):
         )
         if not value_coef >= 0:
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")
+        if critic_warmup_steps < 0:
+            raise UserError(f"critic_warmup_steps={critic_warmup_steps}: give 0 (none) or more")
         if credit.baseline == "greedy":
             raise UserError(
                 f"credit={type(credit).__name__} compares with the greedy answer, and PPOModule with its critic: use "

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.readers import Source, read_source
 
 RECORDS = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
@@ -41,6 +42,15 @@ def test_bom_crlf_and_blank_lines(tmp_path):
     table = read_source(Source(str(path)))
     assert list(table.rows) == [{"text": "a"}, {"text": "b"}]
     assert table.place(1) == "a.jsonl, line 3"
+
+
+def test_a_directory_without_what_is_kept_beside_records(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    (tmp_path / "._train.jsonl").write_bytes(b"\x00\x05\x16\x07")  # of a Mac
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "train.jsonl").write_text('{"text": "old"}\n')
+    assert rows(Source(str(tmp_path))) == [{"text": "a"}]
 
 
 def test_a_directory_by_split(tmp_path):
@@ -130,6 +140,6 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_sources_out_of_range():
     with pytest.raises(UserError, match="weight=0 must be above 0"):
-        Source("a.jsonl", weight=0)
+        RLHFDataModule(Source("a.jsonl", weight=0))
     with pytest.raises(UserError, match="limit=0 must be at least 1"):
-        Source("a.jsonl", limit=0)
+        read_source(Source("a.jsonl", limit=0))

@@ -19,6 +19,8 @@ def test_a_missing_column_names_itself_those_there_are_and_the_nearest():
     with pytest.raises(UserError) as caught:
         record_kind(["prompt", "chosen", "rejcted"], "pairs", "a.jsonl")
     assert "a.jsonl: missing column rejected (did you mean rejcted?)" in str(caught.value)
+    with pytest.raises(UserError, match=r"missing column prompt \(did you mean propmt\?\): this stage reads tokens"):
+        record_kind(["propmt", "completion"], "tokens", "a.jsonl")
     assert "the columns here are prompt, chosen, rejcted" in str(caught.value)
     assert "columns: {rejected: <name in your data>}" in str(caught.value)
     with pytest.raises(UserError, match=r"reads tokens \(messages or prompt\+completion or text\)"):

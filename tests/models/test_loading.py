@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.export import export_policy, export_scalar_model
 from rlhf_lightning.models.loading import load_policy, load_scalar_model, load_tokenizer
-from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 
 
 def weights(policy) -> list[torch.Tensor]:
@@ -85,6 +85,14 @@ def test_a_folder_gives_back_the_weights_it_was_given(tiny_model, tiny_config, t
 def test_a_spec_that_cannot_be_meant_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         load_policy(ModelSpec(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"r": 0}, "lora.r=0: the rank"), ({"dropout": 1.0}, "lora.dropout=1.0: use a share")]
+)
+def test_an_adapter_that_cannot_be_meant_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        LoraSpec(**options)
 
 
 def test_one_slash_is_a_folder_if_its_parent_is_one(tmp_path, monkeypatch):

@@ -413,7 +413,14 @@ def test_options_that_cannot_work_say_what_to_do(tiny_model, tiny_config, tiny_t
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("rows_at_once", 0), ("value_coef", -1.0), ("entropy_coef", -0.1), ("ptx_coef", -0.1), ("target_kl", 0.0)],
+    [
+        ("rows_at_once", 0),
+        ("value_coef", -1.0),
+        ("entropy_coef", -0.1),
+        ("ptx_coef", -0.1),
+        ("target_kl", 0.0),
+        ("critic_warmup_steps", -1),
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(option, value, tiny_model):
     with pytest.raises(ValueError, match=rf"^{option}={value}.*: give"):
