@@ -1,14 +1,17 @@
-"""Answers from transformers' own `generate`: left-padded batches, a KV cache, rows that stop when they are done."""
+"""Answers by a model's own forward pass: left-padded batches, a KV cache, rows that leave when they are done."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -21,12 +24,15 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from rlhf_lightning.core.batches import Generated, PromptBatch, concatenate_rows
+from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.kept import pack_kept
 from rlhf_lightning.models.sharded import gathered_once
+from rlhf_lightning.rollout.decode import Drawn, Rule, concatenate, decode, why_not
 from rlhf_lightning.rollout.mixture import GeometricMixture, MixtureSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,10 @@ class GenerationSpec:
         min_p: drop tokens less probable than this times the most probable one; 0 = none.
         num_samples: answers per prompt.
         stop_strings: an answer also ends, finished, when its text holds one of these; the string stays in the answer.
-        rows_at_once: sequences generated in one batch; None: all of them.
-        cache: KV cache: grows with the answer, or allocated once (faster where lengths are alike).
+        rows_at_once: sequences generated in one batch, those to prompts of like length together; None: all of them. It
+            bounds memory, and the answers are the same.
+        cache: KV cache: grows with the answers and is computed once for all answers to a prompt, or allocated once by
+            transformers' `generate`, which draws other answers from the same seed.
         keep_logprobs: remember what the engine itself gave each token, to compare with the policy's own numbers or to
             use in their place.
     """
@@ -126,15 +134,7 @@ class _SamplingRecord(LogitsProcessor):
     """
 
     def __init__(self, spec: GenerationSpec, *, keep_sets: bool) -> None:
-        # in the order in which transformers applies them
-        warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(spec.temperature)]
-        if spec.top_k > 0:
-            warpers.append(TopKLogitsWarper(spec.top_k))
-        if spec.top_p < 1:
-            warpers.append(TopPLogitsWarper(spec.top_p))
-        if spec.min_p > 0:
-            warpers.append(MinPLogitsWarper(spec.min_p))
-        self.warpers = LogitsProcessorList(warpers)
+        self.warpers = _warpers(spec)
         self.keep_sets = keep_sets
         self.keep_logprobs = spec.keep_logprobs
         self.sets: list[Tensor] = []
@@ -159,27 +159,37 @@ class _SamplingRecord(LogitsProcessor):
             self.logprobs.append(self._distribution.gather(-1, tokens[:, -1:])[:, 0])
             self._distribution = None
 
-    def finish(self, tokens: Tensor) -> dict[str, Tensor | None]:
+    def finish(self, tokens: Tensor) -> dict[str, Tensor]:
         """Sets [rows, time, bytes], log-probabilities and entropies [rows, time] about `tokens`; 0 over the prompt."""
         self._note_drawn(tokens)
-        return {
-            "kept": _about(tokens, self.sets),
-            "sampler_logprobs": _about(tokens, self.logprobs),
-            "sampler_entropy": _about(tokens, self.entropies),
-        }
+        steps = {"kept": self.sets, "sampler_logprobs": self.logprobs, "sampler_entropy": self.entropies}
+        return {name: _about(tokens, noted) for name, noted in steps.items() if noted}
 
 
-def _about(tokens: Tensor, steps: list[Tensor]) -> Tensor | None:
+def _warpers(spec: GenerationSpec) -> LogitsProcessorList:
+    """Temperature and truncation, in the order in which transformers applies them."""
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(spec.temperature)]
+    if spec.top_k > 0:
+        warpers.append(TopKLogitsWarper(spec.top_k))
+    if spec.top_p < 1:
+        warpers.append(TopPLogitsWarper(spec.top_p))
+    if spec.min_p > 0:
+        warpers.append(MinPLogitsWarper(spec.min_p))
+    return LogitsProcessorList(warpers)
+
+
+def _about(tokens: Tensor, steps: list[Tensor]) -> Tensor:
     """What was noted of each sampled token, behind zeros for the prompt: [rows, time, ...]."""
-    if not steps:
-        return None
     noted = torch.stack(steps, dim=1)
     prompt = noted.new_zeros((len(noted), tokens.shape[1] - noted.shape[1], *noted.shape[2:]))
     return torch.cat((prompt, noted), dim=1)
 
 
 class HFGenerate(RolloutEngine):
-    """`transformers` generate behind the `RolloutEngine` interface; the same seed gives the same answers.
+    """Answers from the model as it is being trained; the same seed gives the same answers.
+
+    A prompt is read once for all of its answers, and an answer that is done leaves the batch (`rollout.decode`). A
+    model whose cache does not allow it, and a static cache, go through transformers' own `generate`.
 
     Logits are not kept: log-probabilities are recomputed by the policy, so that training and sampling agree exactly. Of
     a sampler that truncates, the sets that tokens were drawn from are: a bit per entry of the vocabulary and token.
@@ -211,45 +221,101 @@ class HFGenerate(RolloutEngine):
 
     @torch.no_grad()
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
-        tokens = prompts.tokens.repeat_interleave(self.spec.num_samples, 0)
-        attention_mask = prompts.attention_mask.repeat_interleave(self.spec.num_samples, 0)
         check_context(self.spec, policy, prompts)
-        rows = self.spec.rows_at_once or tokens.shape[0]
+        device, width = prompts.tokens.device, prompts.tokens.shape[1]
+        copies = torch.arange(len(prompts.tokens), device=device).repeat_interleave(self.spec.num_samples)
+        uniforms = self._uniforms(len(copies), seed).to(device)
+        pad_id = self.tokenizer.pad_token_id
+        decodes = self._decodes(policy)
         was_training = policy.training
         policy.eval()
-        devices = [tokens.device] if tokens.device.type == "cuda" else []
+        order = torch.arange(len(copies), device=device)
+        if self.spec.rows_at_once is not None:
+            order = prompts.attention_mask.sum(-1)[copies].argsort(descending=True, stable=True)
+        parts = []
         try:
-            with torch.random.fork_rng(devices=devices), self._gathered(policy):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self._gathered(policy):
                 torch.manual_seed(seed)
-                parts = [
-                    self._generate_rows(policy, t, a)
-                    for t, a in zip(tokens.split(rows), attention_mask.split(rows), strict=True)
-                ]
+                for rows in order.split(self.spec.rows_at_once or len(order)):
+                    asked, prompt_of_row = copies[rows].unique(return_inverse=True)
+                    tokens, mask = prompts.tokens[asked], prompts.attention_mask[asked]
+                    spare = width - int(mask.sum(-1).max())  # columns of padding in all of these prompts
+                    tokens, mask = tokens[:, spare:], mask[:, spare:]
+                    if decodes:
+                        drawn = self._decode(policy, tokens, mask, prompt_of_row, uniforms[rows])
+                    else:
+                        drawn = self._transformers(policy, tokens[prompt_of_row], mask[prompt_of_row])
+                    parts.append(drawn.behind(spare, pad_id=pad_id))
         finally:
             policy.train(was_training)
-        pad = self.tokenizer.pad_token_id
-        assembled = []
-        for (drawn, lengths, noted), mask in zip(parts, attention_mask.split(rows), strict=True):
-            answers = assemble(drawn, mask, lengths, pad_id=pad)
-            # behind the end of a finished answer padding was drawn
-            real = {k: x if x is None or x.dim() > 2 else torch.where(answers.mask, x, 0.0) for k, x in noted.items()}
-            assembled.append(replace(answers, **real))
-        return concatenate_rows(assembled, pad_id=pad)
+        drawn = concatenate(parts, pad_id=pad_id).select(order.argsort())
+        answers = assemble(drawn.tokens, prompts.attention_mask[copies], drawn.lengths, pad_id=pad_id)
+        # behind the end of a finished answer padding was drawn
+        real = {k: x if x.dim() > 2 else torch.where(answers.mask, x, 0.0) for k, x in drawn.noted.items()}
+        return replace(answers, **real)
+
+    def _uniforms(self, num_rows: int, seed: int) -> Tensor:
+        """A number of [0, 1) for every row and step, whatever batch the row is in and on whatever device."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(num_rows, self.spec.max_new_tokens, dtype=torch.float64, generator=generator)
+
+    def _decodes(self, policy: Any) -> bool:
+        if self.spec.cache == "static":
+            return False
+        for model in (policy, *self._others()):
+            reason = why_not(model)
+            if reason is not None:
+                _say_once(model.config.model_type, reason)
+                return False
+        return True
+
+    def _others(self) -> list[Any]:
+        """Models beside the policy that are asked for every token."""
+        return [] if self.mixture is None else [self.mixture.reference.policy]
 
     @contextmanager
     def _gathered(self, policy: Any) -> Iterator[None]:
         """Sharded weights are exchanged once, and not for every token."""
-        others = [] if self.mixture is None else [self.mixture.reference.policy]
         with ExitStack() as stack:
-            for model in (policy, *others):
+            for model in (policy, *self._others()):
                 stack.enter_context(gathered_once(model))
             yield
 
-    def _generate_rows(
-        self, policy: Any, tokens: Tensor, attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """Prompt and answer ids [rows, time], the width at which each row finished, -1 where it was cut off, and what
-        the sampler was asked to note."""
+    def _decode(
+        self, policy: Any, tokens: Tensor, attention_mask: Tensor, prompt_of_row: Tensor, uniforms: Tensor
+    ) -> Drawn:
+        """By our own loop."""
+        spec, eos = self.spec, end_ids(policy, self.tokenizer)
+        forbid = LogitsProcessorList()
+        if spec.min_new_tokens:
+            forbid.append(
+                MinNewTokensLengthLogitsProcessor(tokens.shape[1], spec.min_new_tokens, eos, device=str(tokens.device))
+            )
+        stops = None
+        if spec.stop_strings:
+            criterion = _stop_strings(self.tokenizer, spec.stop_strings)
+            stops = lambda ids: criterion(ids, None)  # noqa: E731
+        rule = Rule(
+            forbid=forbid,
+            warp=_warpers(spec) if spec.temperature > 0 else None,
+            keep_sets=spec.truncates,
+            keep_logprobs=spec.keep_logprobs,
+            ends=torch.tensor(eos, device=tokens.device),
+            stops=stops,
+        )
+        return decode(
+            policy,
+            tokens,
+            attention_mask,
+            prompt_of_row,
+            uniforms,
+            rule,
+            pad_id=self.tokenizer.pad_token_id,
+            mixture=self.mixture,
+        )
+
+    def _transformers(self, policy: Any, tokens: Tensor, attention_mask: Tensor) -> Drawn:
+        """By transformers' `generate`."""
         eos = end_ids(policy, self.tokenizer)
         criteria: list[StoppingCriteria] = [EosTokenCriteria(eos_token_id=eos)]
         if self.spec.stop_strings:
@@ -276,7 +342,7 @@ class HFGenerate(RolloutEngine):
         finally:
             policy.model.generation_config = own
         assert recorder.lengths is not None
-        return output, recorder.lengths, {} if record is None else record.finish(output)
+        return Drawn(output, recorder.lengths, {} if record is None else record.finish(output))
 
     def _config(self, eos: list[int]) -> GenerationConfig:
         spec = self.spec
@@ -349,6 +415,15 @@ def _stop_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) ->
             f"generation.stop_strings={list(strings)} cannot be used with this tokenizer, whose tokens have no text of "
             "their own: leave them out and train the end token instead"
         ) from error
+
+
+@cache
+def _say_once(model_type: str, reason: str) -> None:
+    logger.warning(
+        "models of type %r are sampled from by transformers' own generate, which reads a prompt once per answer: %s",
+        model_type,
+        reason,
+    )
 
 
 def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

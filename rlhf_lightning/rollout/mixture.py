@@ -19,6 +19,17 @@ class MixtureSpec:
     """Its exponent, between 0 (nothing) and 1 (everything)."""
 
 
+def mixed_logits(scores: Tensor, others: Tensor, share: float) -> Tensor:
+    """Logits of the geometric mixture; what is forbidden in `scores` stays forbidden.
+
+    Args:
+        scores, others: logits of the two models [rows, vocab].
+        share: the other one's exponent.
+    """
+    mixed = (1 - share) * scores.float() + share * others.float()
+    return torch.where(scores > -torch.inf, mixed, -torch.inf)
+
+
 class GeometricMixture(LogitsProcessor):
     """Turns the logits of the model that generates into those of a mixture with another one.
 
@@ -42,9 +53,7 @@ class GeometricMixture(LogitsProcessor):
         self._seen = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        share = self.spec.share
-        mixed = (1 - share) * scores.float() + share * self._other_logits(input_ids).float()
-        return torch.where(scores > -torch.inf, mixed, -torch.inf)
+        return mixed_logits(scores, self._other_logits(input_ids), self.spec.share)
 
     def _other_logits(self, tokens: Tensor) -> Tensor:
         """The other model's logits of the next token [rows, vocab]."""
