@@ -79,6 +79,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where a module's dropout rate stands: the module and the name of its attribute."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            yield module, "p"
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                yield module, name
+
+
 def run_body(body: nn.Module, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None, **told: Any) -> Tensor:
     """The decoder as it stands; `attention_mask` in any form that transformers takes, `told` to its attention."""
     output = body(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **told)

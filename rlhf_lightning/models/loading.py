@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.models.body import attention_of
+from rlhf_lightning.models.body import attention_of, dropout_rates
 from rlhf_lightning.models.compiled import compile_layers
 from rlhf_lightning.models.locate import check_code, check_layers, check_model_folder, resolve_path
 from rlhf_lightning.models.lora import add_adapter
@@ -281,12 +281,8 @@ def _prepare(model: PreTrainedModel, spec: ModelSpec) -> nn.Module:
 
 def disable_dropout(model: nn.Module) -> None:
     """Every dropout rate in the modules to 0; the config, and so an export, keeps what it said."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-                setattr(module, name, 0.0)
+    for module, name in dropout_rates(model):
+        setattr(module, name, 0.0)
 
 
 def _build_config(spec: ModelSpec) -> PretrainedConfig:

@@ -18,6 +18,7 @@ from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
 from rlhf_lightning.models.compiled import not_compiled
+from rlhf_lightning.models.shared_prompts import group_states
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 
@@ -83,13 +84,22 @@ class Policy(nn.Module):
         attention_mask: Bool[Tensor, "batch time"],
         positions: Int[Tensor, "batch time"],
         segments: Int[Tensor, "batch time"] | None = None,
+        *,
+        answers: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
         """Hidden states as the output head reads them. The head itself does not run.
 
         Args:
             positions: count from 0 at each record's first real token, whatever the padding side.
             segments: packed records 1, 2, ..., 0 on padding; no attention across records.
+            answers: True on tokens of answers, of prompts that end at one column: a prompt that several rows begin with
+                is computed once, where the model allows it and is not padding-free. The hidden states are the same.
         """
+        if answers is not None and not self.padding_free:
+            with on_host(self.model, self.activation_offload):
+                states = group_states(self.body, tokens, attention_mask, positions, answers)
+            if states is not None:
+                return states
         if segments is not None and not self._packing_checked:
             check_packing(self.body, self.config.get_text_config().vocab_size)
             self._packing_checked = True
@@ -166,15 +176,23 @@ class Policy(nn.Module):
             check_fused(hidden, head.weight, truncated=kept is not None)
         return token_scores(hidden, tokens, mask, head, temperature=temperature, with_entropy=with_entropy, kept=kept)
 
-    def forward(self, batch: HasTokens, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenScores:
+    def forward(
+        self,
+        batch: HasTokens,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        answers: Bool[Tensor, "batch time"] | None = None,
+    ) -> TokenScores:
         """Log-probability (and entropy) of every token of `batch` where `batch.mask`.
 
         Args:
             batch: a `TokenBatch`, `Generated` or `Rollouts`.
             temperature: logits are divided by it; the one that the tokens were sampled at.
+            answers: see `hidden_states`.
         """
         hidden = self.hidden_states(
-            batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
+            batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None), answers=answers
         )
         return self.scores(
             hidden,

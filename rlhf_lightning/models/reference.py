@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf_lightning.core.batches import TokenBatch
@@ -38,9 +39,11 @@ class Reference:
             policy.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: HasTokens, *, temperature: float = 1.0) -> TokenScores:
+    def __call__(
+        self, batch: HasTokens, *, temperature: float = 1.0, answers: Bool[Tensor, "batch time"] | None = None
+    ) -> TokenScores:
         with self.as_it_was():
-            return self.policy(batch, temperature=temperature)
+            return self.policy(batch, temperature=temperature, answers=answers)
 
     @torch.no_grad()
     def hidden_states(self, batch: HasTokens) -> Tensor:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kept import pack_kept
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.shared_prompts import why_no_cache
 from rlhf_lightning.rollout.mixture import MixtureSpec, mixed_logits
 
 LEAVE_AT = 0.875
@@ -88,16 +88,12 @@ def _pad_columns(x: Tensor, before: int, behind: int, value: int) -> Tensor:
 def why_not(policy: Policy) -> str | None:
     """What keeps a model from being decoded here; None: nothing does."""
     model = policy.causal_lm
-    taken = inspect.signature(type(model).forward).parameters
-    missing = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(taken)
-    if missing:
-        return f"its forward pass takes no {sorted(missing)[0]}"
     for name in ("prepare_inputs_for_generation", "_prepare_cache_for_generation", "_sample", "generate"):
         if getattr(type(model), name, None) is not getattr(GenerationMixin, name):
             return f"it has a {name} of its own"
-    kinds = {type(layer) for layer in DynamicCache(config=policy.config).layers}
-    other = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
-    return f"its cache is made of {other.pop().__name__}" if other else None
+    if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+        return "its forward pass takes no logits_to_keep"
+    return why_no_cache(model)
 
 
 def look_every(device: torch.device) -> int:

@@ -364,7 +364,9 @@ class GRPOModule(PolicyGradientModule):
         if not self.takes_part():
             return self.zero_loss()
         assert self.policy is not None
-        hidden = self.policy.hidden_states(batch.tokens, batch.attention_mask, batch.positions)
+        hidden = self.policy.hidden_states(
+            batch.tokens, batch.attention_mask, batch.positions, answers=self.shared(batch)
+        )
         terms = self.policy_terms(batch, self.policy_scores(batch, hidden))
         self.log_step_means(batch_idx)
         return torch.stack(list(terms.values())).sum() * self.loss_scale

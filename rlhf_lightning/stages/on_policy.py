@@ -322,13 +322,25 @@ class OnPolicyModule(RLHFModule):
             return torch.zeros(answers.tokens.shape, device=self.device)
         temperature = self.generation.temperature
         with gathered_once(reference.policy):
-            parts = self.measured(answers, lambda part: reference(part, temperature=temperature).logprobs)
+            parts = self.measured(
+                answers,
+                lambda part: reference(part, temperature=temperature, answers=self.shared(part)).logprobs,
+            )
         return torch.cat(parts).float()
 
     def _token_scores(self, batch: Any, *, with_entropy: bool) -> TokenScores:
         """Log-probabilities at the temperature that the answers were sampled at."""
         assert self.policy is not None
-        return self.policy(batch, temperature=self.generation.temperature, with_entropy=with_entropy)
+        return self.policy(
+            batch,
+            temperature=self.generation.temperature,
+            with_entropy=with_entropy,
+            answers=self.shared(batch),
+        )
+
+    def shared(self, batch: Generated | Rollouts) -> Tensor | None:
+        """Which tokens are answers, where several share a prompt that then need be computed only once."""
+        return batch.mask if self.generation.num_samples > 1 else None
 
     def measured(self, answers: Generated, run: Callable[[Generated], Measured]) -> list[Measured]:
         """What `run` says of the answers, so many rows after so many."""

@@ -193,7 +193,9 @@ class PPOModule(PolicyGradientModule):
             return self.zero_loss()
         assert self.policy is not None
         assert self.critic is not None
-        hidden = self.policy.hidden_states(batch.tokens, batch.attention_mask, batch.positions)
+        hidden = self.policy.hidden_states(
+            batch.tokens, batch.attention_mask, batch.positions, answers=self.shared(batch)
+        )
         scores = self.policy_scores(batch, hidden)
         values = critic_values(self.critic, self.policy, batch, hidden)
         per_value, value_clipped = self.value_loss(values, batch.values, batch.returns)

@@ -1,0 +1,89 @@
+"""A prompt that several answers share, run through the decoder once: as keys and values that each answer attends to.
+
+    rows        p p p a a a      the decoder runs over    p p p        and, behind its keys and values,    a a a
+                p p p b b b                                                                                b b b
+
+Every row has the hidden states and the gradients that it would have on its own. What each model allows is asked of its
+cache, and where it allows nothing the rows are computed one by one.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rlhf_lightning.models.body import attention_of, dropout_rates
+from rlhf_lightning.models.sharded import is_sharded
+
+
+def why_no_cache(model: nn.Module) -> str | None:
+    """What keeps rows of a transformers model from going on behind the cache of another row; None: nothing does."""
+    missing = {"position_ids", "past_key_values", "attention_mask"} - set(
+        inspect.signature(type(model).forward).parameters
+    )
+    if missing:
+        return f"its forward pass takes no {min(missing)}"
+    config: Any = model.config
+    other = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    return f"its cache is made of {other.pop().__name__}" if other else None
+
+
+def group_states(
+    body: nn.Module,
+    tokens: Int[Tensor, "rows time"],
+    attention_mask: Bool[Tensor, "rows time"],
+    positions: Int[Tensor, "rows time"],
+    answers: Bool[Tensor, "rows time"],
+) -> Float[Tensor, "rows time hidden"] | None:
+    """The hidden states of `body_states`; None where nothing is gained, or the model does not allow it.
+
+    Args:
+        positions: count from 0 at each row's first real token.
+        answers: True on tokens of answers; no prompt reaches beyond the column where the first of them stands.
+    """
+    if len(tokens) < 2 or not _allows(body):
+        return None
+    starts = answers.any(0)
+    # waits for the device twice a batch: how much is shared decides what is computed
+    end = int(starts.int().argmax()) if bool(starts.any()) else 0
+    if end == 0:
+        return None
+    prompts = torch.cat((tokens[:, :end], attention_mask[:, :end].long()), dim=1)
+    prompts, prompt_of_row = prompts.unique(dim=0, return_inverse=True)
+    if len(prompts) > len(tokens) // 2:
+        return None
+    asked, real = prompts[:, :end], prompts[:, end:].bool()
+    cache: Any = DynamicCache(config=body.config)
+    first = body(
+        input_ids=asked,
+        attention_mask=real,
+        position_ids=(real.long().cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache.batch_select_indices(prompt_of_row)
+    rest = body(
+        input_ids=tokens[:, end:],
+        attention_mask=attention_mask,
+        position_ids=positions[:, end:].masked_fill(~attention_mask[:, end:], 0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat((first.last_hidden_state[prompt_of_row], rest.last_hidden_state), dim=1)
+
+
+def _allows(body: nn.Module) -> bool:
+    if why_no_cache(body) is not None or attention_of(body) not in ("sdpa", "eager"):
+        return False
+    # sharded weights are gathered anew for each pass, and a compiled layer is compiled anew for a cache
+    if is_sharded(body) or any(part._compiled_call_impl is not None for part in body.modules()):
+        return False
+    if not body.training:
+        return True
+    # a checkpointed layer fills no cache, and answers would share the dropout of their prompt
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in body.modules())
+    return not checkpointed and all(getattr(part, name) == 0 for part, name in dropout_rates(body))
