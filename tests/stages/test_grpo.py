@@ -111,7 +111,8 @@ def test_a_second_step_on_truncated_samples_has_the_ratio_of_the_renormalised_po
     tiny_model, write_jsonl, tmp_path
 ):
     """By hand from full logits: after a step, at one fixed set, and not what the whole vocabulary would give."""
-    module = grpo(tiny_model, generation=GenerationSpec(max_new_tokens=5, num_samples=4, top_k=3))
+    generation = GenerationSpec(max_new_tokens=5, num_samples=4, top_k=3)
+    module = grpo(tiny_model, FirstToken(*range(4, 13)), generation=generation)
     keep = Keep(module)
     fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
     [rollouts] = keep.rollouts
@@ -232,7 +233,7 @@ def test_dynamic_sampling_is_bounded_and_trains_on_nothing_if_it_finds_nothing(t
 def test_replay_puts_earlier_groups_in_the_place_of_unanimous_ones(tiny_model, write_jsonl, tmp_path):
     module = grpo(tiny_model, FirstToken(4, 5), replay=ReplaySpec(capacity=8), kl=NO_KL)
     keep = Keep(module)
-    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6}, max_epochs=2)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6}, max_epochs=3)
     assert trainer.callback_metrics["groups/replayed"].item() > 0
     last = keep.rollouts[-1]
     assert len(last.scores) == 24, "as many answers as ever"
