@@ -159,8 +159,8 @@ def family() -> str:
             "ours no further from it than TRL's beyond one standard error, 1.5 times TRL's tokens per second and never "
             f"slower. All points below the oracle: **{'yes' if result['all_below'] else 'no'}**.",
             "The difference is ours minus TRL's seed by seed, with the standard error of its mean; lower is better. Of "
-            "the two ratios of speed, medians over the seeds, the first is by the clock and so also tells what else the "
-            "machine did meanwhile; the second, by the processor time of the two processes, hardly does.",
+            "the two ratios of speed, medians over the seeds, the first is by the clock and so tells what else the "
+            "machine did meanwhile too; the second, by the processor time of the two processes, hardly does.",
             table(header, against),
             "![Gold against KL, by algorithm and library](../benchmarks/results/sentiment/family.png)",
             table(
