@@ -205,11 +205,11 @@ def draw(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         probs: [rows, outcomes], each row sums to 1.
-        uniforms: of [0, 1), float64 [rows].
+        uniforms: of [0, 1) [rows].
     """
     below = (probs * _ONE).long().cumsum(-1)
     total = below[:, -1]
-    # rounded down, and the sum never reached
+    # rounded down, and the sum is never reached, whatever the precision of the product
     threshold = torch.minimum((uniforms * total).long(), total - 1)
     drawn = torch.searchsorted(below, threshold[:, None], right=True)[:, 0]
     broken = (total - _ONE).abs() > _ONE // 256
@@ -250,7 +250,7 @@ class _Reader:
     """A model that reads along: the prompts once each, then one token a step of every row.
 
     Args:
-        model: the policy, or a reference.
+        model: the policy, or a reference as it was.
         tokens, attention_mask, prompt_of_row: as for `decode`.
     """
 

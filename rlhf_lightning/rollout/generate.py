@@ -224,7 +224,7 @@ class HFGenerate(RolloutEngine):
         check_context(self.spec, policy, prompts)
         device, width = prompts.tokens.device, prompts.tokens.shape[1]
         copies = torch.arange(len(prompts.tokens), device=device).repeat_interleave(self.spec.num_samples)
-        uniforms = self._uniforms(len(copies), seed).to(device)
+        uniforms = self._uniforms(len(copies), seed, device)
         pad_id = self.tokenizer.pad_token_id
         decodes = self._decodes(policy)
         was_training = policy.training
@@ -254,10 +254,11 @@ class HFGenerate(RolloutEngine):
         real = {k: x if x.dim() > 2 else torch.where(answers.mask, x, 0.0) for k, x in drawn.noted.items()}
         return replace(answers, **real)
 
-    def _uniforms(self, num_rows: int, seed: int) -> Tensor:
+    def _uniforms(self, num_rows: int, seed: int, device: torch.device) -> Tensor:
         """A number of [0, 1) for every row and step, whatever batch the row is in and on whatever device."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(num_rows, self.spec.max_new_tokens, dtype=torch.float64, generator=generator)
+        drawn = torch.rand(num_rows, self.spec.max_new_tokens, dtype=torch.float64, generator=generator)
+        return drawn.to(device, torch.float64 if device.type != "mps" else torch.float32)
 
     def _decodes(self, policy: Any) -> bool:
         if self.spec.cache == "static":

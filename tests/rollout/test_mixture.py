@@ -29,7 +29,7 @@ def logits(policy, answers):
 
 
 @pytest.mark.parametrize("share", [0.125, 0.7, 1.0])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5}, {"min_new_tokens": 3}])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5}, {"min_new_tokens": 3}, {"cache": "static"}])
 def test_what_is_sampled_from_is_the_mixture(share, sampling, tiny_model):
     spec = ModelSpec(path=str(tiny_model))
     tokenizer, policy, other = load_tokenizer(spec), load_policy(spec), load_policy(another(str(tiny_model)))
