@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_lightning.core.batches import TokenBatch
-from rlhf_lightning.models.shared_prompts import shared_prompt_states, why_no_cache
+from rlhf_lightning.models.shared_prompts import group_states, why_no_cache
 from rlhf_lightning.models.spec import LoraSpec
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums over at most 48 numbers of size 1
@@ -27,7 +27,7 @@ def states(policy, batch):
 
 
 def shared(policy, batch):
-    return shared_prompt_states(policy.body, batch.tokens, batch.attention_mask, batch.positions, batch.mask)
+    return group_states(policy.body, batch.tokens, batch.attention_mask, batch.positions, batch.mask)
 
 
 def numbers_of_rows(policy) -> list[int]:
