@@ -1,14 +1,16 @@
 """Our GRPO, RLOO, PPO and DPO beside TRL's GRPO, RLOO and DPO: reward against KL, tokens per second, memory.
 
-    python benchmarks/bench_sentiment_frontier.py --data PATH [--seeds 1 2 3] [--dpo-seeds 4 5 6 7 8 9] [--runs FOLDER]
+    python benchmarks/bench_sentiment_frontier.py --data PATH [--seeds 1 2 3] [--dpo-seeds 4 5 6 7] [--runs FOLDER]
 
 PATH holds models/stories260k, a pretrained 260k-parameter storyteller. The gold score is the VADER sentiment of the
 answer, and it is what the online methods are rewarded with; DPO learns from 4096 pairs. Both libraries start from the
 same weights and take the same prompts (pairs), seeds, optimiser, learning rates and numbers of steps, one process per
 run, ours and TRL's in turn; all policies are evaluated by the same code. Each library shuffles with its own generator,
 so a seed does not name one order of the pairs: DPO, whose single pass depends on it most, is run with more seeds, of
-which only the distance from the oracle is kept. A run that is on disk is not run again.
-Results: benchmarks/results/sentiment/family.json and family.png.
+which only the distance from the oracle is kept, and once more with the pairs in one order for both. A run that is on
+disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
+
+--speed runs GRPO and RLOO alone, with no evaluation, and compares processor seconds: results/sentiment/speed.json.
 """
 
 import argparse
@@ -38,8 +40,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sentiment"
 PROMPTS, GROUP, ANSWER, ROLLOUTS = 16, 8, 32, 60
 PAIRS, PAIRS_PER_STEP = 4096, 32
-LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4}
-COEF = {"grpo": 0.5, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3}
+IN_FILE_ORDER = "dpo_in_file_order"
+LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4, IN_FILE_ORDER: 1e-4}
+COEF = {"grpo": 0.5, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3, IN_FILE_ORDER: 0.3}
 RUNS = [("ours", "grpo"), ("trl", "grpo"), ("ours", "rloo"), ("trl", "rloo"), ("ours", "dpo"), ("trl", "dpo")]
 RUNS += [("ours", "ppo")]
 DPO_RUNS = [("ours", "dpo"), ("trl", "dpo")]
@@ -110,7 +113,7 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
         module = PPOModule(**common, **on_policy, kl=in_reward, critic=CriticSpec(learning_rate=1e-3))
     else:
         module = DPOModule(**common, loss=DPO(beta=coef))
-    online = algorithm != "dpo"
+    online = not algorithm.startswith("dpo")
     seen: list[float] = []
 
     class Count(L.Callback):
@@ -135,7 +138,9 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
         enable_model_summary=False,
     )
     train = data / ("prompts.jsonl" if online else "pairs.jsonl")
-    datamodule = RLHFDataModule(train=str(train), batch_size=PROMPTS if online else PAIRS_PER_STEP)
+    datamodule = RLHFDataModule(
+        train=str(train), batch_size=PROMPTS if online else PAIRS_PER_STEP, shuffle=algorithm != IN_FILE_ORDER
+    )
     took = Took()
     trainer.fit(module, datamodule=datamodule)
     figures = took.figures(sum(seen))
@@ -182,13 +187,19 @@ def trl(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[st
                 tokens[:] = [float(logs["num_tokens"])]
 
     trainer: Any
-    if algorithm == "dpo":
+    if algorithm.startswith("dpo"):
         rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in read_jsonl(data / "pairs.jsonl")]
         arguments = trl.DPOConfig(
             **common, per_device_train_batch_size=PAIRS_PER_STEP, num_train_epochs=1, max_length=512
         )
         dataset = Dataset.from_list(rows)
-        trainer = trl.DPOTrainer(
+
+        class InFileOrder(trl.DPOTrainer):
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return torch.utils.data.SequentialSampler(dataset)
+
+        kind = InFileOrder if algorithm == IN_FILE_ORDER else trl.DPOTrainer
+        trainer = kind(
             policy, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[CountPairs()]
         )
     else:
@@ -249,6 +260,47 @@ def evaluate(model: Path, folder: Path, runs: dict[str, Path], seed: int) -> dic
     return json.loads(done.read_text())["models"]
 
 
+def run(library: str, algorithm: str, model: Path, folder: Path, seed: int) -> Path:
+    """A run in a process of its own, unless it is on disk."""
+    out = folder / f"{library}_{algorithm}"
+    if not (out / "took.json").is_file():
+        print(f"seed {seed}: {library} {algorithm}", flush=True)
+        command = [sys.executable, __file__, "--worker", library, algorithm, str(model), str(folder), str(out)]
+        subprocess.run([*command, "--seeds", str(seed)], check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+def same_order(options: argparse.Namespace, model: Path) -> dict[str, float]:
+    """DPO with the pairs in one order: how far the weights moved, and how far the two libraries' then are apart."""
+    from transformers import AutoModelForCausalLM
+
+    folder = options.runs / "same_order"
+    prepare(model, folder, 1)
+    folders = {library: run(library, IN_FILE_ORDER, model, folder, 1) / "hf" for library in WORKERS} | {"base": model}
+    weights = {n: list(AutoModelForCausalLM.from_pretrained(f).parameters()) for n, f in folders.items()}
+
+    def apart(a: str, b: str) -> float:
+        return sum(float((x - y).detach().square().sum()) for x, y in zip(weights[a], weights[b], strict=True)) ** 0.5
+
+    return {"ours_moved": apart("ours", "base"), "trl_moved": apart("trl", "base"), "apart": apart("ours", "trl")}
+
+
+def speeds(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    """Tokens per processor second of GRPO and RLOO, ours and TRL's in turn."""
+    rows = []
+    for seed in options.seeds:
+        folder = options.runs / f"seed_{seed}"
+        prepare(model, folder, seed)
+        for algorithm in ("grpo", "rloo"):
+            took = {
+                name: json.loads((run(name, algorithm, model, folder, seed) / "took.json").read_text())
+                for name in WORKERS
+            }
+            rate = {name: t["tokens"] / t["cpu_seconds"] for name, t in took.items()}
+            rows.append({"seed": seed, "algorithm": algorithm, **rate, "ratio": rate["ours"] / rate["trl"]})
+    return rows
+
+
 def run_seed(
     options: argparse.Namespace, model: Path, seed: int, runs: list[tuple[str, str]], curve: list[dict[str, float]]
 ) -> list[dict[str, Any]]:
@@ -257,11 +309,7 @@ def run_seed(
     curve.extend(oracle(model, folder / "held_out.jsonl") if not curve else [])
     paths = {}
     for library, algorithm in runs:
-        out = paths[f"{library} {algorithm}"] = folder / f"{library}_{algorithm}"
-        if not (out / "took.json").is_file():
-            print(f"seed {seed}: {library} {algorithm}", flush=True)
-            command = [sys.executable, __file__, "--worker", library, algorithm, str(model), str(folder), str(out)]
-            subprocess.run([*command, "--seeds", str(seed)], check=True, stdout=subprocess.DEVNULL)
+        paths[f"{library} {algorithm}"] = run(library, algorithm, model, folder, seed)
     measured = evaluate(model, folder, paths, seed)
     points = []
     for name, path in paths.items():
@@ -345,7 +393,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with models/stories260k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--dpo-seeds", type=int, nargs="*", default=[4, 5, 6, 7, 8, 9], help="seeds of DPO alone")
+    parser.add_argument("--dpo-seeds", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds of DPO alone")
+    parser.add_argument("--speed", action="store_true", help="GRPO and RLOO alone, not evaluated")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_family"), help="where the runs are kept")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -359,14 +408,19 @@ def main() -> None:
         sys.exit("skipped: give --data a folder that holds models/stories260k")
     model = (options.data / "models" / "stories260k").resolve()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    described = about()
+    described["versions"]["trl"] = version("trl")
+    if options.speed:
+        write_json(RESULTS / "speed.json", {"about": described, "runs": speeds(options, model)})
+        print(f"wrote {RESULTS / 'speed.json'}")
+        return
     curve: list[dict[str, float]] = []
     planned = [(seed, RUNS) for seed in options.seeds] + [(seed, DPO_RUNS) for seed in options.dpo_seeds]
     points = [point for seed, runs in planned for point in run_seed(options, model, seed, runs, curve)]
     draw(points, curve)
-    described = about()
-    described["versions"]["trl"] = version("trl")
     result = {"about": described, "oracle": curve, "points": points, "all_below": all(p["below"] for p in points)}
-    write_json(RESULTS / "family.json", result | {"against_trl": compare(points)})
+    result |= {"against_trl": compare(points), "dpo_in_file_order": same_order(options, model)}
+    write_json(RESULTS / "family.json", result)
     print(f"wrote {RESULTS / 'family.json'}")
 
 
