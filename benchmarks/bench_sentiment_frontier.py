@@ -10,7 +10,7 @@ so a seed does not name one order of the pairs: DPO, whose single pass depends o
 which only the distance from the oracle is kept, and once more with the pairs in one order for both. A run that is on
 disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
 
---speed runs GRPO and RLOO alone, with no evaluation, and compares processor seconds: results/sentiment/speed.json.
+`--speed grpo rloo` runs those alone, with no evaluation, and compares processor seconds: results/sentiment/speed.json.
 """
 
 import argparse
@@ -286,12 +286,12 @@ def same_order(options: argparse.Namespace, model: Path) -> dict[str, float]:
 
 
 def speeds(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """Tokens per processor second of GRPO and RLOO, ours and TRL's in turn."""
+    """Tokens per processor second, ours and TRL's in turn."""
     rows = []
     for seed in options.seeds:
         folder = options.runs / f"seed_{seed}"
         prepare(model, folder, seed)
-        for algorithm in ("grpo", "rloo"):
+        for algorithm in options.speed:
             took = {
                 name: json.loads((run(name, algorithm, model, folder, seed) / "took.json").read_text())
                 for name in WORKERS
@@ -394,7 +394,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with models/stories260k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--dpo-seeds", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds of DPO alone")
-    parser.add_argument("--speed", action="store_true", help="GRPO and RLOO alone, not evaluated")
+    parser.add_argument("--speed", nargs="+", choices=["grpo", "rloo", "dpo"], help="run these alone, not evaluated")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_family"), help="where the runs are kept")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()

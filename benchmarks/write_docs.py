@@ -121,7 +121,7 @@ def sentiment() -> str:
 
 
 def speed() -> list[str]:
-    """GRPO and RLOO by processor time alone."""
+    """Processor time alone, of fewer runs or later ones."""
     result = load("sentiment/speed.json")
     if result is None:
         return []
@@ -129,7 +129,7 @@ def speed() -> list[str]:
         [r["algorithm"], r["seed"], f"{r['ours']:.0f}", f"{r['trl']:.0f}", f"{r['ratio']:.2f}"] for r in result["runs"]
     ]
     return [
-        "`--speed`: the same runs, with nothing else measured, by processor time.",
+        "Measured again for speed alone, by processor time (`--speed`):",
         table(["algorithm", "seed", "tokens per processor second, ours", "TRL", "ours : TRL"], rows),
         measured_with(result["about"]),
     ]
