@@ -265,7 +265,7 @@ class OnPolicyModule(RLHFModule):
         if not self.engine.heeds_rows_at_once:
             return f"data.batch_size={max(len(prompts.tokens) // 2, 1)}"
         rows = self.generation.rows_at_once or len(prompts.tokens) * self.generation.num_samples
-        return f"generation.rows_at_once={max(rows // 2, 1)} (other draws of the same distribution)"
+        return f"generation.rows_at_once={max(rows // 2, 1)}"
 
     def smaller_batches(self, purpose: str, batch: Batch, pieces: int) -> str:
         if purpose == "measuring" and isinstance(batch, Generated):
