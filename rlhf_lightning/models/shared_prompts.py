@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_lightning.models.body import attention_of, dropout_rates
+from rlhf_lightning.models.compiled import is_compiled
 from rlhf_lightning.models.sharded import is_sharded
 
 
@@ -80,7 +81,7 @@ def _allows(body: nn.Module) -> bool:
     if why_no_cache(body) is not None or attention_of(body) not in ("sdpa", "eager"):
         return False
     # sharded weights are gathered anew for each pass, and a compiled layer is compiled anew for a cache
-    if is_sharded(body) or any(part._compiled_call_impl is not None for part in body.modules()):
+    if is_sharded(body) or is_compiled(body):
         return False
     if not body.training:
         return True
