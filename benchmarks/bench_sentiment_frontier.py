@@ -411,7 +411,10 @@ def main() -> None:
     described = about()
     described["versions"]["trl"] = version("trl")
     if options.speed:
-        write_json(RESULTS / "speed.json", {"about": described, "runs": speeds(options, model)})
+        result = {"about": described, "runs": speeds(options, model)}
+        # what else the machine did meanwhile: a busy one lengthens processor time too, of both alike
+        result |= {"load_average": os.getloadavg()[2], "cores": os.cpu_count()}
+        write_json(RESULTS / "speed.json", result)
         print(f"wrote {RESULTS / 'speed.json'}")
         return
     curve: list[dict[str, float]] = []

@@ -129,7 +129,8 @@ def speed() -> list[str]:
         [r["algorithm"], r["seed"], f"{r['ours']:.0f}", f"{r['trl']:.0f}", f"{r['ratio']:.2f}"] for r in result["runs"]
     ]
     return [
-        "Measured again for speed alone, by processor time (`--speed`):",
+        "Measured again for speed alone, by processor time (`--speed`), at a load average of "
+        f"{result['load_average']:.0f} on {result['cores']} cores:",
         table(["algorithm", "seed", "tokens per processor second, ours", "TRL", "ours : TRL"], rows),
         measured_with(result["about"]),
     ]
