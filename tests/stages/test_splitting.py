@@ -48,15 +48,15 @@ class Full:
             monkeypatch.setattr(cls, name, self.limited(getattr(cls, name)))
 
     def limited(self, own):
-        def run(model, tokens, *args):
+        def run(model, tokens, *args, **options):
             learns = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
             self.sizes.append(len(tokens))
             self.first -= learns
             if len(tokens) <= self.rows or (self.training_only and not learns) or (learns and self.first >= 0):
-                return own(model, tokens, *args)
+                return own(model, tokens, *args, **options)
             if self.where == "forward" or not learns:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            states = own(model, tokens, *args)
+            states = own(model, tokens, *args, **options)
             states.register_hook(self.fail)
             return states
 
