@@ -109,8 +109,12 @@ def records_attention(
         )
     starts, longest, window = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("sliding_window")
     sees = attention_mask if attention_mask is not None and attention_mask.shape[-1] > 1 else None
-    if sees is None and dropout == 0 and has_varlen(query):
-        return _varlen(query, key, value, starts, longest, scaling, window)[None], None
+    on = query.device.type
+    # rotated queries come in float32 under autocast, which would cast them for sdpa and does not for varlen
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else query.dtype
+    if sees is None and dropout == 0 and has_varlen(on, dtype):
+        told = (x.to(dtype) for x in (query, key, value))
+        return _varlen(*told, starts, longest, scaling, window)[None], None
     records = starts.shape[0] - 1
     if sees is None and window is not None and window < longest:
         step = torch.arange(longest, device=query.device)
@@ -128,9 +132,9 @@ def _laid_out(x: Tensor, places: Tensor, records: int, longest: int) -> Tensor:
     return blank.index_copy(0, places, by_token).unflatten(0, (records, longest)).transpose(1, 2)
 
 
-def has_varlen(x: Tensor) -> bool:
-    """Whether torch has an attention for records of any lengths, on this device and in this dtype."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+def has_varlen(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch has an attention for records of any lengths, on this kind of device and in this dtype."""
+    return device == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def _varlen(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.export import export_policy, export_scalar_model
 from rlhf_lightning.models.loading import load_policy, load_scalar_model, load_tokenizer
@@ -141,6 +142,15 @@ def test_a_quantised_reward_model_trains_its_head_and_exports(spec, tmp_path):
     loaded = load_scalar_model(ModelSpec(path=str(folder))).eval()
     torch.testing.assert_close(loaded.token_values(TOKENS, on, positions), expected, rtol=1e-5, atol=1e-5)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_batches_run_without_padding_over_few_bits(spec):
+    tokens = torch.arange(10).view(2, 5) % 20
+    real = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    batch = TokenBatch(tokens, real, real & (positions > 0), positions)
+    expected, free = (load_policy(replace(spec, padding_free=free))(batch).logprobs for free in (False, True))
+    torch.testing.assert_close(free, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- what is refused

@@ -71,6 +71,21 @@ def test_adapters_take_part(lab):
     torch.testing.assert_close(scores, expected, **EXACT)
 
 
+def test_under_autocast_it_is_as_near_as_rounding_lets_it(lab, monkeypatch):
+    """Also where varlen takes over, which autocast does not know."""
+    batch, policies = layouts(lab)["right"], [lab.policy("llama", padding_free=free) for free in (False, True)]
+    exact = policies[0](batch).logprobs[batch.mask]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, free = (policy(batch).logprobs[batch.mask] for policy in policies)
+        monkeypatch.setattr(unpadded, "has_varlen", lambda device, dtype: dtype == torch.bfloat16)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", written_out)
+        varlen = policies[1](batch).logprobs[batch.mask]
+    error = float((rounded - exact).abs().max())
+    assert error > 1e-3, "nothing was rounded"
+    assert float((free - exact).abs().max()) < 3 * error
+    assert float((varlen - exact).abs().max()) < 3 * error
+
+
 def test_a_scalar_model_gives_the_same_scores(lab, tiny_model):
     rows = lab.records(9, 4, 1, 6)
     rows = [row % 20 for row in rows]
@@ -123,7 +138,7 @@ def written_out(query, key, value, starts, starts_k, longest, longest_k, *, scal
 @pytest.mark.parametrize("name", ["llama", "mistral"])  # without and with a window
 def test_varlen_is_told_where_records_begin(lab, name, monkeypatch):
     called = []
-    monkeypatch.setattr(unpadded, "has_varlen", lambda x: True)
+    monkeypatch.setattr(unpadded, "has_varlen", lambda device, dtype: True)
     monkeypatch.setattr(
         "torch.nn.attention.varlen.varlen_attn", lambda *a, **k: called.append(1) or written_out(*a, **k)
     )
