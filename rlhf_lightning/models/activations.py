@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -22,7 +23,9 @@ def on_host(module: nn.Module, wanted: bool = True) -> Iterator[None]:
     if not wanted or not torch.is_grad_enabled():
         yield
         return
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    # of sharded weights the part that is here; what is gathered from them is not told from activations
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    weights = {part.untyped_storage().data_ptr() for part in parts}
     move = save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def pack(tensor: Tensor) -> Any:

@@ -341,13 +341,23 @@ def named(strategy: str) -> Callable[[], str]:
 SPECS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoraSpec(r=2)},
     "gradient checkpointing": {"gradient_checkpointing": True},
+    "without padding": {"padding_free": True},
+    "offload": {"activation_offload": True, "gradient_checkpointing": True},
 }
 CASES: dict[str, Case] = {
     f"{stage}, {name}": compared(stage, named(name)) for stage in STAGES for name in ("fsdp2", "ddp")
 }
 CASES |= {
     f"{stage}, {name}": compared(stage, named("fsdp2"), spec=SPECS[name])
-    for stage, name in (("sft", "lora"), ("dpo", "lora"), ("grpo", "lora"), ("sft", "gradient checkpointing"))
+    for stage, name in (
+        ("sft", "lora"),
+        ("dpo", "lora"),
+        ("grpo", "lora"),
+        ("sft", "gradient checkpointing"),
+        ("reward", "without padding"),
+        ("ppo", "without padding"),
+        ("sft", "offload"),
+    )
 }
 CASES |= {
     "kto, fsdp2": compared("kto", named("fsdp2")),
