@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, step_totals
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.rollout.loader import start_epoch
 
 
@@ -56,8 +57,12 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         return self._run()
 
+    def _size(self) -> int:
+        """Batches that the trainer takes per epoch."""
+        return int(min(len(self), self._limit()))
+
     def _run(self) -> Iterator[Batch]:
-        size = int(min(len(self), self._limit()))
+        size = self._size()
         # a state saved after the last batch of an epoch begins the next one
         skip = self._given if self._resumed and self._given < size else 0
         state = self._before if self._resumed else None
@@ -101,10 +106,19 @@ class StepLoader:
     def progress(self) -> dict[str, Any]:
         """Everything needed to go on exactly here."""
         window_is_done = self._given % self.accumulate == 0
-        return {"given": self._given, "loader": self._after if window_is_done else self._before}
+        loader = self._after if window_is_done else self._before
+        return {"given": self._given, "loader": loader, "batches": self._size()}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Go on where `progress` was taken."""
-        self._given = progress["given"]
-        self._before = progress["loader"]
+        """Go on where `progress` was taken; raises if the epoch it was taken in was cut into other batches."""
+        now, then = self._size(), progress.get("batches")
+        if then is not None and now != then and 0 < progress["given"] < then:
+            raise UserError(
+                f"cannot resume in the middle of an epoch: it had {then} batches (of which {progress['given']} were "
+                f"used) and has {now} now. Resume with the same data, batch size and number of devices, or start from "
+                "the weights alone"
+            )
+        is_over = then is not None and progress["given"] >= then
+        self._given = 0 if is_over else progress["given"]
+        self._before = None if is_over else progress["loader"]
         self._resumed = True

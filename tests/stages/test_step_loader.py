@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_lightning.core.batches import TokenBatch
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.stages.step_loader import StepLoader
 
 
@@ -78,3 +79,17 @@ def test_resumes_with_the_batches_and_totals_that_were_left(kind, stop_after):
     assert totals(left) == totals(whole)[stop_after:]
     if kind is Stateful and stop_after >= 3:
         assert inner.reads < len(SIZES), "a loader with a state need not read again what was done"
+
+
+@pytest.mark.parametrize("kind", [list, Stateful])
+@pytest.mark.parametrize("sizes", [SIZES[:2], SIZES + SIZES])
+def test_an_epoch_that_is_cut_otherwise_is_not_resumed_in_its_middle(kind, sizes):
+    broken = StepLoader(kind(batch(n) for n in SIZES), accumulate=3)
+    list(islice(iter(broken), 4))
+    other = StepLoader(kind(batch(n) for n in sizes), accumulate=3)
+    with pytest.raises(UserError, match=rf"it had {len(SIZES)} batches \(of which 4 were used\) and has {len(sizes)}"):
+        other.restore(broken.progress())
+    whole = StepLoader(kind(batch(n) for n in SIZES))
+    list(whole)
+    other.restore(whole.progress())  # at its end nothing of it is left
+    assert ids(other) == sizes
