@@ -63,7 +63,7 @@ vllm-server: $(VLLM_STAMP)
 parallel: setup
 	RLHF_FOUR_PROCESSES=1 $(BIN)/python -m pytest tests/parallel
 
-# kills, corruptions, full disks, signals: about half an hour
+# kills, corruptions, full disks, signals, stopped processes: about forty minutes
 faults: setup
 	cd benchmarks && ../$(BIN)/python bench_faults.py
 	$(BIN)/python benchmarks/write_docs.py

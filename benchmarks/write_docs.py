@@ -306,10 +306,16 @@ def faults() -> str:
         of_each("saves", "saver")
     if "fits" in figures:
         parts.append(
-            "kill -9 at random moments of `fit --resume auto`, again and again until the run ends: are weights, "
-            "optimiser and schedule those of a run that nobody touched?"
+            "kill -9 at random moments of `fit --resume auto`, one to three times a run: in how many runs are weights, "
+            "optimiser with schedule, `samples.jsonl` and the export those of a run that nobody touched?"
         )
         of_each("fits", "stage")
+    if "points" in figures:
+        parts.append(
+            "kill -9 at every failpoint that a stage comes to (those of rollouts and answers are not for all), at a "
+            "random one of the times that it comes there, then `--resume auto`:"
+        )
+        of_each("points", "stage")
     for name, what in (
         ("corruptions", "Truncated and bit-flipped checkpoints"),
         ("full_disk", "A disk (tmpfs of 2 MB) without room for the next checkpoint"),
@@ -318,10 +324,19 @@ def faults() -> str:
         if name in figures:
             parts.append(f"{what}:")
             parts.append(table(list(figures[name]), [list(figures[name].values())]))
-    if "two_processes" in figures:
-        parts.append("Signals to one process of a run of two (DDP, gloo); seconds until all are gone:")
-        of_each("two_processes", "signal")
-    parts.append(measured_with(result["about"]))
+    if "signals" in figures:
+        parts.append("Signals to one process of a run of two (DDP, gloo), which is then resumed:")
+        of_each("signals", "signal")
+    if "dead" in figures:
+        parts.append(
+            "One process of a run of two (FSDP2, gloo) is killed, is stopped for good, or raises an error, at a random "
+            "step; then the run is resumed:"
+        )
+        of_each("dead", "fault")
+    measured: dict[str, list[str]] = {}
+    for section in result["sections"].values():
+        measured.setdefault(measured_with(section["about"]), []).append(section["title"])
+    parts += [f"{', '.join(titles)}: {about}" for about, titles in measured.items()]
     return "\n\n".join(parts)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,21 @@ def test_a_process_that_waits_for_a_dead_one_is_ended(job, monkeypatch, capsys):
     assert "rank 2 ended with exit code 1" in capsys.readouterr().err
 
 
+@contextmanager
+def exits_with(code, monkeypatch):
+    """What is inside ends its process."""
+    left = []
+
+    def leave(given):
+        left.append(given)
+        raise SystemExit
+
+    monkeypatch.setattr(ranks.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        yield
+    assert left == [code]
+
+
 @pytest.fixture
 def stopped():
     """A process that a signal has stopped."""
@@ -133,19 +149,11 @@ def test_a_process_is_stopped_by_the_word_of_the_kernel_and_for_as_long_as_it_is
 
 
 def test_a_stopped_process_is_named_and_ended_with_those_that_wait_for_it(job, stopped, monkeypatch, capsys):
-    left = []
-
-    def leave(code):
-        left.append(code)
-        raise SystemExit
-
-    monkeypatch.setattr(ranks.os, "_exit", leave)
     launcher = RankLauncher(None, 3, 1, grace_seconds=0.0, stopped_seconds=0.3)
     working = subprocess.Popen(["sleep", "60"])
     launcher.procs = [working, stopped]
-    with pytest.raises(SystemExit):
+    with exits_with(1, monkeypatch):
         launcher._watch(ranks.threading.Event())
-    assert left == [1]
     assert working.poll() == stopped.poll() == -signal.SIGKILL
     said = capsys.readouterr().err
     assert f"the process of rank 2 has been stopped for 0 s (SIGSTOP, pid {stopped.pid})" in said
@@ -155,12 +163,19 @@ def test_a_stopped_process_is_named_and_ended_with_those_that_wait_for_it(job, s
 def test_the_first_process_is_watched_by_those_that_it_started(tmp_path, stopped, monkeypatch, capsys):
     monkeypatch.setenv(JOB, f"{stopped.pid}:{tmp_path}")
     monkeypatch.setattr(ranks.os, "getppid", lambda: stopped.pid)
-    left = []
-    monkeypatch.setattr(ranks.os, "_exit", left.append)
-    ranks._end_with_parent(0.3)
-    assert left == [1]
+    with exits_with(1, monkeypatch):
+        ranks._end_with_parent(0.3)
     assert stopped.wait() == -signal.SIGKILL
     assert "the process of rank 0 has been stopped" in capsys.readouterr().err
+
+
+def test_nobody_outlives_the_first_process_by_more_than_some_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv(JOB, f"{2**30}:{tmp_path}")
+    waited = []
+    monkeypatch.setattr(ranks.time, "sleep", waited.append)
+    with exits_with(1, monkeypatch):
+        ranks._end_with_parent(15.0)
+    assert waited == [ranks.GRACE_SECONDS]
 
 
 def test_a_process_whose_starter_was_killed_says_nothing(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from rlhf_lightning.cli.first_error import (
     starter,
 )
 
+GRACE_SECONDS = 5.0
 STOPPED_SECONDS = 15.0
 POLL_SECONDS = 0.2
 
@@ -41,7 +42,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         stopped_seconds: how long one of the others may be stopped (SIGSTOP) while this one is not.
     """
 
-    def __init__(self, *args: Any, grace_seconds: float = 5.0, stopped_seconds: float = STOPPED_SECONDS) -> None:
+    def __init__(
+        self, *args: Any, grace_seconds: float = GRACE_SECONDS, stopped_seconds: float = STOPPED_SECONDS
+    ) -> None:
         super().__init__(*args)
         self.grace_seconds = grace_seconds
         self.stopped_seconds = stopped_seconds
@@ -172,8 +175,9 @@ def _end_with_parent(stopped_seconds: float) -> None:
     while os.getppid() == parent:
         if stopped.seconds(parent) > stopped_seconds:
             _end_stopped(0, parent, stopped_seconds)
-            break
+            os._exit(1)
         time.sleep(POLL_SECONDS)
+    time.sleep(GRACE_SECONDS)  # it may have come to its end before this one, which is about to
     os._exit(1)
 
 
