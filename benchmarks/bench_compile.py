@@ -125,7 +125,8 @@ def _linear_configs(vocab: int) -> Iterator[Config]:
             if tile == triton_linear.WIDE_TILE and not options["ALIGNED"]:
                 continue
             constants = {**options, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_H": tile.depth}
-            constants |= {"PIECE_TILES": triton_linear.PIECE_TILES, "DESCRIPTORS": descriptors}
+            constants |= {"PIECE_TILES": triton_linear.PIECE_TILES, "GROUP": triton_linear.GROUP_ROWS // tile.rows}
+            constants["DESCRIPTORS"] = descriptors
             loads = "descriptors" if descriptors else "pointers"
             sizes = (("hidden_ptr", tile.rows), ("weight_ptr", tile.columns))
             types = tuple(

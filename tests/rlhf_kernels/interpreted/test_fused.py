@@ -81,6 +81,18 @@ def test_a_row_has_the_same_bits_in_any_batch(descriptors):
         assert torch.equal(run(rows), whole[:, rows])
 
 
+@pytest.mark.parametrize("group_rows", [16, 32, 4096])
+def test_the_order_of_the_work_changes_no_bit(group_rows, monkeypatch):
+    from rlhf_kernels import triton_linear
+
+    hidden, weight, tokens = problem(70, 300, 20)  # five blocks of rows: groups of one, of two and two and one, of all
+    whole = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=SMALL)
+    monkeypatch.setattr(triton_linear, "GROUP_ROWS", group_rows)
+    grouped = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=SMALL)
+    assert all(torch.equal(x, y) for x, y in zip(grouped, whole, strict=True))
+    same(grouped, exact(hidden, weight, None, tokens, Transform(), True))
+
+
 def test_the_number_of_programs_changes_no_bit(monkeypatch):
     from rlhf_kernels import triton_linear
 
