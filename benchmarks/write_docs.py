@@ -367,8 +367,30 @@ def memory() -> str:
     )
 
 
+def planned() -> str:
+    result = load("plan.json")
+    if result is None:
+        return ""
+    rows = [
+        [r["case"], r["phase"], f"{r['predicted_mb']:.0f}", f"{r['measured_mb']:.0f}", f"{r['error']:+.1%}"]
+        for r in result["rows"]
+    ]
+    return "\n\n".join(
+        [
+            "## Memory, planned and measured",
+            "`python benchmarks/bench_plan.py`: what [`rlhf-lightning plan`](plan.md) predicts, and how far the resident "
+            "memory of a run rises above that of a process that has trained a tiny model before. Random models of 24 to "
+            f"35 million parameters. Target: within {result['target']:.0%}, met by **{result['met']} of "
+            f"{len(rows)}**.",
+            table(["run", "phase", "predicted MB", "measured MB", "error"], rows),
+            measured_with(result["about"]),
+        ]
+    )
+
+
 def main() -> None:
     sections = (quickstart(), random_walks(), arithmetic(), sentiment(), family(), verifiers(), faults(), memory())
+    sections += (planned(),)
     parts = (INTRO, *(part for section in sections for part in (section, "")))
     page = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
     (HERE.parent / "docs" / "benchmarks.md").write_text(page)

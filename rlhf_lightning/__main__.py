@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "test": "run the test set once",
     "predict": "run the prediction loop once",
     "generate": "answer prompts with the policy of a config",
+    "plan": "predict the memory of a config's phases, without its weights, and say what fits",
     "preview": "print a few records as the stage will see them, every token coloured by what it counts for",
     "export": "write a checkpoint as a Hugging Face folder",
     "chain": "run stage after stage from one YAML; skip what is finished, resume what is broken",
@@ -107,7 +108,7 @@ def _out_of_memory(error: Exception) -> str | None:
         return None
     return (
         f"out of memory: {str(error).splitlines()[0]}: lower data.batch_size or data.eval_batch_size (raise "
-        "trainer.accumulate_grad_batches for the same loss)"
+        "trainer.accumulate_grad_batches for the same loss); rlhf-lightning plan says what fits"
     )
 
 

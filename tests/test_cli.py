@@ -571,6 +571,53 @@ def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(config):
 # --- start-up
 
 
+# --- plan
+
+
+def test_plan_predicts_without_weights_or_the_machine_that_it_is_for(config, capsys):
+    config["trainer"] |= {"accelerator": "gpu", "devices": 8, "strategy": "fsdp2", "precision": "bf16-mixed"}
+    assert main(["plan", "--config", write(config), "--memory", "80GB", "--json", "plan.json"]) == 0
+    said = capsys.readouterr().out
+    assert "SFTModule, 8 records of up to 6 tokens in data.train: peak memory of each of 8 processes (fsdp2)" in said
+    assert "The run fits" in said
+    assert "--data.batch_size 4 --trainer.accumulate_grad_batches 1" in said
+    plan = json.loads(Path("plan.json").read_text())
+    assert plan["run"]["device"] == "cuda"
+    assert plan["phases"][0]["peak"]["total"] == plan["peak"] < plan["budget"] == 72 * 10**9
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--memory", "lots"], "--memory 'lots' is no amount of memory: give one like 80GB, 24GiB or 512MB"),
+        (
+            ["--memory", "1MB", "--length", "60"],
+            "nothing fits in 0.9 MB (90% of 1.0 MB): without any batch weights, gra",
+        ),
+        (["--length", "1"], "--length 1 is the length of a whole row: give at least 2 tokens"),
+        (["--data.train", "null"], "set data.train, or give --length N, tokens of prompt and answer together"),
+        (["--data.train", "gone.jsonl"], "gone.jsonl"),
+        (["--json", "no/such/folder/plan.json"], "--json"),
+        (
+            ["--trainer.strategy", "deepspeed_stage_3", "--trainer.devices", "4"],
+            "plan knows one process, ddp and fsdp2",
+        ),
+    ],
+)
+def test_plans_of_nothing(config, capsys, options, said):
+    if "--json" in options:
+        Path("no").touch()
+    assert main(["plan", "--config", write(config), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plan_of_a_config_without_a_model(config, capsys):
+    del config["model"]["init_args"]["policy"]
+    assert main(["plan", "--config", write(config)]) == 2
+    assert "policy is missing" in capsys.readouterr().err
+
+
 def test_help_imports_neither_torch_nor_lightning():
     code = "import sys; from rlhf_lightning.__main__ import main; main(['--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

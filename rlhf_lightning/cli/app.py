@@ -21,6 +21,7 @@ from rlhf_lightning.cli.checks import at, check_config, check_instances, check_t
 from rlhf_lightning.cli.defaults import DefaultCallback, default_callbacks, default_logger
 from rlhf_lightning.cli.imports import only_from, split_allowed
 from rlhf_lightning.cli.messages import explain, located
+from rlhf_lightning.cli.planned import on_one_cpu, run_of
 from rlhf_lightning.cli.ranks import watched
 from rlhf_lightning.cli.run_folder import RunFolder, checked, misfit
 from rlhf_lightning.cli.sources import ConfigSources
@@ -154,8 +155,8 @@ class RLHFCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        names = ("fit", "validate", "test", "predict", "generate", "preview", "export")
-        return {name: set(METHOD_SKIPS) for name in names}
+        names = ("fit", "validate", "test", "predict", "generate", "plan", "preview", "export")
+        return {name: METHOD_SKIPS | {"run"} for name in names}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # a parser costs a third of a second: only the one that is asked for is built
@@ -206,6 +207,11 @@ class RLHFCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         check_trainer_names(config.trainer, self.sources)
+        if self.subcommand == "plan":
+            # no machine has to be there for its memory to be planned
+            self.planned_run = run_of(config.trainer, memory_given=config.memory is not None)
+            for option, value in on_one_cpu().items():
+                config.trainer[option] = value
         self.run_folder = RunFolder(Path(config.trainer.default_root_dir))
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             config.ckpt_path = self.run_folder.prepare(config.resume, config.overwrite, config.get("ckpt_path"))
@@ -268,6 +274,8 @@ class RLHFCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "plan":
+            kwargs["run"] = self.planned_run
         if subcommand == "fit":
             kwargs["ckpt_path"] = self.config["fit"].ckpt_path
         return kwargs

@@ -1,6 +1,6 @@
-"""A Trainer with three more things to do: answer prompts, show records, export."""
+"""A Trainer with four more things to do: answer prompts, plan memory, show records, export."""
 
-import json
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +11,20 @@ from rich.text import Text
 
 from rlhf_lightning.callbacks.answering import answer_prompts, prompt_batches
 from rlhf_lightning.callbacks.atomic_checkpoint import read_checkpoint
+from rlhf_lightning.cli.planned import memory_at_hand
 from rlhf_lightning.cli.run_folder import check_writable, checked, misfit
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.data.preview import preview_records
 from rlhf_lightning.data.readers import Source, read_source
+from rlhf_lightning.planning.phases import Run
+from rlhf_lightning.planning.plan import bytes_of, make_plan
+from rlhf_lightning.planning.report import does_not_fit, report
 from rlhf_lightning.rollout.generate import GenerationSpec
 
 
 class RLHFTrainer(Trainer):
-    """Lightning's Trainer; `generate`, `preview` and `export` are subcommands as `fit` is."""
+    """Lightning's Trainer; `generate`, `plan`, `preview` and `export` are subcommands as `fit` is."""
 
     def generate(
         self,
@@ -62,7 +66,7 @@ class RLHFTrainer(Trainer):
             rows += [{"prompt": s.prompt, "completion": s.completion, "finished": s.finished} for s in samples]
         _show_answers(rows)
         if out is not None:
-            Path(out).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            Path(out).write_text("".join(dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             print(f"written to {out}")
         return rows
 
@@ -86,6 +90,36 @@ class RLHFTrainer(Trainer):
         Console(width=None if Console().is_terminal else 120).print(
             preview_records(datamodule, model.batch_format, num_records, tokenizer=tokenizer, split=split)
         )
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: RLHFDataModule,
+        memory: str | None = None,
+        length: int | None = None,
+        json: str | None = None,
+        run: Run | None = None,
+    ) -> None:
+        """Predict the peak memory of every phase of a run, without its weights, and say what fits and what to set.
+
+        Args:
+            model: the stage.
+            datamodule: its records, which say how long rows are.
+            memory: of the card: 80GB, 24GiB; default: of the one at hand, without one of this machine.
+            length: tokens of a row, prompt and answer together; default: the longest of the data, which need not be
+                there if this is given.
+            json: also write everything to this file.
+            run: what of the trainer's options decides about memory.
+        """
+        if json is not None:
+            check_writable(Path(json).parent, "--json")
+        size = memory_at_hand() if memory is None else bytes_of(memory)
+        plan = make_plan(model, datamodule, run or Run(), size, length)
+        print(report(plan))
+        if json is not None:
+            Path(json).write_text(dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
+        if plan.proposal is None:
+            raise UserError(does_not_fit(plan))
 
     def export(
         self,

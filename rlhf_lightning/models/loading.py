@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from rlhf_lightning.models.unpadded import know_records
 
 __all__ = ["load_policy", "load_scalar_model", "load_tokenizer"]
 
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 HEAD_FILE = "scalar_head.safetensors"
 """The head of a scalar model whose family has no classification class in transformers."""
 
@@ -62,6 +64,8 @@ def load_policy(spec: ModelSpec) -> Policy:
         activation_offload=spec.activation_offload,
         logprobs=spec.logprobs,
     )
+    if _shapes_only.get():
+        return policy.train()
     if spec.quantization is not None:
         keep_only_trained(policy)
     if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
@@ -73,6 +77,16 @@ def load_policy(spec: ModelSpec) -> Policy:
     if spec.compile is not None:
         compile_layers(policy.causal_lm)
     return policy.train()
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, models are built as their configs describe them and no weights are read: for tensors without numbers."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
 
 
 def load_scalar_model(
@@ -116,6 +130,8 @@ def _load_decoder(spec: ModelSpec, config: PretrainedConfig) -> tuple[PreTrained
     """The decoder of a folder, and its scalar head if it holds one."""
     assert spec.path is not None
     kind = (config.architectures or [""])[0]
+    if _shapes_only.get():
+        return _load(spec, AutoModel), None
     if hasattr(config, "score_mean") and not kind.endswith("ForSequenceClassification"):
         head_file = cached_file(resolve_path(spec.path), HEAD_FILE, revision=spec.revision)
         head = load_file(head_file)
@@ -144,6 +160,12 @@ def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
         "attn_implementation": None if spec.attn_implementation == "sdpa" else _attention(spec.attn_implementation),
         "trust_remote_code": spec.trust_remote_code,
     }
+    if _shapes_only.get():
+        config = _build_config(spec) if spec.path is None else _read_config(spec)
+        dtype = options["dtype"] if options["dtype"] != "auto" else (config.dtype or torch.float32)
+        model = auto.from_config(config, **(options | {"dtype": dtype}))
+        _check_attention(model, spec)
+        return model
     if spec.quantization is not None:
         if spec.path is None:
             raise UserError(

@@ -83,6 +83,11 @@ class RewardModelScore(RewardFn):
         self._device = torch.device(device)
         self._parts()[0].to(self._device)
 
+    @property
+    def model(self) -> ScalarModel:
+        """What computes the scores; loaded when first asked for."""
+        return self._parts()[0]
+
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         model, tokenizer = self._parts()

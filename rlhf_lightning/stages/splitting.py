@@ -244,13 +244,13 @@ class Splitter:
             raise UserError(
                 f"out of memory in {purpose}: one {largest.unit} of {lengths} tokens does not fit: cut records with "
                 "data.max_length (answers with generation.max_new_tokens), or set gradient_checkpointing: true, lora "
-                f"or dtype: bfloat16 of the model ({failed})"
+                f"or dtype: bfloat16 of the model; rlhf-lightning plan says what fits ({failed})"
             )
         if purpose == "training" and (why := self.module.inseparable()) is not None:
             raise UserError(
                 f"out of memory in training: a micro-batch of {_sized(batch)} does not fit, and {why}: cut into parts "
                 f"it would have another loss. Set gradient_checkpointing: true of the model, or data.batch_size="
-                f"{max(batch.num_units // 2, 1)} ({failed})"
+                f"{max(batch.num_units // 2, 1)}; rlhf-lightning plan says what fits ({failed})"
             )
         self._limits[purpose] = max(half.num_cells for half in largest.halves())
         self._unsaid.add(purpose)
@@ -274,7 +274,7 @@ class Splitter:
             f"out of memory: {_sized(batch)} at a time did not fit on process {rank}. Where processes exchange weights "
             "or gradients, one of them cannot go on in smaller pieces while the others wait for it: set "
             f"{self.module.smaller_batches(purpose, batch, 2)}, the same loss in smaller pieces, or "
-            f"gradient_checkpointing: true of the model ({failed})"
+            f"gradient_checkpointing: true of the model; rlhf-lightning plan says what fits ({failed})"
         )
 
     def _let_go(self) -> None:
@@ -296,7 +296,7 @@ def told(what: str, remedy: str) -> Iterator[None]:
             raise
         failed = _first_line(error)
     if failed is not None:
-        raise UserError(f"out of memory in {what}: set {remedy} ({failed})")
+        raise UserError(f"out of memory in {what}: set {remedy}; rlhf-lightning plan says what fits ({failed})")
 
 
 def _attempt(run: Callable[[], ResultT]) -> tuple[ResultT | None, str | None]:

@@ -1,0 +1,224 @@
+"""Memory as `rlhf-lightning plan` predicts it, beside what a run then takes: python benchmarks/bench_plan.py [CASE ...]
+
+Every case is a stage with a random model of 20 to 50 million parameters on the CPU. Its run is a process of its own, in
+which a tiny model has been trained first, so that the code of all operations is loaded: what counts is how far resident
+memory (VmHWM, set back before every phase) rises above that. Results: benchmarks/results/plan.json.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from bench_common import HERE, about
+
+from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.pipelines.files import write_json
+from rlhf_lightning.planning.phases import Run
+from rlhf_lightning.planning.plan import make_plan
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import DPOModule, GRPOModule, PPOModule, SFTModule
+from rlhf_lightning.tasks.characters import character_tokenizer
+
+TARGET = 0.1
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": 8192,
+}
+QWEN = LLAMA | {"model_type": "qwen2", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12}
+QWEN |= {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True}
+TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128}
+TINY |= {"num_key_value_heads": 1}
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Stage, model, rows at a time and their length, and what else differs."""
+    sft = {"stage": "sft", "config": LLAMA, "rows": 8, "length": 192}
+    on_policy = {"config": LLAMA, "rows": 6, "length": 64, "samples": 2}
+    return {
+        "SFT, Llama": sft,
+        "SFT, Llama, gradient checkpointing": sft | {"spec": {"gradient_checkpointing": True}},
+        "SFT, Llama, LoRA": sft | {"spec": {"lora": LoraSpec()}},
+        "SFT, Qwen 2, tied head, 2 micro-batches": sft | {"config": QWEN, "rows": 4, "accumulate": 2},
+        "DPO, Llama": {"stage": "dpo", "config": LLAMA, "rows": 4, "length": 160},
+        "PPO, Llama": on_policy | {"stage": "ppo"},
+        "GRPO, Llama": on_policy | {"stage": "grpo", "rows": 6, "samples": 4},
+    }
+
+
+# ---- both sides ------------------------------------------------------------------------------------------------------
+
+
+def make(case: dict[str, Any], folder: Path, *, tiny: bool = False) -> tuple[L.LightningModule, RLHFDataModule]:
+    """Stage and records of a case; the same with a model and rows of next to nothing."""
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.is_dir():
+        character_tokenizer(LETTERS).save_pretrained(tokenizer)
+    config = case["config"] | (TINY if tiny else {})
+    spec = replace(ModelSpec(config=config, tokenizer=str(tokenizer)), **case.get("spec", {}))
+    length = 16 if tiny else case["length"]
+    text = (LETTERS * 40)[: length - 2]
+    stage, half = case["stage"], length // 2
+    record = {
+        "sft": {"text": text},
+        "dpo": {"prompt": text[:8], "chosen": text[8:], "rejected": text[9:]},
+    }.get(stage, {"prompt": text[: half - 1]})
+    file = folder / f"{stage}-{length}.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for _ in range(4 * case["rows"])))
+    data = RLHFDataModule(train=str(file), batch_size=case["rows"], on_bad_record="error")
+    if stage == "sft":
+        return SFTModule(spec), data
+    if stage == "dpo":
+        return DPOModule(spec), data
+    options = {
+        "rewards": [WeightedReward(LengthReward(target=4))],
+        "generation": GenerationSpec(max_new_tokens=half, num_samples=case["samples"]),
+        "updates": UpdateSpec(inner_epochs=1),
+    }
+    return (PPOModule if stage == "ppo" else GRPOModule)(spec, **options), data
+
+
+def predict(case: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Megabytes by phase, and parameters."""
+    module, data = make(case, folder)
+    plan = make_plan(module, data, Run(accumulate=case.get("accumulate", 1)), memory=10**12, search=False)
+    return {phase.name: phase.peak.total / 1e6 for phase in plan.phases}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def resident(field: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM at most."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
+
+
+class Watch(L.Callback):
+    """The most that each phase took, above `base`."""
+
+    def __init__(self, base: float) -> None:
+        self.base = base
+        self.peaks: dict[str, float] = {}
+        self.phase: str | None = None
+
+    def begin(self, phase: str | None) -> None:
+        if self.phase is not None:
+            peak = resident("VmHWM") - self.base
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), peak)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self.phase = phase
+
+    def on_rollout_phase(self, trainer: Any, module: Any, phase: str) -> None:
+        self.begin(phase)
+
+    def on_rollout_end(self, *_: Any) -> None:
+        self.begin(None)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begin("train")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.begin(None)
+
+
+def measure(case: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Megabytes by phase of two optimiser steps, in this process."""
+    for tiny in (True, False):
+        gc.collect()
+        watch = Watch(resident("VmRSS"))
+        module, data = make(case, folder, tiny=tiny)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=2,
+            accumulate_grad_batches=case.get("accumulate", 1),
+            callbacks=[watch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(folder),
+        )
+        trainer.fit(module, datamodule=data)
+        del module, data, trainer
+    return watch.peaks
+
+
+def measured_apart(name: str, folder: Path) -> dict[str, float]:
+    """`measure` in a process whose allocator gives memory back at once."""
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="*", help="names of cases; default: all")
+    parser.add_argument("--measure", help="print what this case takes, and nothing else")
+    parser.add_argument("--folder", help="for --measure: where records are")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.measure is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            peaks = measure(cases()[options.measure], Path(options.folder))
+        print(json.dumps(peaks))
+        return
+    rows = []
+    for name, case in cases().items():
+        if options.cases and name not in options.cases:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            predicted, measured = predict(case, Path(folder)), measured_apart(name, Path(folder))
+        for phase in sorted(predicted.keys() & measured.keys()):
+            error = predicted[phase] / measured[phase] - 1
+            rows.append(
+                {
+                    "case": name,
+                    "phase": phase,
+                    "predicted_mb": predicted[phase],
+                    "measured_mb": measured[phase],
+                    "error": error,
+                }
+            )
+            print(f"{name:45} {phase:10} {predicted[phase]:8.0f} {measured[phase]:8.0f} {error:+.1%}", flush=True)
+    if not options.cases:
+        met = sum(abs(row["error"]) <= TARGET for row in rows)
+        write_json(HERE / "results" / "plan.json", {"about": about(), "target": TARGET, "met": met, "rows": rows})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

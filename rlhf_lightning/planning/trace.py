@@ -1,0 +1,169 @@
+"""Counts the bytes of every tensor that lives while code runs, without numbers in any of them.
+
+Under `FakeTensorMode` an operation gives a tensor of the right shape and computes nothing. Every storage is seen when
+an operation returns it and again when nothing refers to it any more, the autograd graph included: the sum in between is
+what an allocator would have to hold. What operations hold inside is not seen, except for the two that say so here.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rlhf_kernels.linear_rows import chunk_rows_for, tile_for
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+FORWARD, BACKWARD = "rlhf_kernels::linear_token_logprobs", "rlhf_kernels::linear_token_logprobs_grad"
+OTHER, LOGITS, SCRATCH = "activations", "logits", "scratch"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most memory is held."""
+
+    total: int
+    """Bytes."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """What they are held by, as labelled; "activations" is everything without a label."""
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Entered inside `FakeTensorMode`, keeps an account of all storages.
+
+    Args:
+        device: cpu or cuda: whose budgets for logits apply.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self.kernel_calls = 0
+        """How often logits were computed so far."""
+        self._events: list[tuple[int, int]] = []
+        """Storage number, and bytes that came (or went: negative)."""
+        self._labels: dict[int, str] = {}
+        self._alive: dict[int, tuple[int, int]] = {}
+        """Address of a storage -> its number, its bytes."""
+        self._next = 0
+
+    # ---- accounting ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        name = func._schema.name
+        if name in SCRATCHES:
+            self.kernel_calls += name == FORWARD
+            if name == FORWARD:
+                self.label(out[-1], LOGITS)
+            self.hold(SCRATCHES[name](self.device, *args), SCRATCH)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._alive:
+            return
+        number, size = self._next, storage.nbytes()
+        self._next += 1
+        self._alive[address] = number, size
+        self._events.append((number, size))
+        weakref.finalize(storage, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        number, size = self._alive.pop(address)
+        self._events.append((number, -size))
+
+    def hold(self, size: int, name: str) -> None:
+        """Count memory that something unseen held for a moment."""
+        number = self._next
+        self._next += 1
+        self._labels[number] = name
+        self._events += [(number, size), (number, -size)]
+
+    # ---- questions -------------------------------------------------------------------------------------------------
+
+    def label(self, tensors: Iterable[Tensor | None], name: str) -> None:
+        """Call what these tensors are held in `name`."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            found = self._alive.get(tensor.untyped_storage()._cdata)
+            if found is not None:
+                self._labels[found[0]] = name
+
+    def adopt(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Count tensors that were there before, as `name`."""
+        for tensor in tensors:
+            self._see(tensor)
+            self.label([tensor], name)
+
+    def now(self) -> int:
+        """A moment, for `peak`."""
+        return len(self._events)
+
+    def size(self, name: str) -> int:
+        """Bytes of what is called `name` and alive."""
+        return sum(size for number, size in self._alive.values() if self._labels.get(number, OTHER) == name)
+
+    def peak(self, start: int, stop: int, share: Callable[[str], float] = lambda name: 1.0) -> Peak:
+        """The most that was held between two moments.
+
+        Args:
+            share: what part of everything called so lies on this device.
+        """
+        held: dict[str, float] = {}
+        most, parts = -1.0, {}
+        total = 0.0
+        for index, (number, size) in enumerate(self._events[:stop]):
+            name = self._labels.get(number, OTHER)
+            change = size * share(name)
+            held[name] = held.get(name, 0.0) + change
+            total += change
+            # a rise that another follows is no peak, and `held` need not be copied for it
+            rises = index + 1 < stop and self._events[index + 1][1] > 0
+            if index + 1 >= start and total > most and not rises:
+                most, parts = total, dict(held)
+        return Peak(int(max(most, 0)), {name: int(size) for name, size in parts.items() if size >= 1})
+
+
+# ---- what operations hold inside -------------------------------------------------------------------------------------
+
+
+def _tile(device: torch.device, hidden: Tensor, weight: Tensor, tokens: Tensor, chunk_rows: int | None) -> int:
+    """Bytes of the logits that are alive at a time and not kept."""
+    rows, vocab, size = tokens.numel(), weight.shape[0], 8 if hidden.dtype == torch.float64 else 4
+    if device.type == "cuda":
+        tile = min(rows, chunk_rows_for(vocab, device, chunk_rows, size)), vocab
+    else:
+        tile = tile_for(rows, vocab, device, chunk_rows, size, whole_rows=False)
+    return min(rows, tile[0]) * min(vocab, tile[1]) * size
+
+
+def _forward_scratch(
+    device: torch.device, hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *rest: Any
+) -> int:
+    chunk_rows, keep = rest[6], rest[7]
+    tile = _tile(device, hidden, weight, tokens, chunk_rows)
+    kept = sum(keep) * (8 if hidden.dtype == torch.float64 else 4)
+    return 0 if kept >= tokens.numel() * weight.shape[0] * 4 else tile
+
+
+def _backward_scratch(
+    device: torch.device, hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *rest: Any
+) -> int:
+    kept = sum(block.numel() for block in rest[3])
+    rows, width = min(tokens.numel(), 2048), hidden.shape[-1]
+    tile = _tile(device, hidden, weight, tokens, None)
+    scratch = rows * width * 4 + (0 if kept >= tokens.numel() * weight.shape[0] else tile)
+    if hidden.dtype in (torch.bfloat16, torch.float16):  # the tile once more in 16 bits, the weight's gradient in 32
+        scratch += tile // 2 + weight.numel() * 4
+    return scratch
+
+
+SCRATCHES: dict[str, Callable[..., int]] = {FORWARD: _forward_scratch, BACKWARD: _backward_scratch}
