@@ -24,6 +24,7 @@ import torch
 from bench_common import HERE, about
 
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.models.loading import load_policy, shapes_only
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.pipelines.files import write_json
 from rlhf_lightning.planning.phases import Run
@@ -100,8 +101,15 @@ def make(case: dict[str, Any], folder: Path, *, tiny: bool = False) -> tuple[L.L
     return (PPOModule if stage == "ppo" else GRPOModule)(spec, **options), data
 
 
+def parameters(case: dict[str, Any], folder: Path) -> float:
+    """Millions of parameters of the policy."""
+    with shapes_only(), torch.device("meta"):
+        policy = load_policy(make(case, folder)[0].model_spec)
+    return sum(p.numel() for p in policy.parameters()) / 1e6
+
+
 def predict(case: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Megabytes by phase, and parameters."""
+    """Megabytes by phase."""
     module, data = make(case, folder)
     plan = make_plan(module, data, Run(accumulate=case.get("accumulate", 1)), memory=10**12, search=False)
     return {phase.name: phase.peak.total / 1e6 for phase in plan.phases}
@@ -196,12 +204,13 @@ def main() -> None:
             peaks = measure(cases()[options.measure], Path(options.folder))
         print(json.dumps(peaks))
         return
-    rows = []
+    rows, sizes = [], []
     for name, case in cases().items():
         if options.cases and name not in options.cases:
             continue
         with tempfile.TemporaryDirectory() as folder:
             predicted, measured = predict(case, Path(folder)), measured_apart(name, Path(folder))
+            sizes.append(parameters(case, Path(folder)))
         for phase in sorted(predicted.keys() & measured.keys()):
             error = predicted[phase] / measured[phase] - 1
             rows.append(
@@ -216,7 +225,9 @@ def main() -> None:
             print(f"{name:45} {phase:10} {predicted[phase]:8.0f} {measured[phase]:8.0f} {error:+.1%}", flush=True)
     if not options.cases:
         met = sum(abs(row["error"]) <= TARGET for row in rows)
-        write_json(HERE / "results" / "plan.json", {"about": about(), "target": TARGET, "met": met, "rows": rows})
+        result = {"about": about(), "target": TARGET, "met": met, "rows": rows}
+        result["parameters"] = f"{min(sizes):.0f} to {max(sizes):.0f}"
+        write_json(HERE / "results" / "plan.json", result)
 
 
 if __name__ == "__main__":

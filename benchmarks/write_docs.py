@@ -378,10 +378,10 @@ def planned() -> str:
     return "\n\n".join(
         [
             "## Memory, planned and measured",
-            "`python benchmarks/bench_plan.py`: what [`rlhf-lightning plan`](plan.md) predicts, and how far the resident "
-            "memory of a run rises above that of a process that has trained a tiny model before. Random models of 24 to "
-            f"35 million parameters. Target: within {result['target']:.0%}, met by **{result['met']} of "
-            f"{len(rows)}**.",
+            "`python benchmarks/bench_plan.py`: what [`rlhf-lightning plan`](plan.md) predicts, and how far resident "
+            "memory of a run rises above that of a process that has trained a tiny model before. Random models of "
+            f"{result['parameters']} million parameters. Target: within {result['target']:.0%}, met by "
+            f"**{result['met']} of {len(rows)}**.",
             table(["run", "phase", "predicted MB", "measured MB", "error"], rows),
             measured_with(result["about"]),
         ]

@@ -591,10 +591,6 @@ def test_plan_predicts_without_weights_or_the_machine_that_it_is_for(config, cap
     ("options", "said"),
     [
         (["--memory", "lots"], "--memory 'lots' is no amount of memory: give one like 80GB, 24GiB or 512MB"),
-        (
-            ["--memory", "1MB", "--length", "60"],
-            "nothing fits in 0.9 MB (90% of 1.0 MB): without any batch weights, gra",
-        ),
         (["--length", "1"], "--length 1 is the length of a whole row: give at least 2 tokens"),
         (["--data.train", "null"], "set data.train, or give --length N, tokens of prompt and answer together"),
         (["--data.train", "gone.jsonl"], "gone.jsonl"),
@@ -612,10 +608,20 @@ def test_plans_of_nothing(config, capsys, options, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_plan_that_cannot_be(config, capsys):
+    policy = config["model"]["init_args"]["policy"]
+    policy["config"] = policy["config"] | {"hidden_size": 128, "intermediate_size": 512}
+    assert main(["plan", "--config", write(config), "--memory", "1MB"]) == 2
+    said = capsys.readouterr()
+    assert "The run does not fit" in said.out
+    assert "nothing fits in 0.9 MB (90% of 1.0 MB): without any batch weights, gradients, optimiser" in said.err
+
+
 def test_plan_of_a_config_without_a_model(config, capsys):
-    del config["model"]["init_args"]["policy"]
+    tokenizer = config["model"]["init_args"]["policy"]["tokenizer"]
+    config["model"]["init_args"]["policy"] = {"tokenizer": tokenizer}
     assert main(["plan", "--config", write(config)]) == 2
-    assert "policy is missing" in capsys.readouterr().err
+    assert "a model needs either `path` or `config`" in capsys.readouterr().err
 
 
 def test_help_imports_neither_torch_nor_lightning():

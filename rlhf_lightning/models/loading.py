@@ -152,8 +152,7 @@ def _load_decoder(spec: ModelSpec, config: PretrainedConfig) -> tuple[PreTrained
 
 def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
     """A transformers model, from a folder, a hub id or a config. The global random state stays as it was."""
-    if (spec.path is None) == (spec.config is None):
-        raise UserError(f"a model needs either `path` or `config`; got path={spec.path!r}, config={spec.config!r}")
+    _check_source(spec)
     options = {
         "dtype": _dtype(spec.dtype, stored=spec.path is not None),
         # None asks for sdpa where the family has it: to name it would be an error where it has not (Gemma 2)
@@ -345,8 +344,14 @@ def _read_config(spec: ModelSpec) -> PretrainedConfig:
         raise UserError(f"cannot read the config of {path!r}: {first_line(error)}") from error
 
 
+def _check_source(spec: ModelSpec) -> None:
+    if (spec.path is None) == (spec.config is None):
+        raise UserError(f"a model needs either `path` or `config`; got path={spec.path!r}, config={spec.config!r}")
+
+
 def context_length(spec: ModelSpec) -> int | None:
     """How many tokens the model reads at once, by its config; None if that says nothing."""
+    _check_source(spec)
     config = _build_config(spec) if spec.path is None else _read_config(spec)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 

@@ -8,6 +8,10 @@ cache, and where it allows nothing the rows are computed one by one.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +23,29 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf_lightning.models.body import attention_of, dropout_rates
 from rlhf_lightning.models.compiled import is_compiled
 from rlhf_lightning.models.sharded import is_sharded
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What a batch is known to share, where its tokens cannot be looked at: they have a shape and no numbers."""
+
+    end: int
+    """The column where answers begin."""
+    copies: int
+    """Answers to each prompt, side by side."""
+
+
+_known: ContextVar[Sharing | None] = ContextVar("sharing", default=None)
+
+
+@contextmanager
+def sharing(known: Sharing) -> Iterator[None]:
+    """Inside, batches share their prompts like this."""
+    token = _known.set(known)
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def why_no_cache(model: nn.Module) -> str | None:
@@ -48,14 +75,8 @@ def group_states(
     """
     if len(tokens) < 2 or not _allows(body):
         return None
-    starts = answers.any(0)
-    # waits for the device twice a batch: how much is shared decides what is computed
-    end = int(starts.int().argmax()) if bool(starts.any()) else 0
-    if end == 0:
-        return None
-    prompts = torch.cat((tokens[:, :end], attention_mask[:, :end].long()), dim=1)
-    prompts, prompt_of_row = prompts.unique(dim=0, return_inverse=True)
-    if len(prompts) > len(tokens) // 2:
+    end, prompts, prompt_of_row = _distinct(tokens, attention_mask, answers)
+    if end == 0 or len(prompts) > len(tokens) // 2:
         return None
     asked, real = prompts[:, :end], prompts[:, end:].bool()
     cache: Any = DynamicCache(config=body.config)
@@ -75,6 +96,23 @@ def group_states(
         use_cache=True,
     )
     return torch.cat((first.last_hidden_state[prompt_of_row], rest.last_hidden_state), dim=1)
+
+
+def _distinct(tokens: Tensor, attention_mask: Tensor, answers: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The column where answers begin (0: nowhere), prompts with their masks beside them, and which each row has."""
+    known = _known.get()
+    if known is not None:
+        rows = torch.arange(len(tokens), device=tokens.device)
+        few = slice(None, None, known.copies)
+        prompts = torch.cat((tokens[few, : known.end], attention_mask[few, : known.end].long()), dim=1)
+        return known.end, prompts, rows // known.copies
+    starts = answers.any(0)
+    # waits for the device twice a batch: how much is shared decides what is computed
+    end = int(starts.int().argmax()) if bool(starts.any()) else 0
+    prompts = torch.cat((tokens[:, :end], attention_mask[:, :end].long()), dim=1)
+    if end == 0:
+        return 0, prompts, torch.arange(len(tokens), device=tokens.device)
+    return end, *prompts.unique(dim=0, return_inverse=True)
 
 
 def _allows(body: nn.Module) -> bool:

@@ -23,10 +23,12 @@ from rlhf_lightning.core.interfaces import (
 )
 from rlhf_lightning.models.loading import shapes_only
 from rlhf_lightning.models.scalar_head import ValueHead
+from rlhf_lightning.models.shared_prompts import Sharing, sharing
 from rlhf_lightning.parallel.shard import decoder_layers, models_of
 from rlhf_lightning.planning.shapes import Lengths, generated, tokens, training_batch
 from rlhf_lightning.planning.trace import MemoryTrace, Peak
 from rlhf_lightning.rewards.reward_model import RewardModelScore
+from rlhf_lightning.rollout.decode import draw
 from rlhf_lightning.rollout.generate import HFGenerate
 
 WEIGHTS, GRADIENTS, OPTIMISER, FROZEN, CACHE = "weights", "gradients", "optimiser", "frozen models", "KV cache"
@@ -34,6 +36,13 @@ FEW_BITS = "weights in few bits"
 SHARDED = frozenset({WEIGHTS, GRADIENTS, OPTIMISER, FROZEN})
 """What is shared out over processes."""
 GATHERED, BUCKETS, STEP = "gathered weights", "DDP buckets", "optimiser's step"
+NOT_COUNTED: dict[str, tuple[Any, str]] = {
+    "padding_free": (False, "rows are taken to be full; shorter ones will need less"),
+    "activation_offload": (False, "activations that wait in host memory are counted here; less will be needed"),
+    "compile": (None, "layers are taken as they are written; compiled ones need less as a rule"),
+    "logprobs": ("auto", "the logits that another method keeps are counted"),
+}
+"""Options of a model that a run on tensors without numbers cannot follow: what stands for them, and what that means."""
 NEEDS_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -74,10 +83,19 @@ class Simulation:
         run: the trainer's options.
         lengths: of its records.
         checkpointing: of activations; None: as the stage says.
+        rollout: units of a rollout that is trained on in one piece, if it is; None: it is cut, or there is none.
     """
 
-    def __init__(self, module: Any, run: Run, lengths: Lengths, *, checkpointing: bool | None = None) -> None:
-        self.run, self.lengths = run, lengths
+    def __init__(
+        self,
+        module: Any,
+        run: Run,
+        lengths: Lengths,
+        *,
+        checkpointing: bool | None = None,
+        rollout: int | None = None,
+    ) -> None:
+        self.run, self.lengths, self.rollout = run, lengths, rollout
         self.module = copy.deepcopy(module)
         if checkpointing is not None:
             self.module.model_spec = replace(self.module.model_spec, gradient_checkpointing=checkpointing)
@@ -146,9 +164,10 @@ class Simulation:
         if getattr(module, "share_prompts", False):
             module.share_prompts = False
             self.notes.append("share_prompts is not counted: how much pairs share is in the data; less will be needed")
-        if module.model_spec.padding_free:
-            module.model_spec = replace(module.model_spec, padding_free=False)
-            self.notes.append("padding_free is not counted: rows are taken to be full; shorter ones will need less")
+        for name, (usual, why) in NOT_COUNTED.items():
+            if getattr(module.model_spec, name) != usual:
+                module.model_spec = replace(module.model_spec, **{name: usual})
+                self.notes.append(f"{name} is not counted: {why}")
 
     def _prepare_optimizer(self) -> None:
         groups = self.module.parameter_groups()
@@ -193,7 +212,7 @@ class Simulation:
         def step() -> None:
             batch = training_batch(self.module, units, self.lengths)
             for _ in range(min(self.run.accumulate, 2)):  # the second one finds the gradients of the first
-                with self.run.autocast:
+                with self.run.autocast, sharing(self._sharing(units)):
                     loss = self._loss(batch)
                 loss.backward()
                 del loss
@@ -208,6 +227,11 @@ class Simulation:
             return self._phase(step, self._gathered_in_training())
         finally:
             self.optimizer.zero_grad()
+
+    def _sharing(self, rows: int) -> Sharing:
+        """How many answers to a prompt lie together: all of them where nothing is cut, else as few as may be."""
+        whole = self.rollout is not None and rows >= self.rollout
+        return Sharing(self.lengths.prompt, self.module.generation.num_samples if whole else 1)
 
     def _loss(self, batch: Any) -> Tensor:
         try:
@@ -243,9 +267,10 @@ class Simulation:
 
     def _measure_answers(self, rows: int) -> None:
         answers = generated(rows, self.lengths)
-        self.module._measure_policy(answers)
-        self.module._measure_reference(answers)
-        self.module.values_of(SimpleNamespace(answers=answers, baseline=None))
+        with sharing(Sharing(self.lengths.prompt, self.module.generation.num_samples)):
+            self.module._measure_policy(answers)
+            self.module._measure_reference(answers)
+            self.module.values_of(SimpleNamespace(answers=answers, baseline=None))
 
     def score(self, rows: int) -> Peak | None:
         """Reward models reading answers; None: there are none."""
@@ -268,13 +293,18 @@ class Simulation:
             policy, lengths = self.module.policy, self.lengths
             self.module.eval()
             with torch.no_grad(), self.run.autocast:
-                _, cache = policy.next_logits(**_inputs(rows, lengths.prompt, lengths.prompt))
+                # our own loop reads a prompt once for all of its answers; a static cache is transformers' affair
+                shared = self.module.generation.cache == "dynamic"
+                copies = min(self.module.generation.num_samples, rows) if shared else 1
+                _, cache = policy.next_logits(**_inputs(-(-rows // copies), lengths.prompt, lengths.prompt))
+                cache.batch_select_indices(torch.arange(rows) // copies)
                 self._fill(cache, lengths.row - 1)
                 logits, cache = policy.next_logits(**_inputs(rows, 1, lengths.row), past_key_values=cache)
-                drawn = logits.float() / 2
+                scores = logits.float() / 2
                 if self.module.generation.top_p < 1:
-                    drawn, _ = drawn.sort()
-                drawn.softmax(-1)
+                    scores, _ = scores.sort()
+                probs = scores.log_softmax(-1).exp()
+                draw(probs, torch.zeros(rows))
 
         peak = self._phase(run, self._gathered_whole())
         self.module.train()

@@ -118,7 +118,8 @@ def make_plan(
     """
     lengths = lengths_of(module, data, length)
     sizes = sizes_of(module, data, run, lengths)
-    usual = Simulation(module, run, lengths)
+    # a rollout that is cut is cut anywhere: answers to one prompt need not lie together
+    usual = Simulation(module, run, lengths, rollout=sizes.rollout if sizes.train == sizes.rollout else None)
     phases = _phases(usual, sizes)
     notes = list(usual.notes)
     checkpointing = module.model_spec.gradient_checkpointing

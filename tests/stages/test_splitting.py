@@ -179,7 +179,10 @@ def test_generation_says_what_to_set(whole, tiny_model, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("one_step.Canned.generate", full)
-    with pytest.raises(UserError, match=r"out of memory in generation: set generation.rows_at_once=6 .*CUDA out of"):
+    with pytest.raises(
+        UserError,
+        match=r"out of memory in generation: set generation.rows_at_once=6; rlhf-lightning plan .*CUDA out of",
+    ):
         step("ppo", str(tiny_model), path)
 
 
