@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -192,3 +193,10 @@ def test_rows_that_blocks_do_not_divide_are_refused(spec, tiny_model):
 def test_a_quantised_reference_cannot_follow(spec):
     with pytest.raises(UserError, match=r"reference_sync moves every weight .*, and quantised ones cannot"):
         make_reference(load_policy(spec), follows=True)
+
+
+def test_importing_models_says_nothing():
+    """bitsandbytes, imported by peft, has advice for some CPUs that concerns nobody here."""
+    done = subprocess.run([sys.executable, "-c", "import rlhf_lightning.models.lora"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernels-community" not in done.stderr
