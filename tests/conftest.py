@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,22 @@ def write_jsonl(tmp_path):
         return str(path)
 
     return write
+
+
+LAUNCHED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What Lightning's launcher leaves in the environment of a fit that failed under a strategy of several processes."""
+
+
+@pytest.fixture(autouse=True)
+def alone_afterwards():
+    """A test under such a strategy leaves no process group behind, and no variables for the next one to find."""
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -164,10 +164,11 @@ def test_the_first_process_exports_what_all_hold(folder):
 
 @pytest.mark.slow
 def test_what_cannot_work_is_said(folder):
-    other, shards = result(folder, "sft, foreign checkpoint")["said"]
+    other, folder_of_files, shards = result(folder, "sft, foreign checkpoint")["said"]
     assert "foreign.ckpt holds an optimiser's state that is not by these parameters' names" in other
     assert "Resume with the strategy it was written with" in other
-    assert "is a folder, a checkpoint in shards" in shards
+    assert "foreign is no checkpoint, or was not finished: it holds no .metadata" in folder_of_files
+    assert "shards is a folder, a checkpoint in shards; strategy fsdp2 writes and reads single files" in shards
     loose, groups = result(folder, "sft, loose parameter")["said"]
     assert "temperature is trained outside every sharded unit" in loose
     assert "use strategy: ddp" in loose

@@ -18,6 +18,7 @@ from unittest import mock
 
 import lightning as L
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from one_step import another, module_for, records
 from torch import Tensor, nn
@@ -295,12 +296,15 @@ def resumed(stage: str) -> Case:
 
 
 def foreign_checkpoint(model: str, folder: Path, world: int) -> dict[str, Any]:
-    """What is said when a checkpoint of `ddp` is resumed, and one in shards."""
+    """What is said when a checkpoint of `ddp` is resumed, a folder that is none, and one in shards."""
+    shards = folder / "foreign" / "shards"
+    if os.environ["LOCAL_RANK"] == "0":
+        dcp.save({"weight": torch.zeros(2)}, checkpoint_id=shards, no_dist=True)
     keep = ModelCheckpoint(dirpath=folder / "foreign", filename="foreign", enable_version_counter=False)
     first = SFTModule(ModelSpec(path=model), optimizer=adamw)
     fit(first, "sft", folder, max_epochs=1, callbacks=[keep], enable_checkpointing=True, devices=world, strategy="ddp")
     said = []
-    for path in (folder / "foreign" / "foreign.ckpt", folder / "foreign"):
+    for path in (folder / "foreign" / "foreign.ckpt", folder / "foreign", shards):
         second = SFTModule(ModelSpec(path=model), optimizer=adamw)
         try:
             fit(second, "sft", folder, max_epochs=2, ckpt_path=path, devices=world, strategy="fsdp2")
