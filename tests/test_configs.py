@@ -28,6 +28,7 @@ RECORDS = {
     "BradleyTerry": {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     "PlackettLuce": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
     "Regression": {"prompt": "the film", "completion": "was", "rating": 0.5},
+    "StepCorrectness": {"prompt": "the film", "completions": ["was good", "was bad"], "labels": [True, False]},
     "KTOModule": {"prompt": "the film", "completion": "was", "label": True},
     "PPOModule": {"prompt": "the film"},
     "GRPOModule": {"prompt": "the film", "answer": "good"},

@@ -46,6 +46,7 @@ from rlhf_lightning.losses import (
     PlackettLuce,
     Regression,
     SamplerCorrection,
+    StepCorrectness,
 )
 from rlhf_lightning.losses.divergence import Divergence
 from rlhf_lightning.models.reference import ReferenceSync
@@ -138,7 +139,7 @@ CREDITS.remove(Gae)  # needs a critic: docs/ppo.md
 REWARDS = [cls for cls in vars(rewards).values() if isinstance(cls, type) and issubclass(cls, RewardFn)]
 PROMISES = [
     *((name, cls) for name, cls in STAGE_PAGES.items()),
-    *(("docs/reward.md", cls) for cls in (BradleyTerry, PlackettLuce, Regression)),
+    *(("docs/reward.md", cls) for cls in (BradleyTerry, PlackettLuce, Regression, StepCorrectness)),
     *(("docs/dpo.md", cls) for cls in PREFERENCE_LOSSES),
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),

@@ -102,13 +102,13 @@ class Credit(ABC):
 
 @dataclass(frozen=True)
 class RewardLossOutput:
-    """A reward model's loss, one number per element (pair, prompt or rating), not yet averaged."""
+    """A reward model's loss, one number per element (pair, prompt, rating or step), not yet averaged."""
 
-    per_element: Float[Tensor, " elements"]
-    accuracy: Float[Tensor, " elements"]
+    per_element: Float[Tensor, "*elements"]
+    accuracy: Float[Tensor, "*elements"]
     """Share of the element's comparisons that the scores get right; ties count half."""
-    margin: Float[Tensor, " elements"]
-    """Mean difference of score between better and worse."""
+    margin: Float[Tensor, "*elements"]
+    """Mean difference of score between better and worse; of a step, how far its score is on the right side of 0."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,17 @@ class Sample:
 
 
 class RewardLoss(ABC):
-    """A reward model's loss, from the scores of all completions of a batch."""
+    """A reward model's loss, from the scores of all completions (or of their steps) of a batch."""
 
     batch_format: ClassVar[BatchFormat]
     """What the records must be for this loss."""
     denominator: ClassVar[str]
-    """What the loss averages over, by its name in the batch's totals: pairs, prompts or sequences."""
+    """What the loss averages over, by its name in the batch's totals: pairs, prompts, sequences or steps."""
 
     @abstractmethod
     def __call__(self, scores: Float[Tensor, " completions"], batch: Batch) -> RewardLossOutput:
-        """`scores` in the order of `batch`: of pairs all chosen, then all rejected; else as the completions stand."""
+        """`scores` in the order of `batch`: of pairs all chosen, then all rejected; of steps at every token
+        [batch time], the output then being 0 where the batch's mask is False; else as the completions stand."""
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,14 @@ def _labels(value: Any, name: str, place: str) -> None:
     if not isinstance(value, list):
         raise UserError(f"{place}: {name} is {value!r:.60}, a list with one label per step is needed")
     for i, label in enumerate(value):
-        if label is not None and not isinstance(label, bool):
-            _number(label, f"{name}[{i}]", place)
+        if label is None or isinstance(label, bool):
+            continue
+        _number(label, f"{name}[{i}]", place)
+        if not 0 <= label <= 1:
+            raise UserError(
+                f"{place}: {name}[{i}] is {label!r}, and a step is right with a probability from 0 to 1 (true, false; "
+                "null = not judged): map other labels first"
+            )
 
 
 def _utf8(value: str, name: str, place: str) -> None:

@@ -28,9 +28,11 @@ from rlhf_lightning.losses.reward_model import (
     BradleyTerry,
     PlackettLuce,
     Regression,
+    StepCorrectness,
     bradley_terry,
     plackett_luce,
     regression,
+    step_correctness,
 )
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.losses.unpaired import BCO, KTO, APOZeroUnpaired, apo_zero_unpaired, bco, kto
@@ -90,6 +92,7 @@ __all__ = [
     "SamplerCorrection",
     "Sapo",
     "SimPO",
+    "StepCorrectness",
     "Vespo",
     "WeightedLoss",
     "WeightedLosses",
@@ -102,6 +105,7 @@ __all__ = [
     "off_policy_sequence_mask",
     "plackett_luce",
     "regression",
+    "step_correctness",
     "token_nll",
     "top_entropy_mask",
 ]

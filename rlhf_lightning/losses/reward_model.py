@@ -1,4 +1,4 @@
-"""Losses of a reward model: from the scores of completions to one number per pair, ranking or rating."""
+"""Losses of a reward model: from the scores of completions to one number per pair, ranking, rating or step."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch
+from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, StepBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import BatchFormat, RewardLoss, RewardLossOutput
 
@@ -107,6 +107,26 @@ def regression(
         return (scores - ratings).square()
     # torch's Huber loss is half of ours: ours must not change inside the bound when the bound is set
     return 2 * F.huber_loss(scores, ratings, reduction="none", delta=huber_delta)
+
+
+def step_correctness(
+    scores: Float[Tensor, "*steps"], labels: Float[Tensor, "*steps"], *, wrong_weight: float = 1.0
+) -> Float[Tensor, "*steps"]:
+    """Negative log-likelihood of a step's label, the score being the log-odds that the step is right.
+
+        loss = -y log sigma(score) - w (1 - y) log sigma(-score)
+
+    With w = 1 and labels 0 and 1 it is the cross-entropy of two classes whose logits are `score` apart, which is how
+    TRL and Qwen's process reward models write it.
+
+    Args:
+        labels: y, from 0 (wrong) to 1 (right); in between: the share of continuations from here that came out right.
+        wrong_weight: w, what a wrong step weighs where most are right.
+    References:
+        Lightman et al., Let's Verify Step by Step, 2023. arXiv:2305.20050
+        Wang et al., Math-Shepherd (labels from continuations), 2023. arXiv:2312.08935
+    """
+    return -labels * F.logsigmoid(scores) - wrong_weight * (1 - labels) * F.logsigmoid(-scores)
 
 
 @dataclass(frozen=True)
@@ -216,6 +236,34 @@ class Regression(RewardLoss):
             accuracy=_mean_over_pairs(_right(margin).unsqueeze(1), compared, otherwise=0.5),
             margin=_mean_over_pairs(margin.unsqueeze(1), compared),
         )
+
+
+@dataclass(frozen=True)
+class StepCorrectness(RewardLoss):
+    """Process reward model's loss: each step of a solution is right or wrong, and its score is the log-odds that it is.
+
+    Read with `pooling: steps`. Steps whose label is null are read and not judged.
+
+    Args:
+        wrong_weight: what a wrong step weighs beside a right one.
+    """
+
+    batch_format: ClassVar[BatchFormat] = "steps"
+    denominator: ClassVar[str] = "steps"
+
+    wrong_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.wrong_weight < torch.inf:
+            raise UserError(f"wrong_weight={self.wrong_weight} would not teach what is wrong: give a positive number")
+
+    def __call__(self, scores: Float[Tensor, "batch time"], batch: Batch) -> RewardLossOutput:
+        assert isinstance(batch, StepBatch)
+        loss = step_correctness(scores, batch.step_labels, wrong_weight=self.wrong_weight)
+        # a label of 1/2 takes neither side
+        margin = scores.detach() * (2 * batch.step_labels - 1)
+        ends = batch.completions.mask
+        return RewardLossOutput(*(torch.where(ends, x, 0.0) for x in (loss, _right(margin), margin)))
 
 
 def compare(

@@ -159,6 +159,11 @@ def _scalar_notes(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, mean: 
     notes = [f"score = (logit - {mean:.6g}) / {std:.6g}; pooling: {model.pooling}"]
     if model.pooling == "mean":
         notes.append("transformers pools the last token; this model was trained on the mean over the completion")
+    elif model.pooling == "steps":
+        notes.append(
+            "a process reward model: sigma(score) at the last token of each step is the probability that the step is "
+            "right; transformers gives that of the last one"
+        )
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
         notes.append(
             "the padding token is the end token: transformers, which finds the last token by its id, reads one token "

@@ -33,7 +33,7 @@ from rlhf_lightning.models.locate import check_code, check_layers, check_model_f
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy, check_head
 from rlhf_lightning.models.quantized import bitsandbytes_config, keep_only_trained, settle
-from rlhf_lightning.models.scalar_head import HeadInit, Pooling, ScalarModel, init_head
+from rlhf_lightning.models.scalar_head import POOLINGS, HeadInit, Pooling, ScalarModel, init_head
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.tokenizer import first_line, load_tokenizer, say_once
 from rlhf_lightning.models.unpadded import know_records
@@ -97,7 +97,7 @@ def load_scalar_model(
     Args:
         spec: of a causal language model, whose decoder gets a new head; or of a sequence classifier with one label,
             whose head, pooling and normalisation are taken over.
-        pooling: last or mean; None: what the folder says, else last.
+        pooling: last, mean or steps; None: what the folder says, else last.
         seed: of a new head.
         head_init: of a new head: normal (reward models) or zero (critics).
     """
@@ -107,9 +107,12 @@ def load_scalar_model(
         config = _read_config(spec)
         stored = {key: getattr(config, key) for key in ("pooling", "score_mean", "score_std") if hasattr(config, key)}
         backbone, head = _load_decoder(spec, config)
+    pooling = pooling or stored.get("pooling", "last")
+    if pooling not in POOLINGS:
+        raise UserError(f"pooling={pooling!r} of {_name(spec)} is unknown: use {', '.join(POOLINGS)}")
     model = ScalarModel(
         _prepare(backbone, spec),
-        pooling=pooling or stored.get("pooling", "last"),
+        pooling=pooling,
         bias=head is not None and head.get("bias") is not None,
         padding_free=spec.padding_free,
         activation_offload=spec.activation_offload,

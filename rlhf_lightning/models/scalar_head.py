@@ -14,7 +14,7 @@ from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import body_states, check_packing
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
-Pooling = Literal["last", "mean"]
+Pooling = Literal["last", "mean", "steps"]
 HeadInit = Literal["normal", "zero"]
 
 
@@ -25,7 +25,8 @@ class ScalarModel(nn.Module):
 
     Args:
         backbone: a transformers decoder without output head, or a PeftModel around one.
-        pooling: last = the value at the last real token of a record; mean = the mean over the tokens that count.
+        pooling: last = the value at the last real token of a record; mean = the mean over the tokens that count;
+            steps = the value at every token: a process reward model judges a step at its last one.
         padding_free: score batches without computing their padding; see `models.unpadded`.
         activation_offload: keep what the backward pass needs in host memory; see `models.activations`.
     """
@@ -87,11 +88,10 @@ class ScalarModel(nn.Module):
             hidden = run(self.decoder, tokens, attention_mask, positions, segments)
         return linear_to_number(hidden, self.head)
 
-    def forward(self, batch: TokenBatch) -> Float[Tensor, " records"]:
-        """One score per record, normalised; packed rows give their records in reading order."""
+    def forward(self, batch: TokenBatch) -> Float[Tensor, "*scores"]:
+        """Normalised scores: one per record, those of packed rows in reading order; pooling steps: [batch time]."""
         values = self.token_values(batch.tokens, batch.attention_mask, batch.positions, batch.segments)
-        pooled = pool_last(values, batch) if self.pooling == "last" else pool_mean(values, batch)
-        return (pooled - self.score_mean) / self.score_std
+        return (POOLINGS[self.pooling](values, batch) - self.score_mean) / self.score_std
 
     def set_normalisation(self, mean: float, std: float) -> None:
         """From now on scores are (x - mean) / std of what they were before any normalisation."""
@@ -156,3 +156,11 @@ def pool_mean(values: Float[Tensor, "batch time"], batch: TokenBatch) -> Float[T
     count = int(per_row.sum())
     totals = kept.new_zeros(count).index_add(0, record, kept.flatten())
     return totals / kept.new_zeros(count).index_add(0, record, batch.mask.flatten().to(kept.dtype)).clamp(min=1)
+
+
+def pool_steps(values: Float[Tensor, "batch time"], batch: TokenBatch) -> Float[Tensor, "batch time"]:
+    """Nothing is pooled: which tokens end a step is the batch's to say."""
+    return values
+
+
+POOLINGS = {"last": pool_last, "mean": pool_mean, "steps": pool_steps}

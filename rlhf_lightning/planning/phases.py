@@ -27,7 +27,7 @@ from rlhf_lightning.models.shared_prompts import Sharing, sharing
 from rlhf_lightning.parallel.shard import decoder_layers, models_of
 from rlhf_lightning.planning.shapes import Lengths, generated, tokens, training_batch
 from rlhf_lightning.planning.trace import MemoryTrace, Peak
-from rlhf_lightning.rewards.reward_model import RewardModelScore
+from rlhf_lightning.rewards.scalar_reader import ScalarReader
 from rlhf_lightning.rollout.decode import draw
 from rlhf_lightning.rollout.generate import HFGenerate
 
@@ -200,7 +200,7 @@ class Simulation:
         now = self.trace.now()
         return self.trace.peak(now, now).total
 
-    def reward_models(self) -> list[RewardModelScore]:
+    def reward_models(self) -> list[ScalarReader]:
         """Models that score answers."""
         return list(_reward_models(getattr(self.module, "rewards", [])))
 
@@ -420,10 +420,11 @@ def _state(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _reward_models(rewards: Any) -> Iterator[RewardModelScore]:
+def _reward_models(rewards: Any) -> Iterator[ScalarReader]:
     for weighted in rewards:
-        if isinstance(weighted.reward, RewardModelScore):
-            yield weighted.reward
+        reader = getattr(weighted.reward, "reader", None)
+        if isinstance(reader, ScalarReader):
+            yield reader
         yield from _reward_models(getattr(weighted.reward, "members", []))
 
 

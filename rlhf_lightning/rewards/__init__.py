@@ -7,6 +7,7 @@ from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.exact_match import ExactMatch
 from rlhf_lightning.rewards.fact_table import FactTable
 from rlhf_lightning.rewards.math_answer import MathAnswer
+from rlhf_lightning.rewards.process_reward import ProcessRewardScore
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rewards.reasoning_gym import ReasoningGym
 from rlhf_lightning.rewards.regex_format import RegexFormat
@@ -25,6 +26,7 @@ __all__ = [
     "Keyword",
     "LengthReward",
     "MathAnswer",
+    "ProcessRewardScore",
     "PythonFunction",
     "ReasoningGym",
     "RegexFormat",

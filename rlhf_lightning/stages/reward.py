@@ -1,4 +1,4 @@
-"""Reward modelling: one number per answer, learnt from pairs, rankings or ratings."""
+"""Reward modelling: one number per answer, learnt from pairs, rankings or ratings; or per step of it, from labels."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,16 +9,27 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch, RatedBatch, TokenBatch, concatenate_rows
+from rlhf_lightning.core.batches import (
+    Batch,
+    PairBatch,
+    RankedBatch,
+    RatedBatch,
+    StepBatch,
+    TokenBatch,
+    concatenate_rows,
+)
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardLoss, RewardLossOutput
 from rlhf_lightning.losses.reward_model import BradleyTerry
 from rlhf_lightning.models.export import export_scalar_model
 from rlhf_lightning.models.loading import load_scalar_model
-from rlhf_lightning.models.scalar_head import ScalarModel
+from rlhf_lightning.models.scalar_head import Pooling, ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.schedule import Schedule
+
+CALIBRATED = ("pairs", "steps")
+"""Records whose scores make a probability."""
 
 
 class RewardModule(RLHFModule):
@@ -27,17 +38,21 @@ class RewardModule(RLHFModule):
         bradley_terry  -log sigma(score(chosen) - score(rejected) - margin)
         plackett_luce  the same, averaged over all pairs of a ranked prompt
         regression     (score - rating)^2
+        steps          -y log sigma(score) - (1 - y) log sigma(-score), a score per step of the answer
 
-    The loss is the mean over the pairs (prompts, ratings) of the whole optimiser step, over micro-batches and ranks.
+    The loss is the mean over the pairs (prompts, ratings, steps) of the whole optimiser step, over micro-batches and
+    ranks.
     The score is read at the last real token (or averaged over the answer), whatever the padding token is.
 
     Logs `train/loss`, `train/accuracy`, `train/margin`, `train/score_mean`; `val/loss`, `val/accuracy`, `val/margin`,
-    `val/ece` (calibration of sigma(margin), pairs only), `val/score_mean`, `val/score_std`.
+    `val/ece` (calibration of sigma(margin), pairs and steps only), `val/score_mean`, `val/score_std`.
 
     Args:
         model: the model that gets a scalar head; a language model or an earlier reward model.
-        loss: BradleyTerry for pairs, PlackettLuce for rankings, Regression for ratings; decides what records are read.
-        pooling: where the score is read: `last` real token, or `mean` over the answer's tokens.
+        loss: BradleyTerry for pairs, PlackettLuce for rankings, Regression for ratings, StepCorrectness for steps;
+            decides what records are read.
+        pooling: where the score is read: `last` real token, `mean` over the answer's tokens, or at the end of each of
+            its `steps`.
         normalise_on: set whose scores get mean 0 and standard deviation 1 at the end of every epoch; the shift and
             scale are stored with the model. `none` leaves scores as trained (Ziegler et al. normalise; so do
             Stiennon et al.).
@@ -55,7 +70,7 @@ class RewardModule(RLHFModule):
         self,
         model: ModelSpec,
         loss: RewardLoss = BradleyTerry(),
-        pooling: Literal["last", "mean"] = "last",
+        pooling: Pooling = "last",
         normalise_on: Literal["none", "train", "val"] = "none",
         normalise_batches: int = 64,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
@@ -65,6 +80,7 @@ class RewardModule(RLHFModule):
     ) -> None:
         super().__init__(model, optimizer, schedule, lr_scheduler, seed)
         self.save_hyperparameters()
+        _check_steps(loss, pooling, normalise_on)
         self.loss = loss
         self.pooling = pooling
         self.normalise_on = normalise_on
@@ -92,7 +108,7 @@ class RewardModule(RLHFModule):
             self.model = load_scalar_model(self.model_spec, pooling=self.pooling, seed=self.seed)
 
     def forward(self, completions: TokenBatch) -> Tensor:
-        """One score per completion."""
+        """One score per completion; of steps, at every token."""
         assert self.model is not None
         return self.model(completions)
 
@@ -100,7 +116,7 @@ class RewardModule(RLHFModule):
         """Scores of every completion of a batch: of pairs all chosen, then all rejected."""
         if isinstance(batch, PairBatch):
             return self(concatenate_rows((batch.chosen, batch.rejected), pad_id=self.tokenizer.pad_token_id))
-        assert isinstance(batch, RankedBatch | RatedBatch)
+        assert isinstance(batch, RankedBatch | RatedBatch | StepBatch)
         return self(batch.completions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -108,8 +124,8 @@ class RewardModule(RLHFModule):
         output = self.loss(scores, batch)
         loss = output.per_element.sum() / batch.total(self.loss.denominator)
         elements = {"train/loss": output.per_element, "train/accuracy": output.accuracy, "train/margin": output.margin}
-        self.step_means.add(elements, torch.ones_like(output.per_element, dtype=torch.bool))
-        self.step_means.add({"train/score_mean": scores}, torch.ones_like(scores, dtype=torch.bool))
+        self.step_means.add(elements, _scored(batch, output.per_element))
+        self.step_means.add({"train/score_mean": scores}, _scored(batch, scores))
         self.log_step_means(batch_idx, prog_bar=True)
         return loss * self.loss_scale
 
@@ -122,15 +138,18 @@ class RewardModule(RLHFModule):
     def _evaluate(self, batch: Batch) -> None:
         scores = self.scores(batch)
         output: RewardLossOutput = self.loss(scores, batch)
-        self.val_loss.update(output.per_element)
-        self.val_accuracy.update(output.accuracy)
-        self.val_margin.update(output.margin)
+        counts = _scored(batch, output.per_element)
+        margin = output.margin[counts]
+        scores = scores[_scored(batch, scores)]
+        self.val_loss.update(output.per_element[counts])
+        self.val_accuracy.update(output.accuracy[counts])
+        self.val_margin.update(margin)
         self.val_score.update(scores)
         self.val_score_square.update(scores.square())
-        if isinstance(batch, PairBatch):
-            # the prediction "the higher score wins" and whether it was right
-            confidence = torch.sigmoid(output.margin.abs())
-            self.val_ece.update(confidence, (output.margin > 0).long())
+        if self.batch_format in CALIBRATED:
+            # the prediction "the higher score wins" ("the step is right, or wrong") and whether it was so
+            confidence = torch.sigmoid(margin.abs())
+            self.val_ece.update(confidence, (margin > 0).long())
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -148,7 +167,7 @@ class RewardModule(RLHFModule):
             f"{split}/score_mean": mean,
             f"{split}/score_std": (self.val_score_square.compute() - mean.square()).clamp(min=0).sqrt(),
         }
-        if self.batch_format == "pairs":
+        if self.batch_format in CALIBRATED:
             values[f"{split}/ece"] = self.val_ece.compute()
         self.log_dict(values, prog_bar=split == "val")
         for metric in (
@@ -162,8 +181,9 @@ class RewardModule(RLHFModule):
             metric.reset()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Scores of the batch's completions."""
-        return self.scores(batch)
+        """Scores of the batch's completions, or of its steps, one after another."""
+        scores = self.scores(batch)
+        return scores[_scored(batch, scores)]
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -210,3 +230,21 @@ class RewardModule(RLHFModule):
     def export(self, folder: str | Path) -> Path:
         assert self.model is not None, "nothing to export before the model is built"
         return export_scalar_model(self.model, self.tokenizer, folder, card=self.card("Reward model"))
+
+
+def _scored(batch: Batch, x: Tensor) -> Tensor:
+    """True on the elements of `x` that count: all, or of steps the tokens at which they are judged."""
+    return batch.completions.mask if isinstance(batch, StepBatch) else torch.ones_like(x, dtype=torch.bool)
+
+
+def _check_steps(loss: RewardLoss, pooling: Pooling, normalise_on: str) -> None:
+    of_steps = loss.batch_format == "steps"
+    if of_steps != (pooling == "steps"):
+        remedy = "set pooling: steps" if of_steps else "use last or mean, or the loss StepCorrectness"
+        reads = "judges each step" if of_steps else "compares whole answers"
+        raise UserError(f"pooling={pooling!r}: {type(loss).__name__} {reads}: {remedy}")
+    if of_steps and normalise_on != "none":
+        raise UserError(
+            f"normalise_on={normalise_on!r}: scores of {type(loss).__name__} are log-odds, which a shift would change: "
+            "leave it out"
+        )

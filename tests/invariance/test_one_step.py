@@ -10,7 +10,13 @@ import torch
 from one_step import PREFERENCES, records, step
 
 SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
-LOSS = {"sft": "train/loss", "reward": "train/loss", "ppo": "policy/loss", "grpo": "policy/loss"}
+LOSS = {
+    "sft": "train/loss",
+    "reward": "train/loss",
+    "reward, steps": "train/loss",
+    "ppo": "policy/loss",
+    "grpo": "policy/loss",
+}
 LOSS |= dict.fromkeys((*PREFERENCES, "online dpo"), "train/loss")
 LOSS |= {"kto": "train/loss", "kto, cached": "train/loss", "bco": "train/loss"}
 # an on-policy stage cuts its rollouts itself: a batch is always the 12 prompts of the step
@@ -25,12 +31,12 @@ CASES = [("sft", name, how) for name, how in CUTS.items()]
 CASES += [("reward", name, how) for name, how in CUTS.items()]
 CASES += [("kto", name, how) for name, how in CUTS.items()]
 CASES += [("dpo", name, how) for name, how in CUTS.items()]
-OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, ranked")
+OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, ranked", "reward, steps")
 CASES += [(stage, "micro-batches of 5, 5 and 2", CUTS["micro-batches of 5, 5 and 2"]) for stage in OTHERS]
 CASES += [(stage, "reversed order", {"reverse": True}) for stage in OTHERS]
 CASES += [
     (stage, "padding on the left", {"data": {"padding_side": "left"}})
-    for stage in ("sft", "reward", "kto", "kto, cached", "dpo", "dpo, cached", "dpo, ranked")
+    for stage in ("sft", "reward", "reward, steps", "kto", "kto, cached", "dpo", "dpo, cached", "dpo, ranked")
 ]
 CASES += [
     ("dpo", "each prompt computed once", {"attributes": {"share_prompts": True}}),
@@ -40,7 +46,10 @@ CASES += [
     ("kto", "token budget", {"data": {"tokens_per_batch": 60}, "batch_size": 8, "accumulate": 100}),
 ]
 PADDING_FREE = {"spec": {"padding_free": True}}
-CASES += [(stage, "without padding", PADDING_FREE) for stage in ("sft", "reward", "kto", "dpo", "dpo, ranked")]
+CASES += [
+    (stage, "without padding", PADDING_FREE)
+    for stage in ("sft", "reward", "reward, steps", "kto", "dpo", "dpo, ranked")
+]
 CASES += [
     ("sft", "packing, without padding", {"data": {"packing": True, "max_length": 24}, **PADDING_FREE}),
     ("dpo", "without padding, each prompt computed once", {"attributes": {"share_prompts": True}, **PADDING_FREE}),
@@ -98,8 +107,10 @@ def test_the_cut_does_not_matter(stage, name, how, whole, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-# those left out share what kto's and dpo's ranks do
-@pytest.mark.parametrize("stage", [stage for stage in LOSS if stage not in ("bco", "dpo, cached", "dpo, ranked")])
+# those left out share what the ranks of kto, dpo and reward do
+@pytest.mark.parametrize(
+    "stage", [stage for stage in LOSS if stage not in ("bco", "dpo, cached", "dpo, ranked", "reward, steps")]
+)
 def test_two_processes_take_the_same_step_as_one(stage, whole, tiny_model, tmp_path):
     path, *expected = whole[stage]
     out = tmp_path / "rank0.pt"

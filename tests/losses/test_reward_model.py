@@ -7,16 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from rlhf_lightning.core.batches import PairBatch, RankedBatch, RatedBatch, TokenBatch
+from rlhf_lightning.core.batches import PairBatch, RankedBatch, RatedBatch, StepBatch, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardLoss
 from rlhf_lightning.losses.reward_model import (
     BradleyTerry,
     PlackettLuce,
     Regression,
+    StepCorrectness,
     bradley_terry,
     plackett_luce,
     regression,
+    step_correctness,
 )
 
 
@@ -235,3 +237,42 @@ def test_impossible_settings_are_named(make, arguments):
     name, value = next(iter(arguments.items()))
     with pytest.raises((UserError, TypeCheckError), match=f"{name}.*{value}"):
         make(**arguments)
+
+
+# Steps
+
+
+def test_steps_by_hand():
+    scores, labels = torch.tensor([0.0, 2.0, 2.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 0.25])
+    right, wrong = -math.log(sigmoid(2)), -math.log(sigmoid(-2))
+    expected = [math.log(2), right, wrong, 0.25 * right + 0.75 * wrong]
+    assert step_correctness(scores, labels).tolist() == pytest.approx(expected)
+    expected = [math.log(2), right, 3 * wrong, 0.25 * right + 2.25 * wrong]
+    assert step_correctness(scores, labels, wrong_weight=3.0).tolist() == pytest.approx(expected)
+
+
+def test_steps_are_the_cross_entropy_of_two_classes():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(50, 2, dtype=torch.float64), torch.randint(2, (50,))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(step_correctness(logits[:, 1] - logits[:, 0], labels.double()), expected)
+
+
+def test_a_step_counts_at_its_last_token_alone():
+    ends = torch.tensor([[False, True, True], [False, False, True]])
+    labels = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]])
+    scores = torch.tensor([[9.0, 2.0, 2.0], [9.0, torch.nan, 2.0]])
+    batch = StepBatch(
+        TokenBatch(tokens=labels.long(), attention_mask=torch.ones_like(ends), mask=ends, positions=labels.long()),
+        labels,
+    )
+    output = StepCorrectness()(scores, batch)
+    assert batch.total(StepCorrectness.denominator) == 3
+    assert output.margin.tolist() == [[0, 2, -2], [0, 0, 0]]
+    assert output.accuracy.tolist() == [[0, 1, 0], [0, 0, 0.5]]
+    assert (output.per_element > 0).tolist() == ends.tolist()
+
+
+def test_a_weight_that_teaches_nothing_is_refused():
+    with pytest.raises(UserError, match=r"wrong_weight=0.0 would not teach what is wrong: give a positive number"):
+        StepCorrectness(wrong_weight=0.0)

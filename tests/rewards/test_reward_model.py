@@ -147,10 +147,10 @@ def test_nothing_is_loaded_before_it_is_needed(tmp_path, folder):
     reward = RewardModelScore(str(tmp_path / "later"))
     shutil.copytree(folder, tmp_path / "later")
     reward.to("cpu")
-    model, _ = reward._loaded
+    model = reward.reader.model
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert copy.deepcopy(reward)._loaded is None
+    assert copy.deepcopy(reward.reader)._loaded is None
 
 
 def test_a_missing_folder_is_named(tmp_path):

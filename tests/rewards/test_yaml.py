@@ -38,6 +38,7 @@ NEEDED = {
     "Ensemble": {"members": [{"reward": {"class_path": "LengthReward"}}]},
     "FactTable": {"path": "FILE.csv", "pattern": r"(?P<a>\w)(?P<b>\w)", "value_column": "b"},
     "Keyword": {"wanted": ["good"]},
+    "ProcessRewardScore": {"path": "somewhere"},
     "PythonFunction": {"path": "os.path.join"},
     "RegexFormat": {"pattern": ".*"},
     "RewardModelScore": {"path": "somewhere"},

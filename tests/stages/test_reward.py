@@ -8,7 +8,7 @@ from fits import fit
 from one_step import records
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.losses.reward_model import BradleyTerry, PlackettLuce, Regression
+from rlhf_lightning.losses.reward_model import BradleyTerry, PlackettLuce, Regression, StepCorrectness
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages import RewardModule
@@ -95,3 +95,63 @@ def test_it_learns_to_tell_good_from_bad(tiny_model, write_jsonl, tmp_path):
     )
     trainer = fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 5}, max_epochs=15)
     assert trainer.callback_metrics["val/accuracy"].item() == 1.0
+
+
+# --- steps
+
+STEPS = [
+    {"prompt": "the film was", "completions": [f"{extra} good", f"{extra} bad"], "labels": [True, False]}
+    for extra in ("very", "not dull but", "long and", "short and")
+]
+STEPS += [{"prompt": "the plot", "completions": ["bad actors", "good end", "very good"], "labels": [0, None, 1]}]
+
+
+def fit_steps(tiny_model, write_jsonl, tmp_path, optimizer, **trainer):
+    path = write_jsonl("steps.jsonl", STEPS)
+    module = RewardModule(ModelSpec(path=str(tiny_model)), StepCorrectness(), "steps", optimizer=optimizer, seed=1)
+    return module, fit(module, tmp_path, data={"train": path, "val": path, "batch_size": 2}, **trainer)
+
+
+def test_metrics_of_steps_by_hand(tiny_model, write_jsonl, tmp_path):
+    module, trainer = fit_steps(tiny_model, write_jsonl, tmp_path, frozen)
+    scores, labels = [], []
+    for batch in trainer.datamodule.val_dataloader():
+        ends = batch.completions.mask
+        scores += module(batch.completions)[ends].tolist()
+        labels += batch.step_labels[ends].tolist()
+    assert len(scores) == 10  # of eleven steps one is not labelled
+    metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+    losses = [math.log1p(math.exp(-s if y else s)) for s, y in zip(scores, labels, strict=True)]
+    right = [(s > 0) == bool(y) for s, y in zip(scores, labels, strict=True)]
+    assert metrics["val/loss"] == pytest.approx(sum(losses) / 10, abs=1e-6)
+    assert metrics["val/accuracy"] == pytest.approx(sum(right) / 10)
+    assert metrics["val/score_mean"] == pytest.approx(sum(scores) / 10, abs=1e-6)
+    assert 0 <= metrics["val/ece"] <= 1
+
+
+def test_it_learns_which_steps_are_right(tiny_model, write_jsonl, tmp_path):
+    _, trainer = fit_steps(tiny_model, write_jsonl, tmp_path, lambda p: torch.optim.AdamW(p, lr=1e-2), max_epochs=15)
+    assert trainer.callback_metrics["val/accuracy"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": StepCorrectness()}, r"pooling='last': StepCorrectness judges each step: set pooling: steps"),
+        ({"pooling": "steps"}, r"pooling='steps': BradleyTerry compares whole answers: use last or mean, or the loss "),
+        (
+            {"loss": StepCorrectness(), "pooling": "steps", "normalise_on": "val"},
+            r"normalise_on='val': scores of StepCorrectness are log-odds, which a shift would change: leave it out",
+        ),
+    ],
+)
+def test_steps_and_whole_answers_do_not_mix(options, message, tiny_model):
+    with pytest.raises(UserError, match=message):
+        RewardModule(ModelSpec(path=str(tiny_model)), **options)
+
+
+def test_a_label_that_is_no_probability_is_named(tiny_model, write_jsonl, tmp_path):
+    path = write_jsonl("steps.jsonl", [{"prompt": "the", "completions": ["film", "end"], "labels": [1, -1]}])
+    module = RewardModule(ModelSpec(path=str(tiny_model)), StepCorrectness(), "steps", optimizer=frozen)
+    with pytest.raises(UserError, match=r"steps.jsonl, line 1: labels\[1\] is -1, and a step is right with a prob"):
+        fit(module, tmp_path, data={"train": path})

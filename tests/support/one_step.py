@@ -24,7 +24,7 @@ from rlhf_lightning.losses.preference_guarded import TDPO
 from rlhf_lightning.losses.preference_length import LDDPO
 from rlhf_lightning.losses.preference_mixed import WPO, WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
-from rlhf_lightning.losses.reward_model import BradleyTerry
+from rlhf_lightning.losses.reward_model import BradleyTerry, StepCorrectness
 from rlhf_lightning.losses.unpaired import BCO, KTO
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -81,6 +81,9 @@ def records(stage: str) -> list[dict[str, Any]]:
         elif stage == "dpo, ranked":
             answers = [words(n, i + k) + " film" * k for k in range(2 + i % 3)]
             made.append({"prompt": prompt, "completions": answers, "ranks": [3, 1, 2, 2][: len(answers)]})
+        elif stage == "reward, steps":
+            steps = [words(1 + (n + k) % 4, i + k) for k in range(1 + n % 3)]
+            made.append({"prompt": prompt, "completions": steps, "labels": [0.25, None, True][-len(steps) :]})
         elif stage == "reward" or stage in PREFERENCES:
             made.append(
                 {"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i}
@@ -158,6 +161,8 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
         return SFTModule(source, optimizer=sgd)
     if stage == "reward":
         return RewardModule(source, loss=BradleyTerry(label_smoothing=0.1, centring_coef=0.1), optimizer=sgd, seed=3)
+    if stage == "reward, steps":
+        return RewardModule(source, StepCorrectness(wrong_weight=2.0), pooling="steps", optimizer=sgd, seed=3)
     if stage in PREFERENCES:
         return DPOModule(source, PREFERENCES[stage], reference=another(model), optimizer=sgd)
     if stage in UNPAIRED:
