@@ -177,6 +177,9 @@ class _Builder:
 
     def _steps(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
         encoding = self.encoding
+        if all(label is None for label in record["labels"]):
+            self.report.leave_out("no step is labelled", place)
+            return
         ids, ends = encode_steps(
             encoding.tokenizer,
             record["prompt"],

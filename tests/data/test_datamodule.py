@@ -208,6 +208,7 @@ BAD = [
         [{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}],
         "none of its 1 records.*all ranks are equal",
     ),
+    ("steps", [{"prompt": "a", "completions": ["b"], "labels": [None]}], "none of its 1 records.*no step is labelled"),
     ("pairs", [{"chosen": [USER], "rejected": [USER, *says("a")]}], "there is no assistant's message to train on"),
 ]
 
