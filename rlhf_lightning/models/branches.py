@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.models.body import attention_of, body_states, evaluating, run_body
+from rlhf_lightning.models.body import agree, attention_of, body_states, evaluating, run_body
 from rlhf_lightning.models.unpadded import unpadded_states
 
 
@@ -112,7 +112,7 @@ def check_branches(body: nn.Module, vocab_size: int, *, padding_free: bool = Fal
     with evaluating(body), torch.no_grad():
         apart = body_states(body, tokens, real, positions)
         together = branch_states(body, tokens, real, positions, positions >= 3, padding_free=padding_free)
-    if not torch.allclose(apart, together, atol=1e-3 * float(apart.abs().max())):
+    if not agree(apart, together, 1e-3):
         raise UserError(
             f"models of type {body.config.model_type!r} with {attention_of(body)} attention cannot compute a prompt "
             "once for two answers: use share_prompts: false"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import LMHead, TokenScores, token_scores
 from rlhf_lightning.models.activations import on_host
-from rlhf_lightning.models.body import body_states, check_packing, evaluating
+from rlhf_lightning.models.body import agree, body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
 from rlhf_lightning.models.compiled import not_compiled
 from rlhf_lightning.models.shared_prompts import group_states
@@ -268,7 +268,7 @@ def check_head(policy: Policy) -> None:
         ).logprobs[:, 1:]
     expected = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     tolerance = 1e-3 if policy.head().weight.dtype == torch.float32 else 5e-2
-    if not torch.allclose(own, expected, atol=tolerance * max(1.0, float(logits.abs().max()))):
+    if not agree(own, expected, tolerance, scale=max(1.0, float(logits.abs().max()))):
         raise UserError(
             f"models of type {name!r} treat their logits in a way that this version does not know: log-probabilities "
             "would be wrong. Please report the model type."

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.models.body import RECORDS, attention_of, body_states, evaluating, run_body
+from rlhf_lightning.models.body import RECORDS, agree, attention_of, body_states, evaluating, run_body
 
 
 def unpadded_states(
@@ -177,10 +177,7 @@ def check_unpadded(body: nn.Module, vocab_size: int) -> None:
     with evaluating(body), torch.no_grad():
         padded = body_states(body, tokens, real, positions)
         unpadded = unpadded_states(body, tokens, real, positions)
-    largest = float(padded[real].abs().max())
-    if not torch.allclose(
-        padded[real], unpadded[real], atol=(1e-3 if padded.dtype == torch.float32 else 5e-2) * largest
-    ):
+    if not agree(padded[real], unpadded[real], 1e-3 if padded.dtype == torch.float32 else 5e-2):
         raise UserError(
             f"models of type {body.config.model_type!r} with {attention_of(body)} attention are others without padding"
             ": use padding_free: false"

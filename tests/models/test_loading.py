@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.body import agree
 from rlhf_lightning.models.export import export_policy, export_scalar_model
 from rlhf_lightning.models.loading import load_policy, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
@@ -251,6 +252,18 @@ def test_weights_that_are_not_finite_are_refused(value, tiny_model, tmp_path):
             load(ModelSpec(path=str(folder)))
     unchecked = load_scalar_model(ModelSpec(path=str(folder), check_finite=False)).state_dict()
     assert not unchecked[f"backbone.{name.removeprefix('model.')}"].isfinite().all()
+    policy = load_policy(ModelSpec(path=str(folder), check_finite=False, padding_free=True))
+    assert not policy.state_dict()[f"model.{name}"].isfinite().all()
+    policy.check_padding_free()
+
+
+def test_what_is_not_finite_on_one_side_alone_does_not_agree():
+    finite, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert agree(finite, finite, 1e-3)
+    assert agree(broken, broken, 1e-3)
+    assert not agree(finite, broken, 1e-3)
+    assert not agree(broken, finite, 1e-3)
+    assert not agree(finite, 1.1 * finite, 1e-3)
 
 
 def test_a_head_that_is_not_finite_is_refused(tiny_model, tiny_tokenizer, tmp_path):
