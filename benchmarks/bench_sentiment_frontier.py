@@ -10,7 +10,9 @@ so a seed does not name one order of the pairs: DPO, whose single pass depends o
 which only the distance from the oracle is kept, and once more with the pairs in one order for both. A run that is on
 disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
 
-`--speed grpo rloo` runs those alone, with no evaluation, and compares processor seconds: results/sentiment/speed.json.
+`--speed grpo rloo` runs those alone, with no evaluation, and compares processor seconds from the first step to the
+last: results/sentiment/speed.json, or speed_dpo.json of `--speed dpo dpo_share_prompts`. The second is DPO with each
+pair's prompt computed once on our side; TRL has no such option and runs as in `dpo`.
 """
 
 import argparse
@@ -40,9 +42,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sentiment"
 PROMPTS, GROUP, ANSWER, ROLLOUTS = 16, 8, 32, 60
 PAIRS, PAIRS_PER_STEP = 4096, 32
-IN_FILE_ORDER = "dpo_in_file_order"
-LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4, IN_FILE_ORDER: 1e-4}
-COEF = {"grpo": 0.5, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3, IN_FILE_ORDER: 0.3}
+IN_FILE_ORDER, SHARED = "dpo_in_file_order", "dpo_share_prompts"
+LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4, IN_FILE_ORDER: 1e-4, SHARED: 1e-4}
+COEF = {"grpo": 0.5, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3, IN_FILE_ORDER: 0.3, SHARED: 0.3}
 RUNS = [("ours", "grpo"), ("trl", "grpo"), ("ours", "rloo"), ("trl", "rloo"), ("ours", "dpo"), ("trl", "dpo")]
 RUNS += [("ours", "ppo")]
 DPO_RUNS = [("ours", "dpo"), ("trl", "dpo")]
@@ -62,9 +64,12 @@ def peak_mb() -> float:
 
 
 class Took:
-    """What a run cost: wall and processor seconds, memory before and at its peak, tokens."""
+    """What a run cost from `begin` on: wall and processor seconds, memory before and at its peak, tokens.
 
-    def __init__(self) -> None:
+    Training alone: TRL encodes its records when its trainer is made, we do when ours begins.
+    """
+
+    def begin(self) -> None:
         self.before = peak_mb()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
@@ -89,7 +94,12 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
 
     common: dict[str, Any] = {
         "policy": ModelSpec(path=model),
-        "optimizer": lambda params: torch.optim.AdamW(params, lr=LR[algorithm], weight_decay=0.0),
+        "optimizer": lambda params: torch.optim.AdamW(
+            params,
+            lr=LR[algorithm],
+            weight_decay=0.0,
+            fused=True,  # as transformers' Trainer has it
+        ),
         "schedule": Schedule("linear"),
         "seed": seed,
     }
@@ -112,11 +122,15 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
     elif algorithm == "ppo":
         module = PPOModule(**common, **on_policy, kl=in_reward, critic=CriticSpec(learning_rate=1e-3))
     else:
-        module = DPOModule(**common, loss=DPO(beta=coef))
+        module = DPOModule(**common, loss=DPO(beta=coef), share_prompts=algorithm == SHARED)
     online = not algorithm.startswith("dpo")
     seen: list[float] = []
+    took = Took()
 
     class Count(L.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            took.begin()
+
         def on_rollout_end(self, trainer: Any, module: Any, rollouts: Any) -> None:
             seen.append(float(rollouts.mask.sum()))
 
@@ -141,7 +155,6 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
     datamodule = RLHFDataModule(
         train=str(train), batch_size=PROMPTS if online else PAIRS_PER_STEP, shuffle=algorithm != IN_FILE_ORDER
     )
-    took = Took()
     trainer.fit(module, datamodule=datamodule)
     figures = took.figures(sum(seen))
     module.export(out / "hf")
@@ -181,6 +194,12 @@ def trl(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[st
         tokens.append(float(sum(map(len, completion_ids))))
         return list(judge([Sample(p, c) for p, c in zip(prompts, completions, strict=True)]))
 
+    took = Took()
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            took.begin()
+
     class CountPairs(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "num_tokens" in (logs or {}):
@@ -217,7 +236,7 @@ def trl(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[st
         else:
             arguments = trl.RLOOConfig(**common, **online)
             trainer = trl.RLOOTrainer(policy, gold, arguments, dataset, processing_class=tokenizer)
-    took = Took()
+    trainer.add_callback(Begin())
     trainer.train()
     figures = took.figures(sum(tokens))
     trainer.model.save_pretrained(out / "hf")
@@ -394,7 +413,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with models/stories260k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--dpo-seeds", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds of DPO alone")
-    parser.add_argument("--speed", nargs="+", choices=["grpo", "rloo", "dpo"], help="run these alone, not evaluated")
+    parser.add_argument(
+        "--speed", nargs="+", choices=["grpo", "rloo", "dpo", SHARED], help="run these alone, not evaluated"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_family"), help="where the runs are kept")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -414,8 +435,10 @@ def main() -> None:
         result = {"about": described, "runs": speeds(options, model)}
         # what else the machine did meanwhile: a busy one lengthens processor time too, of both alike
         result |= {"load_average": os.getloadavg()[2], "cores": os.cpu_count()}
-        write_json(RESULTS / "speed.json", result)
-        print(f"wrote {RESULTS / 'speed.json'}")
+        of_dpo = all(algorithm.startswith("dpo") for algorithm in options.speed)
+        path = RESULTS / ("speed_dpo.json" if of_dpo else "speed.json")
+        write_json(path, result)
+        print(f"wrote {path}")
         return
     curve: list[dict[str, float]] = []
     planned = [(seed, RUNS) for seed in options.seeds] + [(seed, DPO_RUNS) for seed in options.dpo_seeds]

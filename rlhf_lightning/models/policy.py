@@ -18,7 +18,7 @@ from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import agree, body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
 from rlhf_lightning.models.compiled import not_compiled
-from rlhf_lightning.models.shared_prompts import group_states
+from rlhf_lightning.models.shared_prompts import group_states, pair_states
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 
@@ -123,9 +123,17 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "rows time hidden"]:
         """`hidden_states` of pairs of rows, i and i + rows/2, whose common prompt is computed once.
 
+        Completions attend to a cache of their prompt; where the model fills none (gradient checkpointing, dropout,
+        compiled layers), or the batch is run without its padding, a pair is one row.
+
         Args:
             mask: True on the completions.
         """
+        if not self.padding_free:
+            with on_host(self.model, self.activation_offload):
+                states = pair_states(self.body, tokens, attention_mask, mask)
+            if states is not None:
+                return states
         if not self._branches_checked:
             vocab = self.config.get_text_config().vocab_size
             check_branches(self.body, vocab, padding_free=self.padding_free)

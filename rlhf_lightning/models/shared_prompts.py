@@ -78,10 +78,68 @@ def group_states(
     end, prompts, prompt_of_row = _distinct(tokens, attention_mask, answers)
     if end == 0 or len(prompts) > len(tokens) // 2:
         return None
-    asked, real = prompts[:, :end], prompts[:, end:].bool()
+    return _behind(body, prompts[:, :end], prompts[:, end:].bool(), prompt_of_row, tokens, attention_mask, positions)
+
+
+def pair_states(
+    body: nn.Module,
+    tokens: Int[Tensor, "rows time"],
+    attention_mask: Bool[Tensor, "rows time"],
+    completions: Bool[Tensor, "rows time"],
+) -> Float[Tensor, "rows time hidden"] | None:
+    """The hidden states of `body_states` for pairs of rows, i and i + rows/2, that answer one prompt; None as above.
+
+    Rows may be padded on either side. They are moved until their completions begin in one column:
+
+        p p a a a -        - p p a a a
+        p p p b - -        p p p b - -
+
+    Args:
+        completions: True where a completion's tokens are; what stands before the first of them is the prompt.
+    """
+    if not _allows(body):
+        return None
+    pairs, time = len(tokens) // 2, tokens.shape[1]
+    steps = torch.arange(time, device=tokens.device)
+    begins, lengths = attention_mask.int().argmax(-1, keepdim=True), attention_mask.sum(-1, keepdim=True)
+    asked = (attention_mask & (completions.cumsum(-1) == 0)).sum(-1, keepdim=True)
+    ordered = tokens.gather(1, (begins + steps).clamp(max=time - 1))
+    differ = (ordered[:pairs] != ordered[pairs:]) & (steps < asked[:pairs])
+    alone = differ.any() | (asked[:pairs] != asked[pairs:]).any()
+    # waits for the device once a batch: how much is shared decides what is computed
+    end, rest, apart = torch.stack((asked.max(), (lengths - asked).max(), alone.long())).tolist()
+    # a pair costs end + 2 rest tokens instead of 2 time
+    if apart or rest == 0 or end + 2 * rest >= 2 * time:
+        return None
+    number = torch.arange(end + rest, device=tokens.device) - end + asked  # of the token in each column, from 0
+    real = (number >= 0) & (number < lengths)
+    number = number.clamp(0, time - 1)
+    moved = ordered.gather(1, number)
+    row = torch.arange(2 * pairs, device=tokens.device) % pairs
+    states = _behind(body, moved[:pairs, :end], real[:pairs, :end], row, moved, real, number)
+    back = (steps - begins + end - asked).clamp(0, end + rest - 1)
+    return states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _behind(
+    body: nn.Module,
+    prompts: Tensor,
+    real: Tensor,
+    prompt_of_row: Tensor,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Hidden states of rows that begin with prompts, each of which runs once.
+
+    Args:
+        prompts: as wide as they stand in the rows, with `real` beside them.
+        prompt_of_row: which of them each row begins with.
+    """
+    end = prompts.shape[1]
     cache: Any = DynamicCache(config=body.config)
     first = body(
-        input_ids=asked,
+        input_ids=prompts,
         attention_mask=real,
         position_ids=(real.long().cumsum(-1) - 1).clamp(min=0),
         past_key_values=cache,

@@ -44,8 +44,7 @@ class DPOModule(RLHFModule):
         reference_sync: let the reference follow the policy (TR-DPO); None: it stays.
         reference_cache: folder where the reference's log-probabilities are kept: they are measured once, and training
             holds no second model; None: the reference is asked at every step.
-        share_prompts: compute each pair's prompt once for both answers: the same loss, and less work where prompts are
-            long.
+        share_prompts: compute each pair's prompt once for both answers: the same loss, and less work.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_lightning.core.batches import TokenBatch
-from rlhf_lightning.models.shared_prompts import group_states, why_no_cache
+from rlhf_lightning.models.shared_prompts import group_states, pair_states, why_no_cache
 from rlhf_lightning.models.spec import LoraSpec
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums over at most 48 numbers of size 1
@@ -20,6 +20,25 @@ def answered(lab, *, order=(5, 0, 3, 1, 4, 2, 6)) -> TokenBatch:
     tokens = torch.cat((prompts.tokens[asked], answers.tokens), dim=1)
     rows = torch.tensor(order)
     return TokenBatch(tokens[rows], real[rows], mask[rows], (real.long().cumsum(-1) - 1).clamp(min=0)[rows])
+
+
+def paired(lab, side, *, starts=(4, 2, 3), ends=((3, 6, 1), (5, 2, 4))) -> TokenBatch:
+    """Three pairs: prompts of 4, 2 and 3 tokens, answers of uneven lengths, the preferred ones first."""
+    prompts = lab.records(*starts, seed=1)
+    rows = [
+        torch.cat(row)
+        for seed, some in enumerate(ends)
+        for row in zip(prompts, lab.records(*some, seed=2 + seed), strict=True)
+    ]
+    batch = lab.padded(rows, side, extra=2)
+    asked = torch.tensor(starts).repeat(2)[:, None]
+    return TokenBatch(
+        batch.tokens, batch.attention_mask, batch.attention_mask & (batch.positions >= asked), batch.positions
+    )
+
+
+def in_pairs(policy, batch):
+    return pair_states(policy.body, batch.tokens, batch.attention_mask, batch.mask)
 
 
 def states(policy, batch):
@@ -55,6 +74,53 @@ def test_hidden_states_and_gradients_are_those_of_each_row_alone(lab, family, lo
     theirs = torch.autograd.grad((weights * apart[batch.mask]).sum(), trained)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pairs_have_the_hidden_states_and_gradients_of_each_row_alone(lab, family, side):
+    policy, batch = lab.policy(family), paired(lab, side)
+    once, apart = in_pairs(policy, batch), states(policy, batch)
+    real = batch.attention_mask
+    torch.testing.assert_close(once[real], apart[real], **EXACT)
+    weights = torch.linspace(-1, 1, apart[real].numel()).view(-1, apart.shape[-1])
+    parameters = list(policy.body.parameters())
+    ours = torch.autograd.grad((weights * once[real]).sum(), parameters)
+    theirs = torch.autograd.grad((weights * apart[real]).sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+def test_of_pairs_each_prompt_is_read_once(lab):
+    policy, batch = lab.policy("llama"), paired(lab, "right")
+    shapes = []
+    policy.body.register_forward_pre_hook(lambda m, a, k: shapes.append((*k["input_ids"].shape,)), with_kwargs=True)
+    policy.shared_prompt_states(batch.tokens, batch.attention_mask, batch.positions, batch.mask)
+    assert shapes == [(3, 4), (6, 6)], "12 + 36 tokens, where padded rows have 6 x 10"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"starts": (9, 1, 1), "ends": ((1, 9, 9), (1, 9, 9))},  # prompts 9 wide and answers too: 9 + 2 x 9 > 2 x 12
+        {"starts": (4, 2, 3), "ends": ((0, 0, 0), (0, 0, 0))},
+    ],
+    ids=["no fewer tokens", "no answers"],
+)
+def test_pairs_that_gain_nothing_are_computed_row_by_row(lab, given):
+    policy = lab.policy("llama")
+    batch = paired(lab, "right", **given)
+    assert in_pairs(policy, batch) is None
+    hidden = policy.shared_prompt_states(batch.tokens, batch.attention_mask, batch.positions, batch.mask)
+    torch.testing.assert_close(hidden[batch.attention_mask], states(policy, batch)[batch.attention_mask], **EXACT)
+
+
+def test_pairs_of_unlike_prompts_are_computed_row_by_row(lab):
+    policy, batch = lab.policy("llama"), paired(lab, "right")
+    batch.tokens[4, 1] = (batch.tokens[4, 1] + 1) % lab.vocab
+    assert in_pairs(policy, batch) is None
+    batch = paired(lab, "right")
+    batch.mask[1, 2] = False  # its completion begins later than that of the row beside it
+    assert in_pairs(policy, batch) is None
 
 
 def test_log_probabilities_are_the_same_and_each_prompt_is_read_once(lab):
