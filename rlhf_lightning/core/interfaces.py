@@ -240,9 +240,10 @@ class PreferenceLossOutput:
     """Numbers whose means the loss wants back: over steps in `PairScores.running`, over this step in `.step`."""
 
 
-Need = Literal["reference", "ref_kl", "log_collision", "opponent", "whole_batch"]
+Need = Literal["reference", "ref_kl", "log_collision", "opponent", "whole_batch", "drawn_pairs"]
 """What a preference loss reads beyond the policy's own log-probabilities; `opponent`: pairs of an answer that the
-policy drew and one that it did not; `whole_batch`: its value depends on which pairs share a micro-batch."""
+policy drew and one that it did not; `whole_batch`: its value depends on which pairs share a micro-batch; `drawn_pairs`:
+a part of each step's pairs is drawn, and the others are left out."""
 
 
 class PreferenceLoss(ABC):
@@ -262,6 +263,22 @@ class PreferenceLoss(ABC):
     def step_means(self) -> frozenset[str]:
         """Those of its statistics whose mean over the whole optimiser step it reads, which costs one more forward."""
         return frozenset()
+
+    @property
+    def keep_frac(self) -> float:
+        """Share of each optimiser step's pairs that it is averaged over; below 1 it needs `drawn_pairs`."""
+        return 1.0
+
+    def log_weights(
+        self, margins: Float[Tensor, " pairs"], running: Mapping[str, float | Tensor]
+    ) -> Float[Tensor, " pairs"]:
+        """How readily each pair of a step is drawn: the logarithm of a weight, of which a common factor may be missing.
+
+        Args:
+            margins: its statistic `margin`, of all pairs of the step over micro-batches and ranks.
+            running: its running means, over the steps before.
+        """
+        return torch.zeros_like(margins)
 
     @abstractmethod
     def __call__(self, pairs: PairScores) -> PreferenceLossOutput: ...

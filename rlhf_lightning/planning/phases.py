@@ -120,6 +120,7 @@ class Simulation:
             accumulate_grad_batches=self.run.accumulate,
             world_size=1,
             global_rank=0,
+            global_step=0,
             num_training_batches=float("inf"),
             callbacks=[],
             precision_plugin=SimpleNamespace(forward_context=lambda: self.run.autocast),

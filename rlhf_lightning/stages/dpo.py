@@ -12,6 +12,7 @@ from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import PairScores, PreferenceLoss, PreferenceLossOutput, RankedPreferenceLoss
 from rlhf_lightning.core.logprobs import token_kl
+from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.models.body import evaluating
 from rlhf_lightning.models.export import export_policy
@@ -200,6 +201,8 @@ class DPOModule(RLHFModule):
         if self._objective is None or not self._objective.loss.step_means:
             return {}
         assert self.policy is not None
+        if self.loss_draws:
+            return self._draw(batches)
         sums = self._objective.no_sums()
         with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
             for batch in batches:
@@ -207,6 +210,21 @@ class DPOModule(RLHFModule):
                 for of_part in self.splitter.results(batch.to(self.device), self._sums_of):
                     sums = {name: value + of_part[name] for name, value in sums.items()}
         return sums
+
+    @property
+    def loss_draws(self) -> bool:
+        """Whether the loss leaves out a part of each step's pairs."""
+        return "drawn_pairs" in self.loss.needs
+
+    def _draw(self, batches: Sequence[Batch]) -> dict[str, float]:
+        assert self.policy is not None
+        parts: list[tuple[PairBatch, PairScores]] = []
+        with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
+            for batch in batches:
+                assert isinstance(batch, PairBatch)
+                parts += self.splitter.results(batch.to(self.device), lambda part: (part, self(part)))
+        seed = counter_seed(self.seed, "kept pairs", self.trainer.global_step)
+        return self.objective.draw(parts, seed, self._of_all_ranks)
 
     def _sums_of(self, batch: PairBatch) -> dict[str, float]:
         return self.objective.sums(self(batch))
@@ -226,8 +244,9 @@ class DPOModule(RLHFModule):
         else:
             pairs, _ = self._pairs(batch)
             output = self.pair_loss(batch, pairs)
-            loss = self.objective.share(output, batch)
-            self.objective.count(self.step_means, pairs, output)
+            kept = self.objective.kept(batch)
+            loss = self.objective.share(output, batch, kept)
+            self.objective.count(self.step_means, pairs, output, kept)
             self.objective.count_statistics(output)
         if self.ends_step(batch_idx):
             metrics = summed_loss(self.step_means.take(self.add_over_ranks), "train/loss")

@@ -134,6 +134,10 @@ class OnlineDPOModule(OnPolicyModule):
                 f"generation.num_samples={generation.num_samples} cannot be shared between the policy and its "
                 "opponent, half each: give an even number"
             )
+        if "drawn_pairs" in loss.needs:
+            raise UserError(
+                f"keep_frac below 1 of {type(loss).__name__} draws among records: set keep_frac: 1, or use DPOModule"
+            )
         if "opponent" in loss.needs and opponent is None:
             raise UserError(
                 f"{type(loss).__name__} compares the policy's answers with another model's, and there is no opponent: "

@@ -1,15 +1,19 @@
 """A preference loss over the pairs of an optimiser step: denominators, means that it reads, metrics."""
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.core.batches import PairBatch
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import CompletionScores, PairScores, PreferenceLoss, PreferenceLossOutput
+from rlhf_lightning.core.seeding import pair_names, row_names, uniforms
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.stages.step_means import StepMeans
 
@@ -21,16 +25,26 @@ class PairObjective:
 
     Args:
         loss: the preference loss.
+    Raises:
+        UserError: the loss holds another that draws among pairs, which it does not know of.
     """
 
     def __init__(self, loss: PreferenceLoss) -> None:
+        if "drawn_pairs" in loss.needs and loss.keep_frac == 1:
+            raise UserError(
+                f"keep_frac below 1 of a loss within {type(loss).__name__} would leave pairs out of that loss alone: "
+                "set keep_frac: 1, or use the loss by itself"
+            )
         self.loss = loss
+        self._kept: Tensor | None = None
+        """Names of the pairs that the present optimiser step is trained on; None: all."""
         self.running: dict[str, float | Tensor] = dict.fromkeys(loss.running_means, 0.0)
         self._statistics = StepMeans()
 
     def __copy__(self) -> "PairObjective":
         same = PairObjective(self.loss)
         same.running, same._statistics = dict(self.running), copy.copy(self._statistics)
+        same._kept = self._kept
         return same
 
     @property
@@ -66,6 +80,48 @@ class PairObjective:
     def no_sums(self) -> dict[str, float]:
         """The names of `sums`, with nothing to add."""
         return {f"sum of {name}": 0.0 for name in self.loss.step_means}
+
+    def draw(
+        self,
+        parts: Sequence[tuple[PairBatch, PairScores]],
+        seed: int,
+        of_all_ranks: Callable[[Any], list[Any]],
+    ) -> dict[str, float]:
+        """Decide which pairs of the optimiser step that begins are trained on; what this rank adds to its totals.
+
+        The k = `keep_frac` n pairs whose log_weight + g is largest, with g of a Gumbel distribution, are k pairs drawn
+        one after the other without replacement, each with the chance that its weight has among those that are left
+        (Efraimidis and Spirakis, 2006, in the form of Vieira, 2014). A pair's g is a function of `seed` and its own
+        tokens: no order, cut or rank changes it.
+
+        Args:
+            parts: this rank's pairs of the step, as the policy scores them before it.
+            seed: of this step.
+            of_all_ranks: what each rank gives, on all of them.
+        """
+        names = torch.cat([names_of(batch) for batch, _ in parts])
+        margins = torch.cat([self.loss(pairs).statistics["margin"] for _, pairs in parts]).double().cpu()
+        tokens = torch.cat([batch.chosen.mask[:, 1:].sum(-1) for batch, _ in parts]).cpu()
+        everywhere = of_all_ranks(list(zip(names.tolist(), margins.tolist(), strict=True)))
+        # in one order on all ranks, whatever the order of the records: sums then have the same bits
+        known = sorted(pair for of_rank in everywhere for pair in of_rank)
+        all_names, all_margins = torch.tensor([n for n, _ in known]), torch.tensor([m for _, m in known]).double()
+        noise = -torch.log(-torch.log(uniforms(all_names, seed)))
+        keys = self.loss.log_weights(all_margins, self.running) + noise
+        count = max(1, math.floor(self.loss.keep_frac * len(keys) + 1e-9))
+        self._kept = all_names[keys.topk(count).indices].to(names.device)
+        here = torch.isin(names, self._kept).cpu()
+        spread = float(all_margins.std(correction=0))
+        return {
+            "pairs": float(here.sum()),
+            "chosen_tokens": float(tokens[here].sum()),
+            "sum of margin": float(margins[here].sum()),
+            "sum of margin_std": spread * float(here.sum()),
+        }
+
+    def kept(self, batch: PairBatch) -> Tensor | None:
+        """True for pairs that the optimiser step is trained on [pairs]; None: all, as outside of a step."""
+        return None if batch.totals is None or self._kept is None else torch.isin(names_of(batch), self._kept)
 
     def __call__(self, pairs: PairScores, batch: PairBatch) -> PreferenceLossOutput:
         """The loss of scored pairs; the means over the step that it reads come with the batch, else from the batch."""
@@ -137,6 +193,11 @@ class PairObjective:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         known = {name: torch.tensor(value) for name, value in state.items()}
         self.running = {name: known.get(name, value) for name, value in self.running.items()}
+
+
+def names_of(batch: PairBatch) -> Tensor:
+    """A number for each pair, of its own tokens alone [pairs]."""
+    return pair_names(*(row_names(side.tokens, side.attention_mask) for side in (batch.chosen, batch.rejected)))
 
 
 def loss_per_pair(values: Tensor) -> dict[str, Tensor]:

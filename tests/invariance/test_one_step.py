@@ -31,12 +31,22 @@ CASES = [("sft", name, how) for name, how in CUTS.items()]
 CASES += [("reward", name, how) for name, how in CUTS.items()]
 CASES += [("kto", name, how) for name, how in CUTS.items()]
 CASES += [("dpo", name, how) for name, how in CUTS.items()]
-OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, ranked", "reward, steps")
+OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, drawn pairs", "dpo, ranked", "reward, steps")
 CASES += [(stage, "micro-batches of 5, 5 and 2", CUTS["micro-batches of 5, 5 and 2"]) for stage in OTHERS]
 CASES += [(stage, "reversed order", {"reverse": True}) for stage in OTHERS]
 CASES += [
     (stage, "padding on the left", {"data": {"padding_side": "left"}})
-    for stage in ("sft", "reward", "reward, steps", "kto", "kto, cached", "dpo", "dpo, cached", "dpo, ranked")
+    for stage in (
+        "sft",
+        "reward",
+        "reward, steps",
+        "kto",
+        "kto, cached",
+        "dpo",
+        "dpo, cached",
+        "dpo, drawn pairs",
+        "dpo, ranked",
+    )
 ]
 CASES += [
     ("dpo", "each prompt computed once", {"attributes": {"share_prompts": True}}),

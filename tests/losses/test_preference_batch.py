@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from pairs import pairs
 
 from rlhf_lightning.core.errors import UserError
@@ -66,12 +67,35 @@ def test_beta_stays_positive():
     assert out.chosen_rewards.tolist() == pytest.approx([1e-3, -1e-3])
 
 
+def test_pairs_are_drawn_by_how_near_they_are_to_the_running_mean():
+    loss = BetaDPO(beta=0.5, decay=0.75, keep_frac=0.5)
+    assert "drawn_pairs" in loss.needs
+    assert loss.running_means == {"margin": 0.75, "margin_std": 0.75}
+    # mean 2 and deviation 2: m = 0.75 * 4 + 0.25 * 2 = 3.5, s = 0.75 * 2 + 0.25 * 2 = 2
+    weights = loss.log_weights(torch.tensor([0.0, 4.0]).double(), {"margin": 4.0, "margin_std": 2.0})
+    assert weights.tolist() == [-0.5 * (3.5 / 2) ** 2, -0.5 * (0.5 / 2) ** 2]
+
+
+def test_a_policy_that_is_its_reference_draws_blindly():
+    loss = BetaDPO(keep_frac=0.5)
+    assert loss.log_weights(torch.zeros(3).double(), {"margin": 0.0, "margin_std": 0.0}).tolist() == [0, 0, 0]
+
+
+def test_of_drawn_pairs_the_deviation_of_all_is_remembered():
+    out = BetaDPO(beta=0.5, keep_frac=0.5)(pairs(**TWO, step={"margin": 1.5, "margin_std": 7.0}))
+    assert out.statistics["margin"].tolist() == [1.5, -2.0]
+    assert out.statistics["margin_std"].tolist() == [7.0, 7.0]
+    assert out.chosen_rewards[0].item() == pytest.approx(0.5 * (1 + 0.6 * 1.5)), "the mean of those that were kept"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: AOT(beta=0.0), r"beta=0.0 would not prefer"),
         (lambda: AOTUnpaired(label_smoothing=0.7), r"label_smoothing=0.7 is the share"),
         (lambda: BetaDPO(alpha=0.0), r"alpha=0.0 would not prefer"),
+        (lambda: BetaDPO(keep_frac=0.0), r"keep_frac=0.0 is the share of each step's pairs"),
+        (lambda: BetaDPO(keep_frac=1.1), r"keep_frac=1.1 is the share of each step's pairs"),
         (lambda: BetaDPO(decay=1.0), r"decay=1.0 is the share of a running mean"),
     ],
 )

@@ -48,6 +48,7 @@ def stages(spec):
         "reward, rated": RewardModule(spec, Regression()),
         "dpo": DPOModule(spec),
         "dpo, means": DPOModule(spec, BetaDPO()),
+        "dpo, drawn pairs": DPOModule(spec, BetaDPO(keep_frac=0.5)),
         "dpo, ranked": DPOModule(spec, ListwiseDPO()),
         "kto": KTOModule(spec),
         "ppo": PPOModule(spec, rewards, **sampling),
@@ -57,7 +58,7 @@ def stages(spec):
 
 
 STAGES = list(stages(ModelSpec(path="x")))
-MEASURING = {"dpo, means", "kto", "ppo", "grpo"}
+MEASURING = {"dpo, means", "dpo, drawn pairs", "kto", "ppo", "grpo"}
 
 
 def simulation(module, **run):

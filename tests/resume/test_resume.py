@@ -60,6 +60,8 @@ def module_for(stage, model):
         return RewardModule(source, normalise_on="train", **common)
     if stage == "dpo":
         return DPOModule(source, WITH_MEMORY, reference_sync=ReferenceSync(every=2, share=0.6), **common)
+    if stage == "dpo, drawn pairs":
+        return DPOModule(source, BetaDPO(beta=0.5, keep_frac=0.5), reference=another(str(model)), **common)
     if stage == "dpo, cached":
         return DPOModule(source, **common)
     if stage in ("kto", "kto, cached", "bco"):
@@ -174,7 +176,9 @@ def everything(module, trainer):
     return state
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "dpo, cached", "kto", "kto, cached", "bco", *ON_POLICY])
+@pytest.mark.parametrize(
+    "stage", ["sft", "reward", "dpo", "dpo, cached", "dpo, drawn pairs", "kto", "kto, cached", "bco", *ON_POLICY]
+)
 def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(
         dirpath=tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False

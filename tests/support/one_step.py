@@ -62,6 +62,7 @@ PREFERENCES = {
         ]
     ),
     "dpo, cached": DPO_WITH_OFFSET,
+    "dpo, drawn pairs": BetaDPO(beta=0.5, keep_frac=0.5),
     "dpo, ranked": ListwiseDPO(beta=0.5),
 }
 
