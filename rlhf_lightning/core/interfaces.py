@@ -411,6 +411,21 @@ class RolloutEngine(ABC):
         """Called when a rollout is complete: the next answers are asked for after the policy was trained on it."""
         return None
 
+    def ahead(self) -> "RolloutEngine":
+        """An engine whose `generate` may run in a thread of its own while the policy is trained in another.
+
+        It samples from the weights that it was given last and touches no generator that training draws from, so that
+        its answers, and the training, do not depend on which of the two is faster. `take_weights` is called in the
+        thread that trains, when nothing is being sampled.
+
+        Raises:
+            UserError: it cannot; what can.
+        """
+        raise UserError(
+            f"updates.async_rollouts=true samples while the policy is trained, and {type(self).__name__} cannot: use "
+            "VLLMServer, VLLMEngine or HFGenerate, or leave async_rollouts out"
+        )
+
     def close(self) -> None:
         """Let go of everything that was started; `take_weights` starts it again."""
         return None

@@ -55,6 +55,13 @@ class HFContinuousBatching(RolloutEngine):
     def with_spec(self, spec: GenerationSpec) -> "HFContinuousBatching":
         return HFContinuousBatching(spec, self.tokenizer, self.cache_memory_frac, self.page_size)
 
+    def ahead(self) -> RolloutEngine:
+        raise UserError(
+            "updates.async_rollouts=true with HFContinuousBatching, whose answers depend on when a thread of its own "
+            "serves a request, and whose cache takes a share of the memory that training leaves free: use VLLMServer, "
+            "VLLMEngine or HFGenerate, or leave async_rollouts out"
+        )
+
     @torch.no_grad()
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
         check_context(self.spec, policy, prompts)

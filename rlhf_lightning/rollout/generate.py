@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -219,6 +219,16 @@ class HFGenerate(RolloutEngine):
         made.mixture = mixture
         return made
 
+    def ahead(self) -> RolloutEngine:
+        from rlhf_lightning.rollout.frozen_copy import FrozenCopy  # which is made of this class
+
+        if self.spec.cache == "static":
+            raise UserError(
+                "updates.async_rollouts=true with generation.cache='static', which is transformers' own generate and "
+                "draws from the generator that training draws from: set cache: dynamic, or leave async_rollouts out"
+            )
+        return FrozenCopy(self)
+
     @torch.no_grad()
     def generate(self, policy: Any, prompts: PromptBatch, *, seed: int) -> Generated:
         check_context(self.spec, policy, prompts)
@@ -234,8 +244,8 @@ class HFGenerate(RolloutEngine):
             order = prompts.attention_mask.sum(-1)[copies].argsort(descending=True, stable=True)
         parts = []
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), self._gathered(policy):
-                torch.manual_seed(seed)
+            # our own loop draws from `uniforms` alone, and leaves the process's generators to whoever trains meanwhile
+            with nullcontext() if decodes else _generators_seeded(seed, device), self._gathered(policy):
                 for rows in order.split(self.spec.rows_at_once or len(order)):
                     asked, prompt_of_row = copies[rows].unique(return_inverse=True)
                     tokens, mask = prompts.tokens[asked], prompts.attention_mask[asked]
@@ -368,6 +378,14 @@ class HFGenerate(RolloutEngine):
             cache_implementation="static" if spec.cache == "static" else None,
             **sampling,
         )
+
+
+@contextmanager
+def _generators_seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, the process's generators are seeded; outside they are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_context(spec: GenerationSpec, policy: Any, prompts: PromptBatch) -> None:

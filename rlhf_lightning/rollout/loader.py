@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Batch, PairRollouts, PromptBatch, Rollouts, TokenBatch, step_totals
+from rlhf_lightning.core.batches import Batch, Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch, step_totals
 from rlhf_lightning.core.seeding import counter_seed
 
 BatchT = TypeVar("BatchT")
@@ -29,10 +29,13 @@ class UpdateSpec:
     Args:
         inner_epochs: passes over each batch of rollouts.
         num_minibatches: optimiser steps per pass.
+        async_rollouts: sample the first batch of each rollout by the policy as it was before it was trained on the
+            rollout before, in the background, while it is (one step off policy; PPO and GRPO).
     """
 
     inner_epochs: int = 4
     num_minibatches: int = 1
+    async_rollouts: bool = False
 
     def __post_init__(self) -> None:
         if self.inner_epochs < 1 or self.num_minibatches < 1:
@@ -107,6 +110,18 @@ class RolloutLoader:
     def batches_per_rollout(self) -> int:
         return self.updates.inner_epochs * self.updates.num_minibatches * self.accumulate
 
+    @property
+    def steps_of_rollout(self) -> int:
+        """Optimiser steps on the rollout that is being collected or trained on."""
+        left = self._limit() - self._rollouts_done * self.batches_per_rollout
+        return -(-int(min(left, self.batches_per_rollout)) // self.accumulate)
+
+    @property
+    def another_in_epoch(self) -> bool:
+        """Whether the epoch has a rollout behind the one that is being collected or trained on."""
+        index = self._rollouts_done + 1
+        return index < len(self.prompts) and index * self.batches_per_rollout < self._limit()  # type: ignore[arg-type]
+
     def __len__(self) -> int:
         return len(self.prompts) * self.batches_per_rollout  # type: ignore[arg-type]
 
@@ -135,6 +150,10 @@ class RolloutLoader:
         batch = self._stream.at(self.drawn)
         self.drawn += 1
         return batch
+
+    def draw_again(self) -> None:
+        """Of a loader that was restored: the batch of prompts that was drawn last comes once more."""
+        self.drawn -= 1
 
     def _finished_epoch(self) -> bool:
         """The state was saved after the last batch of an epoch."""
@@ -202,7 +221,7 @@ class RolloutLoader:
         self._resumed = True
 
 
-def buffer_to_dict(rollouts: AnyRollouts) -> dict[str, Tensor]:
+def buffer_to_dict(rollouts: AnyRollouts | Generated) -> dict[str, Tensor]:
     """The tensors of `rollouts` on the CPU, safe to pickle with weights_only."""
     return {name: value.cpu() for name, value in vars(rollouts).items() if isinstance(value, Tensor)}
 

@@ -5,7 +5,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +18,7 @@ from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.seeding import counter_seed
+from rlhf_lightning.models.body import dropout_rates
 from rlhf_lightning.models.handover import checkpoint_weights
 from rlhf_lightning.rollout.engines import (
     Answer,
@@ -97,13 +98,30 @@ class VLLMEngine(RolloutEngine):
             dtype, max_model_len, max_num_seqs, gpu_memory_utilization, kv_cache_gib, enforce_eager, sleep
         )
         self._running = _Running(options, tokenizer, detokenize=bool(spec.stop_strings))
+        self._beside_training = False
+        """Whether the policy may be trained in another thread while answers are sampled."""
 
     def with_spec(self, spec: GenerationSpec) -> "VLLMEngine":
         other = copy.copy(self)
         other.spec = spec
         return other
 
+    def ahead(self) -> "VLLMEngine":
+        if self._running.options.sleep:
+            raise UserError(
+                "engine.sleep=true gives the memory of weights and KV cache back while the policy trains, and "
+                "updates.async_rollouts=true samples then: leave one of them out"
+            )
+        other = copy.copy(self)
+        other._beside_training = True
+        return other
+
     def take_weights(self, policy: Any) -> None:
+        if self._beside_training and any(getattr(part, name) for part, name in dropout_rates(policy)):
+            raise UserError(
+                "updates.async_rollouts=true with VLLMEngine, which draws from this process's generator as the "
+                "policy's dropout does: set disable_dropout: true and lora.dropout: 0, or use VLLMServer"
+            )
         self._running.take_weights(policy)
 
     def rest(self) -> None:
@@ -133,8 +151,9 @@ class VLLMEngine(RolloutEngine):
             )
             for row in range(len(ids))
         ]
-        with _process_as_it_was():
-            torch.manual_seed(seed)
+        # beside training nothing is put back: what another thread has drawn meanwhile would be drawn again. Answers
+        # have seeds of their own, and what vLLM draws from the process's generator it throws away
+        with nullcontext() if self._beside_training else _generators_seeded(seed):
             outputs = self._running.llm.generate([{"prompt_token_ids": row} for row in ids], asked, use_tqdm=False)
         return assemble_answers(
             self.spec,
@@ -261,6 +280,13 @@ def describe(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> No
     config.architectures = [type(policy.causal_lm).__name__]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _generators_seeded(seed: int) -> Iterator[None]:
+    with _process_as_it_was():
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

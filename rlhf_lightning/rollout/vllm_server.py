@@ -98,6 +98,9 @@ class VLLMServer(RolloutEngine):
         other.spec = spec
         return other
 
+    def ahead(self) -> "VLLMServer":
+        return self
+
     def take_weights(self, policy: Any) -> None:
         self._server.give_weights(policy)
 

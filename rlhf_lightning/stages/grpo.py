@@ -175,15 +175,11 @@ class GRPOModule(PolicyGradientModule):
             reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
             old_logprobs=old_logprobs,
+            correction=correction,
         )
         if not 0 < entropy_top_frac <= 1:
             raise UserError(f"entropy_top_frac={entropy_top_frac} is no share of the tokens: give 0.2, or 1 for all")
         self.save_hyperparameters()
-        if correction is not None and not generation.keep_logprobs:
-            raise UserError(
-                "correction compares the policy with what the sampler said about its own tokens, and "
-                "generation.keep_logprobs is false: set it to true"
-            )
         if off_policy_threshold is not None and not off_policy_threshold > 0:
             raise UserError(f"off_policy_threshold={off_policy_threshold}: give a positive number, as 0.5, or null")
         _check_groups(credit, generation, dynamic_sampling, drop_uninformative, replay)
@@ -193,7 +189,6 @@ class GRPOModule(PolicyGradientModule):
         self.drop_uninformative = drop_uninformative
         self.mask_truncated = mask_truncated
         self.replay_spec = replay
-        self.correction = correction
         self.off_policy_threshold = off_policy_threshold
         self.prefix = prefix
         self.replay: ReplayBuffer | None = None
@@ -205,8 +200,6 @@ class GRPOModule(PolicyGradientModule):
             yield "drop_uninformative", "dynamic_sampling keeps no such groups"
         if not self.renormalise_truncated and not self.generation.truncates:
             yield "renormalise_truncated", "generation cuts no tokens off: set top_p, top_k or min_p, or leave it out"
-        if self.old_logprobs == "sampler" and self.correction is not None:
-            yield "correction", "old_logprobs are the sampler's own: every ratio is 1"
         if self.mask_truncated and self.shaper.shaping.missing_eos_penalty:
             yield "shaping.missing_eos_penalty", "mask_truncated takes the loss off the answers that it punishes"
 
@@ -228,19 +221,15 @@ class GRPOModule(PolicyGradientModule):
     # ---- collecting ------------------------------------------------------------------------------------------------
 
     def answer(self, draw: Callable[[], PromptBatch], phase: Phases) -> Answered:
-        if self.prefix is not None:
-            draw = self._prefixed(draw, self.prefix)
         first = self._answer_once(draw, phase)
         return first if self.dynamic_sampling is None else self._sample_on(first, draw, phase, self.dynamic_sampling)
 
-    def _prefixed(self, draw: Callable[[], PromptBatch], spec: PrefixSpec) -> Callable[[], PromptBatch]:
-        def drawn() -> PromptBatch:
-            prompts = draw()
-            return with_prefixes(
-                prompts, spec, self.tokenizer, seed=self._rollout_seed("prefix", self._loader.drawn - 1)
-            )
-
-        return drawn
+    def draw_prompts(self, draw: Callable[[], PromptBatch]) -> PromptBatch:
+        prompts = super().draw_prompts(draw)
+        if self.prefix is None:
+            return prompts
+        seed = self._rollout_seed("prefix", self._loader.drawn - 1)
+        return with_prefixes(prompts, self.prefix, self.tokenizer, seed=seed)
 
     def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
         if self.prefix is not None and self.prefix.in_completion:
@@ -331,22 +320,10 @@ class GRPOModule(PolicyGradientModule):
 
     def _weighted(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
         """What the loss of each token is multiplied by: its part in the policy gradient, and its sampler's mistake."""
-        mask, metrics = rollouts.mask, {}
-        weights = []
         if self.entropy_top_frac < 1:
-            top = top_entropy_mask(entropy, mask, self.entropy_top_frac, add_over_ranks=self.add_over_ranks)
-            weights.append(top.to(rollouts.advantages))
-        if self.correction is not None:
-            assert answered.answers.sampler_logprobs is not None
-            corrected = self.correction(rollouts.old_logprobs, answered.answers.sampler_logprobs, mask)
-            weights.append(corrected.weights)
-            sums = [torch.where(mask, x, 0.0).sum().double() for x in corrected.metrics.values()]
-            *sums, tokens = self.add_over_ranks(torch.stack((*sums, mask.sum().double()))).tolist()
-            names = [f"correction/{name}" for name in corrected.metrics]
-            metrics = {name: total / max(tokens, 1) for name, total in zip(names, sums, strict=True)}
-        if weights:
-            rollouts = replace(rollouts, weights=torch.stack(weights).prod(0))
-        return rollouts, metrics
+            top = top_entropy_mask(entropy, rollouts.mask, self.entropy_top_frac, add_over_ranks=self.add_over_ranks)
+            rollouts = replace(rollouts, weights=top.to(rollouts.advantages))
+        return self._corrected(rollouts, answered)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -461,5 +438,6 @@ def _join_groups(drawn: list[Answered], found: list[Tensor], wanted: int, *, pad
         answers=concatenate_rows([part.answers for part in parts], pad_id=pad_id),
         scored=ScoredSamples.joined([part.scored for part in parts]),
         groups=torch.cat([part.groups for part in parts]),
+        staleness=torch.cat([part.staleness for part in parts]),
         baseline=torch.cat(baselines) if baselines else None,
     )

@@ -5,13 +5,15 @@ Knows no algorithm. A stage says what becomes of scored answers (`prepare`) and 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Batch, Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
@@ -26,9 +28,10 @@ from rlhf_lightning.models.reference import Reference, ReferenceSync, make_refer
 from rlhf_lightning.models.sharded import gathered_once, is_sharded
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
+from rlhf_lightning.rollout.ahead import Ahead
 from rlhf_lightning.rollout.engines import truncating_options
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
-from rlhf_lightning.rollout.loader import AnyRollouts, RolloutLoader, UpdateSpec
+from rlhf_lightning.rollout.loader import AnyRollouts, RolloutLoader, UpdateSpec, buffer_to_dict
 from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell
@@ -49,6 +52,8 @@ class Answered:
     scored: ScoredSamples
     groups: Tensor
     """Which prompt each answer is to [batch]: answers with one number are compared with each other."""
+    staleness: Tensor
+    """Rollouts that the policy was trained on between sampling an answer and now [batch]."""
     baseline: Tensor | None = None
     """Score that each answer is compared with [batch], where the credit wants one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -61,6 +66,7 @@ class Answered:
             answers=self.answers.select(rows),
             scored=self.scored.select(rows.tolist()),
             groups=self.groups[rows].unique(return_inverse=True)[1] + first_group,
+            staleness=self.staleness[rows],
             baseline=None if self.baseline is None else self.baseline[rows],
         )
 
@@ -144,6 +150,17 @@ class OnPolicyModule(RLHFModule):
         self.generation = generation
         self.updates = updates
         self.rows_at_once = rows_at_once
+        self._ahead: Ahead | None = None
+        """Answers for the next rollout, on their way while this one is trained on."""
+        self._saved_ahead: Mapping[str, Any] | None = None
+        own = [
+            name for name in ("sample", "generate") if getattr(type(self), name) is not getattr(OnPolicyModule, name)
+        ]
+        if updates.async_rollouts and own:
+            raise UserError(
+                f"updates.async_rollouts=true samples in the background by the engine alone, and {type(self).__name__} "
+                f"has a {own[0]}() of its own: leave async_rollouts out, or write an engine"
+            )
         self.policy: Policy | None = None
         self._frozen: dict[str, Any] = {}
         """Models that are neither trained nor saved, kept out of Module's registry."""
@@ -157,7 +174,8 @@ class OnPolicyModule(RLHFModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.engine = self.make_engine(self.generation, self.tokenizer)
+            engine = self.make_engine(self.generation, self.tokenizer)
+            self.engine = engine.ahead() if self.updates.async_rollouts else engine
             if self.renormalise_truncated and not self.engine.says_kept:
                 _refuse_truncation(self.engine, self.generation)
             self.policy = load_policy(self.model_spec)
@@ -174,6 +192,12 @@ class OnPolicyModule(RLHFModule):
 
     def on_fit_start(self) -> None:
         self._move_frozen()
+        precision = self.trainer.precision_plugin
+        if self.updates.async_rollouts and type(precision) not in (Precision, MixedPrecision):
+            raise UserError(
+                f"updates.async_rollouts=true under trainer.precision={self.trainer.precision!r}, which changes the "
+                "dtype of every thread's tensors: use 32-true or bf16-mixed, or leave async_rollouts out"
+            )
 
     def on_validation_start(self) -> None:
         self._move_frozen()
@@ -189,7 +213,31 @@ class OnPolicyModule(RLHFModule):
     def on_predict_start(self) -> None:
         self._engine_is_behind = True
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [WaitForAhead()] if self.updates.async_rollouts else []
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._saved_ahead is not None:
+            # whether they are used or not, the prompts were drawn: they come again
+            self._loader.draw_again()
+            if self.updates.async_rollouts:
+                answers = Generated(**self._saved_ahead).to(self.device)
+                self._ahead = Ahead(None, lambda: answers)
+        self._saved_ahead = None
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._ahead is not None:  # a run that stops early; what its last answers ended with is not kept back
+            self._ahead.answers()
+
+    def wait_for_ahead(self) -> None:
+        """Until nothing is sampled in the background any more."""
+        if self._ahead is not None:
+            self._ahead.wait()
+
     def teardown(self, stage: str) -> None:
+        self.wait_for_ahead()
         if self.policy is not None:
             self.engine.close()
             self._engine_is_behind = True
@@ -204,6 +252,7 @@ class OnPolicyModule(RLHFModule):
 
     def wrap_train_dataloader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Prompts in, minibatches of rollouts out."""
+        self._ahead = None
         self._loader = RolloutLoader(
             loader,
             self,
@@ -233,9 +282,12 @@ class OnPolicyModule(RLHFModule):
         phase = Phases(self)
         with self.measuring():
             answered = self.answer(draw, phase)
-            self.engine.rest()
+            if self._another_follows():
+                self._sample_ahead(draw)
+            else:
+                self.engine.rest()
         rollouts, metrics = self.prepare(answered, phase)
-        self._pending_metrics = metrics | phase.times()
+        self._pending_metrics = metrics | self._staleness(answered) | phase.times()
         tell(self, "on_rollout_end", rollouts)
         failpoint("collect.after")
         return rollouts
@@ -246,9 +298,12 @@ class OnPolicyModule(RLHFModule):
 
     def answer(self, draw: Callable[[], PromptBatch], phase: Phases) -> Answered:
         """One batch of prompts, answered and scored."""
-        prompts = draw().to(self.device)
+        ahead = self._ahead
+        prompts = None if ahead is None else ahead.prompts
+        prompts = self.draw_prompts(draw).to(self.device) if prompts is None else prompts
         with phase("generate"), told("generation", self._smaller_generation(prompts)):
-            answers = self.sample(prompts)
+            answers = self.sample(prompts) if ahead is None else ahead.answers()
+        self._ahead = None
         failpoint("score.before")
         with phase("score"):
             scored = self.score(prompts, answers)
@@ -259,7 +314,12 @@ class OnPolicyModule(RLHFModule):
         # a dropped answer is compared with nothing, and nothing with it
         rows = torch.arange(len(groups), device=self.device)
         groups = torch.where(scored.counts.to(self.device), groups, len(groups) + rows)
-        return Answered(prompts, without_dropped(answers, scored), scored, groups)
+        staleness = torch.full(groups.shape, 0.0 if ahead is None else 1.0, device=self.device)
+        return Answered(prompts, without_dropped(answers, scored), scored, groups, staleness)
+
+    def draw_prompts(self, draw: Callable[[], PromptBatch]) -> PromptBatch:
+        """The next batch of prompts, as they are asked."""
+        return draw()
 
     def _smaller_generation(self, prompts: PromptBatch) -> str:
         if not self.engine.heeds_rows_at_once:
@@ -277,17 +337,66 @@ class OnPolicyModule(RLHFModule):
         return self.generate(prompts, self._rollout_seed("rollout", self._loader.drawn - 1))
 
     def generate(self, prompts: PromptBatch, seed: int, spec: GenerationSpec | None = None) -> Generated:
-        """Answers to prompts; the same seed and weights give the same answers.
+        """Answers of the policy as it is now to prompts; the same seed and weights give the same answers.
 
         Args:
             spec: how to sample; None: as `generation` says.
         """
-        if self._engine_is_behind:
-            self.engine.take_weights(self.policy)
-            self._engine_is_behind = False
+        self.wait_for_ahead()
+        self._hand_over()
         engine = self.engine if spec is None else self.engine.with_spec(spec)
+        return self._answers_of_engine(engine, prompts, seed)
+
+    def _hand_over(self) -> None:
+        """The policy's weights to the engine, if it may lack them."""
+        if not self._engine_is_behind:
+            return
+        if self.updates.async_rollouts:
+            # one server may be asked by several ranks: all of them must have their answers by the old weights
+            self.add_over_ranks(torch.zeros(1))
+        self.engine.take_weights(self.policy)
+        self._engine_is_behind = False
+
+    def _answers_of_engine(self, engine: RolloutEngine, prompts: PromptBatch, seed: int) -> Generated:
         answers = engine.generate(self.policy, prompts, seed=seed)
         return answers if self.renormalise_truncated else replace(answers, kept=None)
+
+    # ---- sampling while the policy is trained ----------------------------------------------------------------------
+
+    def _another_follows(self) -> bool:
+        """Whether answers are sampled ahead, and there is a rollout for them behind the one that is being collected."""
+        if not self.updates.async_rollouts:
+            return False
+        trainer = self.trainer
+        if trainer.max_steps >= 0 and trainer.global_step + self._loader.steps_of_rollout >= trainer.max_steps:
+            return False
+        endless = trainer.max_epochs is None or trainer.max_epochs < 0
+        return self._loader.another_in_epoch or endless or trainer.current_epoch + 1 < trainer.max_epochs
+
+    def _sample_ahead(self, draw: Callable[[], PromptBatch]) -> None:
+        """Let the policy as it is now answer the first prompts of the next rollout, while it is trained on this one."""
+        prompts = self.draw_prompts(draw).to(self.device)
+        seed = self._rollout_seed("rollout", self._loader.drawn - 1)
+        self._hand_over()
+        precision, device = self.trainer.precision_plugin, self.device
+
+        def sample() -> Generated:
+            # threads have an autocast and a current device of their own
+            autocast = precision.autocast_context_manager() if isinstance(precision, MixedPrecision) else nullcontext()
+            on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with on_device, autocast:
+                return self._answers_of_engine(self.engine, prompts, seed)
+
+        self._ahead = Ahead(prompts, sample)
+
+    def _staleness(self, answered: Answered) -> dict[str, float]:
+        """How old the answers are, over those of all ranks that count."""
+        if not self.updates.async_rollouts:
+            return {}
+        counts = answered.answers.mask.any(-1)
+        here = torch.stack((torch.where(counts, answered.staleness, 0.0).sum(), counts.sum()))
+        total, answers = self.add_over_ranks(here.double().cpu()).tolist()
+        return {"rollout/staleness": total / max(answers, 1)}
 
     def samples(self, prompts: PromptBatch, answers: Generated) -> list[Sample]:
         """Answers as text, the way reward functions see them."""
@@ -449,6 +558,9 @@ class OnPolicyModule(RLHFModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["pending_metrics"] = dict(self._pending_metrics)
+        if self.updates.async_rollouts:
+            ahead = None if self._ahead is None else buffer_to_dict(self._ahead.answers())
+            checkpoint["ahead"] = self._of_all_ranks(ahead)
         if self.reference_sync is not None and self.reference is not None:
             checkpoint["reference"] = self.reference.state_dict()
 
@@ -456,6 +568,8 @@ class OnPolicyModule(RLHFModule):
         super().on_load_checkpoint(checkpoint)
         self._engine_is_behind = True
         self._pending_metrics = dict(checkpoint.get("pending_metrics", {}))
+        if self._saved_progress is not None and "ahead" in checkpoint:
+            self._saved_ahead = checkpoint["ahead"][self.trainer.global_rank]
         if "reference" in checkpoint and self.reference_sync is not None and self.reference is not None:
             self.reference.load_state_dict(checkpoint["reference"])
 
@@ -508,6 +622,14 @@ class OnPolicyModule(RLHFModule):
         self._move_frozen()
         answers = self.generate(batch, self._rollout_seed("predict", batch_idx))
         return [sample.completion for sample in self.samples(batch, answers)]
+
+
+class WaitForAhead(Callback):
+    """An error or a signal that ends a run leaves no thread behind; Lightning tells callbacks of it, and no module."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, OnPolicyModule):
+            pl_module.wait_for_ahead()
 
 
 def _refuse_truncation(engine: RolloutEngine, generation: GenerationSpec) -> None:

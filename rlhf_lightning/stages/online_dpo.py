@@ -108,6 +108,11 @@ class OnlineDPOModule(OnPolicyModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
+        if updates.async_rollouts:
+            raise UserError(
+                "updates.async_rollouts=true weighs answers of an older policy, and a preference loss has no such "
+                "weight: leave it out, or use GRPOModule or PPOModule"
+            )
         needs_reference = "reference" in loss.needs or opponent is not None
         super().__init__(
             policy,

@@ -1,6 +1,7 @@
 """What PPO, GRPO and their relatives share: from rewards to credit to a loss per token, its penalties and brakes."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, PolicyLoss, Pol
 from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, masked_moments, masked_whiten, reduce_tokens
+from rlhf_lightning.losses.correction import SamplerCorrection
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
@@ -42,6 +44,7 @@ class PolicyGradientModule(OnPolicyModule):
         reduction: what the loss is averaged over.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
+        correction: weights for answers whose sampler was not quite the policy, or an older one.
         policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
         engine, use_reference, reference_sync, renormalise_truncated, old_logprobs: likewise.
         optimizer, schedule, lr_scheduler, seed: as for every stage.
@@ -76,6 +79,7 @@ class PolicyGradientModule(OnPolicyModule):
         reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
         old_logprobs: OldLogprobs = "recomputed",
+        correction: SamplerCorrection | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -99,6 +103,14 @@ class PolicyGradientModule(OnPolicyModule):
                 raise UserError(f"{name}={value} would train towards the opposite: give 0 or more")
         if target_kl is not None and not target_kl > 0:
             raise UserError(f"target_kl={target_kl} would stop every rollout at once: give a positive number, or null")
+        if correction is not None and not generation.keep_logprobs:
+            raise UserError(
+                "correction compares the policy with what the sampler said about its own tokens, and "
+                "generation.keep_logprobs is false: set it to true"
+            )
+        if updates.async_rollouts:
+            _check_corrected(correction, old_logprobs)
+        self.correction = correction
         self.loss = loss
         self.credit = credit
         self.kl = kl
@@ -119,6 +131,8 @@ class PolicyGradientModule(OnPolicyModule):
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
+        if self.old_logprobs == "sampler" and self.correction is not None:
+            yield "correction", "old_logprobs are the sampler's own: every ratio is 1"
         if self.kl.loss_coef == 0 and self.kl.loss_estimator != "k3":
             yield "kl.loss_estimator", "kl.loss_coef is 0"
         if self.kl.loss_coef == 0 and self.kl.loss_importance_weighted:
@@ -174,8 +188,29 @@ class PolicyGradientModule(OnPolicyModule):
         return rollouts, metrics | more
 
     def choose(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
-        """What of the rollouts is trained on, and with what weight; metrics of the choice. Here: everything."""
-        return rollouts, {}
+        """What of the rollouts is trained on, and with what weight; metrics of the choice.
+
+        Here: everything, each token with the weight of its sampler's mistake.
+        """
+        return self._corrected(rollouts, answered)
+
+    def _corrected(self, rollouts: Rollouts, answered: Answered) -> tuple[Rollouts, dict[str, float]]:
+        """The policy's loss of every token is multiplied by what `correction` makes of its sampler."""
+        if self.correction is None:
+            return rollouts, {}
+        said, mask = answered.answers.sampler_logprobs, rollouts.mask
+        if said is None:
+            raise UserError(
+                f"correction compares the policy with its sampler, and {type(self.engine).__name__} does not say the "
+                "log-probabilities of its tokens: use another engine, or leave correction out"
+            )
+        corrected = self.correction(rollouts.old_logprobs, said, mask)
+        sums = [torch.where(mask, x, 0.0).sum().double() for x in corrected.metrics.values()]
+        *sums, tokens = self.add_over_ranks(torch.stack((*sums, mask.sum().double()))).tolist()
+        names = [f"correction/{name}" for name in corrected.metrics]
+        metrics = {name: total / max(tokens, 1) for name, total in zip(names, sums, strict=True)}
+        weights = corrected.weights if rollouts.weights is None else rollouts.weights * corrected.weights
+        return replace(rollouts, weights=weights), metrics
 
     def values_of(self, answered: Answered) -> Tensor:
         """What the credit compares with, [batch, time]: a critic's estimate before each token; 0 without a critic."""
@@ -329,3 +364,24 @@ class PolicyGradientModule(OnPolicyModule):
         if state:
             self.shaper.load_state_dict(state["shaper"])
             self._stopped_rollout = state["stopped_rollout"]
+
+
+def _check_corrected(correction: SamplerCorrection | None, old_logprobs: OldLogprobs) -> None:
+    """Answers of an older policy must not count as the policy's own."""
+    if correction is None:
+        raise UserError(
+            "updates.async_rollouts=true trains on answers that an older policy sampled, and correction=null would "
+            "count them as the policy's own: set correction: {cap: 2.0} (TIS) or another one and "
+            "generation.keep_logprobs: true, or leave async_rollouts out"
+        )
+    if correction.weight == "none":
+        raise UserError(
+            "updates.async_rollouts=true trains on answers that an older policy sampled, and correction.weight='none' "
+            "weighs none of them: set it to token or sequence, or leave async_rollouts out"
+        )
+    if old_logprobs == "sampler":
+        raise UserError(
+            "updates.async_rollouts=true trains on answers that an older policy sampled, and old_logprobs='sampler' "
+            "leaves correction without the policy's own log-probabilities: set it to recomputed, or leave "
+            "async_rollouts out"
+        )

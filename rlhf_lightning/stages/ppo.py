@@ -14,6 +14,7 @@ from rlhf_lightning.core.batches import Rollouts
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, ValueLoss
 from rlhf_lightning.core.masked import Reduction, explained_variance
+from rlhf_lightning.losses.correction import SamplerCorrection
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.losses.value import ClippedValue
 from rlhf_lightning.models.export import export_policy, export_scalar_model
@@ -60,6 +61,7 @@ class PPOModule(PolicyGradientModule):
             (nats per token, mean over a step; Spinning Up).
         critic_warmup_steps: optimiser steps in which only the critic learns.
         ptx_coef: weight of the likelihood of a second source, data.pretraining (Ouyang et al., 2022: PPO-ptx).
+        correction: weights for answers whose sampler was not quite the policy, by generation.keep_logprobs; None: 1.
         engine: what samples the answers.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         optimizer: called with the parameters.
@@ -93,6 +95,7 @@ class PPOModule(PolicyGradientModule):
         target_kl: float | None = None,
         critic_warmup_steps: int = 0,
         ptx_coef: float = 0.0,
+        correction: SamplerCorrection | None = None,
         engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
@@ -121,6 +124,7 @@ class PPOModule(PolicyGradientModule):
             lr_scheduler,
             seed,
             engine=engine,
+            correction=correction,
         )
         if not value_coef >= 0:
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")

@@ -40,7 +40,7 @@ from rlhf_lightning.stages.online_dpo import Opponent
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
-ON_POLICY = ("ppo", "grpo", "online dpo")
+ON_POLICY = ("ppo", "ppo, ahead", "grpo", "grpo, ahead", "online dpo")
 
 
 WITH_MEMORY = WeightedLosses([WeightedLoss(BetaDPO(beta=0.5)), WeightedLoss(BCOPair(beta=0.5, shift_decay=0.7))])
@@ -67,12 +67,13 @@ def module_for(stage, model):
     if stage in ("kto", "kto, cached", "bco"):
         loss = BCO(beta=1.0) if stage == "bco" else KTO(beta=1.0)
         return KTOModule(source, loss, reference=another(str(model)), **common)
-    if stage == "grpo":
+    ahead = stage.endswith("ahead")
+    if stage.startswith("grpo"):
         return GRPOModule(
             source,
             [WeightedReward(LengthReward(target=3))],
             generation=GenerationSpec(max_new_tokens=4, num_samples=2, top_p=0.9, keep_logprobs=True),
-            updates=UpdateSpec(inner_epochs=2),
+            updates=UpdateSpec(inner_epochs=2, async_rollouts=ahead),
             dynamic_sampling=DynamicSampling(max_batches=3),
             replay=ReplaySpec(capacity=4),
             correction=SamplerCorrection(),
@@ -94,8 +95,9 @@ def module_for(stage, model):
     return PPOModule(
         source,
         [WeightedReward(LengthReward(target=3))],
-        generation=GenerationSpec(max_new_tokens=5, num_samples=2),
-        updates=UpdateSpec(inner_epochs=2, num_minibatches=2),
+        generation=GenerationSpec(max_new_tokens=5, num_samples=2, keep_logprobs=ahead),
+        updates=UpdateSpec(inner_epochs=2, num_minibatches=2, async_rollouts=ahead),
+        correction=SamplerCorrection() if ahead else None,
         kl=KLSpec(control=AdaptiveKL(init_coef=0.1, target=0.5, horizon=100.0)),
         shaping=RewardShaping(scale_by_running_std=True),
         critic_warmup_steps=2,

@@ -28,6 +28,9 @@ class CopyEngine(RolloutEngine):
         self.events.append("weights")
         self.held["policy"] = copy.deepcopy(policy).eval()
 
+    def ahead(self):
+        return self
+
     def rest(self):
         self.events.append("rest")
 
