@@ -220,7 +220,8 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
         init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
         init_args |= {
             "generation": {"max_new_tokens": 3, "top_k": 5, "keep_logprobs": True},
-            "updates": {"inner_epochs": 1},
+            "updates": {"inner_epochs": 1, "async_rollouts": True},
+            "correction": {"cap": 2.0},
             "ptx_coef": 0.5,
             "entropy_coef": 0.1,
         }
@@ -230,7 +231,6 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
         init_args |= {
             "dynamic_sampling": {"max_batches": 2},
             "replay": {"capacity": 2},
-            "correction": {"cap": 2.0},
             "off_policy_threshold": 0.5,
         }
     trainer = {"default_root_dir": str(folder / "run"), "max_epochs": 1, "accelerator": "cpu"}

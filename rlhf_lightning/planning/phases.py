@@ -29,6 +29,7 @@ from rlhf_lightning.planning.shapes import Lengths, generated, tokens, training_
 from rlhf_lightning.planning.trace import MemoryTrace, Peak
 from rlhf_lightning.rewards.scalar_reader import ScalarReader
 from rlhf_lightning.rollout.decode import draw
+from rlhf_lightning.rollout.frozen_copy import FrozenCopy
 from rlhf_lightning.rollout.generate import HFGenerate
 
 WEIGHTS, GRADIENTS, OPTIMISER, FROZEN, CACHE = "weights", "gradients", "optimiser", "frozen models", "KV cache"
@@ -107,7 +108,7 @@ class Simulation:
             self.module.configure_model()
             for score in self.reward_models():
                 score.to("meta")
-        if not isinstance(getattr(self.module, "engine", None), HFGenerate | None):
+        if not isinstance(getattr(self.module, "engine", None), HFGenerate | FrozenCopy | None):
             self.notes.append("generation is planned for the policy itself: what the engine holds comes on top of it")
         with self._inside():
             self._build()
@@ -135,11 +136,27 @@ class Simulation:
         self.trace.label(_state(module), WEIGHTS)
         for model in (*module.frozen_models(), *(score.model for score in self.reward_models())):
             self.trace.label(_state(model), FROZEN)
+        self._copy_for_sampling()
         self._count_few_bits()
         self._scale = own / self._bytes(module.parameters())
         """Bytes of weights as they are kept, per byte of them as they are computed with."""
         self._prepare_optimizer()
         module.splitter.more_follow = True  # nothing of what is logged matters
+
+    def _copy_for_sampling(self) -> None:
+        """What async_rollouts samples from while the policy is trained."""
+        module = self.module
+        engine = getattr(module, "engine", None)
+        if isinstance(engine, FrozenCopy):
+            engine.take_weights(module.policy)
+            assert engine.policy is not None
+            own = {id(x) for x in _state(module)}
+            self.trace.label([x for x in _state(engine.policy) if id(x) not in own], FROZEN)
+        if module.batch_format == "prompts" and module.updates.async_rollouts:
+            self.notes.append(
+                "answers are sampled while the policy is trained: on one device what generate holds beside weights and "
+                "optimiser comes on top of train"
+            )
 
     def _count_few_bits(self) -> None:
         """Of a quantised base the linear layers are held in few bits, and one at a time is put back to be used."""

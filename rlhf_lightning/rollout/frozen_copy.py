@@ -45,7 +45,7 @@ class FrozenCopy(RolloutEngine):
     def take_weights(self, policy: Policy) -> None:
         if self.policy is None:
             _refuse(policy)
-            # what requires a gradient goes on to: torch multiplies in another order otherwise
+            # copies require a gradient as what they copy does: torch multiplies in another order if they do not
             shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self._held.append(copy.deepcopy(policy, shared).eval())
             return

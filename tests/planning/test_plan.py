@@ -8,6 +8,7 @@ import torch
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.correction import SamplerCorrection
 from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
@@ -21,6 +22,7 @@ from rlhf_lightning.planning.trace import MemoryTrace
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages import (
     DPOModule,
     GRPOModule,
@@ -152,6 +154,31 @@ def test_few_bits_are_counted_as_few(spec):
 
 
 # ---- sizes and proposals ---------------------------------------------------------------------------------------------
+
+
+def test_the_copy_that_rollouts_are_sampled_from_ahead_is_counted(spec):
+    """All of what is trained: everything, or an adapter."""
+    for lora in (None, LoraSpec()):
+        ahead, together = (
+            simulation(
+                GRPOModule(
+                    replace(spec, lora=lora),
+                    [WeightedReward(LengthReward(target=4))],
+                    generation=GenerationSpec(max_new_tokens=6, num_samples=2, keep_logprobs=True),
+                    updates=UpdateSpec(async_rollouts=on),
+                    correction=SamplerCorrection(),
+                )
+            )
+            for on in (True, False)
+        )
+        buffers = sum(x.numel() * x.element_size() for x in ahead.module.policy.buffers())
+        for phase in ("train", "measure", "generate"):
+            more = getattr(ahead, phase)(2).total - getattr(together, phase)(2).total
+            assert more == ahead.gradient_bytes + buffers
+        assert [note for note in ahead.notes if note not in together.notes] == [
+            "answers are sampled while the policy is trained: on one device what generate holds beside weights and "
+            "optimiser comes on top of train"
+        ]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import threading
 import time
 from functools import partial
 
+import ahead_ranks
 import lightning as L
 import pytest
 import torch
-from copy_engine import CopyEngine
+from copy_engine import CopyEngine, Lagging, Own
+from fake_vllm import TOKEN, FakeVLLM, serving
 from fits import fit
 from lightning.pytorch.plugins.precision import HalfPrecision
 from one_step import records
@@ -16,7 +18,7 @@ from rlhf_lightning.advantages import ReMax
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn, RolloutEngine
 from rlhf_lightning.losses import SamplerCorrection
-from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.loading import load_policy, load_tokenizer
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
@@ -59,27 +61,6 @@ def threads():
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-class Own(CopyEngine):
-    """Says its log-probabilities; so slow."""
-
-    def __init__(self, spec, tokenizer, seconds=0.0, **options):
-        super().__init__(spec, tokenizer, says=True, **options)
-        self.seconds = seconds
-
-    def generate(self, policy, prompts, *, seed):
-        time.sleep(self.seconds)
-        return super().generate(policy, prompts, seed=seed)
-
-
-class Lagging(Own):
-    """Without any thread: answers by the weights that it was given one time before the last."""
-
-    def take_weights(self, policy):
-        super().take_weights(policy)
-        given = self.held["policy"]
-        self.held |= {"policy": self.held.get("given", given), "given": given}
 
 
 class Metrics(L.Callback):
@@ -184,6 +165,21 @@ def test_the_weight_of_a_token_is_its_ratio_to_the_policy_that_sampled_it(tiny_m
         assert len(checked) == 3
 
 
+def test_two_processes_share_a_server_or_have_a_copy_each(tiny_model, write_jsonl, tmp_path, monkeypatch):
+    """Weights are given when both have their answers by the old ones, whichever is late, and evaluations too."""
+    monkeypatch.setenv("RLHF_VLLM_TOKEN", TOKEN)
+    spec = ModelSpec(path=str(tiny_model))
+    with serving(FakeVLLM(load_policy(spec), load_tokenizer(spec))) as server:
+        first, second = ahead_ranks.in_two_processes(
+            str(tiny_model), data(write_jsonl, 8)["train"], server.url, tmp_path
+        )
+    for name, ended in first.items():
+        assert same(ended, second[name]), name
+    assert same(first["copy"], first["lagging"])
+    assert same(first["server"], first["slow server"])
+    assert not same(first["server"], first["copy"])  # which draw from other seeds
+
+
 def test_what_is_frozen_is_not_copied(tiny_model):
     policy = load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=4)))
     engine = HFGenerate(KEEP, None).ahead()
@@ -203,7 +199,7 @@ def test_what_is_frozen_is_not_copied(tiny_model):
 
 
 def test_sampling_and_training_wait_for_each_other_at_no_time(tiny_model, write_jsonl, tmp_path):
-    """A rollout's answers come only after a step was taken on the one before, and that step while they are asked for."""
+    """Answers come only after a step on the rollout before was taken, and that step only when they are asked for."""
     stepped, asked = threading.Event(), threading.Event()
     seen = []
 
@@ -409,7 +405,10 @@ class Foreign(RolloutEngine):
     [
         (Foreign, r"async_rollouts=true samples while the policy is trained, and Foreign cannot: use VLLMServer"),
         (HFContinuousBatching, r"async_rollouts=true with HFContinuousBatching, .* use VLLMServer"),
-        (partial(VLLMEngine, sleep=True), r"engine.sleep=true .* updates.async_rollouts=true samples then: leave one of them out"),
+        (
+            partial(VLLMEngine, sleep=True),
+            r"engine.sleep=true .* updates.async_rollouts=true samples then: leave one of them out",
+        ),
     ],
 )
 def test_engines_that_cannot_are_refused(engine, message, tiny_model):

@@ -1,6 +1,7 @@
 """An engine with weights of its own, as vLLM's are, that samples as HFGenerate does: its answers show what it holds."""
 
 import copy
+import time
 from dataclasses import replace
 
 from rlhf_lightning.core.interfaces import RolloutEngine
@@ -43,3 +44,28 @@ class CopyEngine(RolloutEngine):
         spec = replace(self.engine.spec, keep_logprobs=self.says)
         answers = self.engine.with_spec(spec).generate(self.held["policy"], prompts, seed=seed)
         return replace(answers, sampler_entropy=None, kept=None)
+
+
+class Own(CopyEngine):
+    """Says its log-probabilities.
+
+    Args:
+        seconds: it takes longer by.
+    """
+
+    def __init__(self, spec, tokenizer, seconds=0.0, **options):
+        super().__init__(spec, tokenizer, says=True, **options)
+        self.seconds = seconds
+
+    def generate(self, policy, prompts, *, seed):
+        time.sleep(self.seconds)
+        return super().generate(policy, prompts, seed=seed)
+
+
+class Lagging(Own):
+    """Without any thread: answers by the weights that it was given one time before the last."""
+
+    def take_weights(self, policy):
+        super().take_weights(policy)
+        given = self.held["policy"]
+        self.held |= {"policy": self.held.get("given", given), "given": given}
