@@ -587,6 +587,14 @@ def test_plan_predicts_without_weights_or_the_machine_that_it_is_for(config, cap
     assert not Path("runs").exists()
 
 
+def test_plan_says_what_it_assumes_of_a_vocabulary_in_parts(config, capsys):
+    strategy = {"class_path": "FSDP2Strategy", "init_args": {"tensor_parallel_size": 2}}
+    config["trainer"] |= {"accelerator": "gpu", "devices": 8, "strategy": strategy}
+    assert main(["plan", "--config", write(config), "--memory", "80GB", "--json", "plan.json"]) == 0
+    assert "tensor_parallel_size: 2 is planned as if each process computed all logits" in capsys.readouterr().out
+    assert json.loads(Path("plan.json").read_text())["run"]["shards"] == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

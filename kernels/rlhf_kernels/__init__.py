@@ -9,6 +9,7 @@ from rlhf_kernels.linear_token_logprobs import linear_token_logprobs
 from rlhf_kernels.policy_loss import policy_loss
 from rlhf_kernels.spec import PolicyLossOutput, PolicyLossSpec, policy_terms
 from rlhf_kernels.token_logprobs import TokenLogprobs, token_logprobs
+from rlhf_kernels.vocab_shard import VocabShard
 from rlhf_kernels.whiten import masked_whiten
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PolicyLossSpec",
     "ShapedGae",
     "TokenLogprobs",
+    "VocabShard",
     "backend_report",
     "exact_kl",
     "gae",

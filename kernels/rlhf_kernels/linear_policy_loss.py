@@ -17,6 +17,7 @@ from rlhf_kernels.rows import RowStats, Transform, coefficients, pieces, row_gra
 from rlhf_kernels.scaling import scaled
 from rlhf_kernels.spec import PolicyLossOutput, PolicyLossSpec, policy_terms
 from rlhf_kernels.token_logprobs import split_temperature
+from rlhf_kernels.vocab_shard import VocabShard, check_shard, stats_of_all, sums_of_part
 
 _NAME = "linear_policy_loss"
 _DEFAULT = PolicyLossSpec()
@@ -40,6 +41,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     with_entropy: bool = False,
     chunk_rows: int | None = None,
+    shard: VocabShard | None = None,
 ) -> PolicyLossOutput:
     """`policy_loss` of logits = hidden @ weight.T + bias, which never exist in full; exact in float32.
 
@@ -52,6 +54,7 @@ def linear_policy_loss(
         weight: [V, H]; may be tied to the embedding, or a DTensor (gathered; gradients of all ranks add).
         bias: [V], or None.
         chunk_rows: rows of logits alive at a time; None chooses by a memory budget.
+        shard: weight and bias are this process's part of the vocabulary; see `linear_token_logprobs`.
         tokens, old_logprobs, advantages, mask, denominator, ref_logprobs, weights, loss, temperature, softcap,
             logit_scale, with_entropy: as in `policy_loss`.
     """
@@ -63,11 +66,13 @@ def linear_policy_loss(
     weight, bias = plain(weight), None if bias is None else plain(bias)
     number, per_row = split_temperature(temperature, tokens)
     numbers = [number, softcap or 0.0, logit_scale, *loss.numbers()]
-    chunk = chunk_rows_for(weight.shape[0], hidden.device, chunk_rows, 8 if hidden.dtype == torch.float64 else 4)
+    place = check_shard(shard, weight)
+    widest = weight.shape[0] if shard is None else shard.widest  # as many chunks on every process
+    chunk = chunk_rows_for(widest, hidden.device, chunk_rows, 8 if hidden.dtype == torch.float64 else 4)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     scalar, logprobs, entropy, ratio, clipped, kl, *_ = _op(
         hidden, weight, bias, tokens, *per_token, mask, per_row, as_divisor(denominator, hidden), numbers,
-        *encode(loss), with_entropy or loss.entropy_coef != 0, chunk, needs,
+        *encode(loss), with_entropy or loss.entropy_coef != 0, chunk, needs, *place,
     )  # fmt: skip
     return output(scalar, logprobs, entropy, ratio, clipped, kl)
 
@@ -179,24 +184,31 @@ def _op(
     with_entropy: bool,
     chunk_rows: int,
     needs: list[bool],
+    vocab: int,
+    first: int,
+    processes: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_token_range(tokens, mask, weight.shape[0])
+    check_token_range(tokens, mask, vocab)
     use_triton(_NAME, hidden)
     transform, spec = decode(numbers, form, estimator, ratio, dual)
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = transform._replace(row_temperature=row_temperature)
-    ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
+    ids, states = tokens.reshape(-1).long() - first, hidden.reshape(-1, hidden.shape[-1])
     head = Head(hidden, weight, bias)
     inputs = _Inputs(mask, old_logprobs, advantages, ref_logprobs, weights)
     results = _Rows(tokens, head.dtype, with_entropy, ref_logprobs is not None)
-    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]))
+    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=processes)
     buffer = states.new_empty((min(chunk_rows, tokens.numel()), weight.shape[0]), dtype=head.dtype)
     with exact(hidden.device):
         for group, learns in _groups(mask, advantages, spec, chunk_rows):
             chunks = pieces(group, chunk_rows)
             for rows in chunks:
                 logits = head.logits(states[rows], buffer[: len(rows)])
-                stats = row_stats(_NAME, logits, ids[rows], transform.take(rows), with_entropy=with_entropy)
+                here = (_NAME, logits, ids[rows], transform.take(rows))
+                if processes:
+                    stats = stats_of_all(sums_of_part(*here, with_entropy=with_entropy), processes)
+                else:
+                    stats = row_stats(*here, with_entropy=with_entropy)
                 results.put_stats(rows, stats)
             d_logprob, d_entropy = _group_slopes(group, inputs, results, spec, denominator)
             if not (learns and any(needs)):
@@ -245,7 +257,7 @@ def _add_chunk(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ref_logprobs, with_entropy, needs = others[2], others[-3], others[-1]
+    ref_logprobs, with_entropy, needs = others[2], others[-6], others[-4]
     dtype = work_dtype(hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, weight.dtype)))
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     return (
@@ -265,9 +277,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     factor = grads[0]
     if factor is None:
-        return (None,) * 19
+        return (None,) * 22
     needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    return *(scaled(d, factor) if need else None for d, need in needed), *(None,) * 16
+    return *(scaled(d, factor) if need else None for d, need in needed), *(None,) * 19
 
 
 _op.register_autograd(_backward, setup_context=_setup)

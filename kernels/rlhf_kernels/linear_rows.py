@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.rows import Rows, work_dtype
+from rlhf_kernels.vocab_shard import add_over_group
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Logits alive at a time, per device type. Few, large chunks: each adds once to the [V, H] gradient of the weight."""
@@ -205,9 +206,13 @@ class Head:
 class HeadGrads:
     """Sums of the gradients in hidden states, weight and bias over tiles of logits."""
 
-    def __init__(self, head: Head, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], *, group: str = ""
+    ) -> None:
         self.head, self.needs = head, needs
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.group, self.hidden_dtype = group, hidden.dtype
+        # shares of several processes are rounded once, when they have been added
+        self.hidden = torch.zeros_like(hidden, dtype=head.dtype if group else hidden.dtype) if needs[0] else None
         self.hidden_sum: Tensor | None = None
         self.weight: Tensor | None = None
         self.num_written = 0  # columns of self.weight that hold something
@@ -237,6 +242,8 @@ class HeadGrads:
         """Gradients in the dtypes of the inputs; an empty tensor for one that was not asked for."""
         weight = self.head.weight
         hidden = weight.new_empty(0) if self.hidden is None else self.hidden
+        if self.group and self.hidden is not None:
+            hidden = add_over_group(self.hidden, self.group).to(self.hidden_dtype)
         if not self.needs[1]:
             d_weight = weight.new_empty(0)
         else:

@@ -11,6 +11,7 @@ from rlhf_kernels.linear_rows import Head, HeadGrads, Tiles, check_chunk_rows, e
 from rlhf_kernels.rows import (
     Rows,
     RowStats,
+    RowSums,
     Transform,
     coefficients,
     finished,
@@ -24,6 +25,7 @@ from rlhf_kernels.rows import (
 )
 from rlhf_kernels.scaling import last_use
 from rlhf_kernels.token_logprobs import TokenLogprobs, split_temperature
+from rlhf_kernels.vocab_shard import VocabShard, check_shard, stats_of_all, sums_of_part
 
 Method = Literal["auto", "chunked", "fused"]
 _NAME = "linear_token_logprobs"
@@ -42,6 +44,7 @@ def linear_token_logprobs(
     with_entropy: bool = False,
     chunk_rows: int | None = None,
     method: Method = "auto",
+    shard: VocabShard | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs(hidden @ weight.T + bias, tokens)`, exact in float32, a chunk of rows at a time.
 
@@ -68,6 +71,8 @@ def linear_token_logprobs(
         with_entropy: also the entropy.
         chunk_rows: rows of logits alive at a time; None chooses by a memory budget.
         method: see above.
+        shard: weight and bias are this process's part of the vocabulary; what is returned is over all of it. Every
+            process of the group makes the same call. Not with `fused`.
     """
     check_rows(hidden, tokens, mask, name="hidden")
     check_head(hidden, weight, bias)
@@ -75,15 +80,18 @@ def linear_token_logprobs(
     check_softcap(softcap)
     weight, bias = plain(weight), None if bias is None else plain(bias)
     number, per_row = split_temperature(temperature, tokens)
+    place = check_shard(shard, weight)
     size = 8 if hidden.dtype == torch.float64 else 4
     check_chunk_rows(chunk_rows)
     learns = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     learns = learns and torch.is_grad_enabled()
+    if shard is not None and method == "fused":
+        raise ValueError("method='fused' reads the whole vocabulary, and this process has a shard of it: use auto")
     fused = _is_fused(method, hidden, weight)
     keep = keep_for(tokens.numel() if learns and not fused else 0, weight.shape[0], hidden.device, size)
     logprobs, entropy, logsumexp, is_argmax, *_ = _op(
         hidden, weight, bias, tokens, mask, per_row, number, softcap or 0.0, logit_scale, with_entropy, chunk_rows,
-        keep, True, fused,
+        keep, True, fused, *place,
     )  # fmt: skip
     return TokenLogprobs(logprobs, entropy if with_entropy else None, logsumexp, is_argmax)
 
@@ -120,11 +128,14 @@ def _op(
     keep: list[int],
     release: bool,
     fused: bool,
+    vocab: int,
+    first: int,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     # release: the backward pass may free the kept logits, because the caller does not hold on to them
-    check_token_range(tokens, mask, weight.shape[0])
+    check_token_range(tokens, mask, vocab)
     kernels = use_triton(_NAME, hidden)
-    ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
+    ids, states = tokens.reshape(-1).long() - first, hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = Transform(temperature, row_temperature, softcap, logit_scale)
     counting = Rows(mask, ids.numel())
@@ -133,7 +144,8 @@ def _op(
     budget = (hidden.device, chunk_rows, kept[0].element_size())
     size = tile_for(counting.count, head.vocab, *budget, whole_rows=kernels)
     tiles = Tiles(kept, counting, head.vocab, size)
-    parts = []
+    parts: list[RowStats] = []
+    shares: list[RowSums] = []
     if fused and counting.count:
         from rlhf_kernels.triton_linear import linear_stats_triton
 
@@ -146,13 +158,19 @@ def _op(
             for columns, tile, _ in some:
                 head.logits(states[rows], tile, columns)
                 here = (tile, ids[rows] - columns.start, transform.take(rows))
-                if kernels:
+                if kernels and group:
+                    sums = sums_of_part(_NAME, *here, with_entropy=with_entropy)
+                elif kernels:
                     parts.append(row_stats(_NAME, *here, with_entropy=with_entropy))
                 else:
                     part = row_sums(*here, with_entropy=with_entropy)
                     sums = part if sums is None else merged(sums, part)
-            if sums is not None:
+            if sums is not None and group:
+                shares.append(sums)
+            elif sums is not None:
                 parts.append(finished(sums))
+    if shares:  # once for all chunks
+        parts = [stats_of_all(RowSums(*(torch.cat(field) for field in zip(*shares, strict=True))), group)]
     logprobs, entropy, maximum, log_sum, miss, is_argmax = _gather(parts, counting, tokens, with_entropy, head.dtype)
     return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss, torch.tensor(size), kept
 
@@ -180,7 +198,7 @@ def _gather(
 @_op.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, mask: Any, row_temperature: Any, temperature: Any,
-    softcap: Any, logit_scale: Any, with_entropy: bool, chunk_rows: Any, keep: list[int], release: Any, fused: Any,
+    softcap: Any, logit_scale: Any, with_entropy: bool, chunk_rows: Any, keep: list[int], *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype = work_dtype(hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, weight.dtype)))
     logprobs, logsumexp, maximum, log_sum, miss = (
@@ -209,8 +227,10 @@ def _grad(
     numbers: list[float],
     needs: list[bool],
     release: bool,
+    first: int,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ids, states = tokens.reshape(-1).long(), hidden.reshape(-1, hidden.shape[-1])
+    ids, states = tokens.reshape(-1).long() - first, hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = Transform(numbers[0], row_temperature, numbers[1], numbers[2])
     counting = Rows(mask, ids.numel())
@@ -219,7 +239,7 @@ def _grad(
     flat = RowStats(logprobs, entropy, maximum, log_sum, miss, miss.new_empty(0))
     d_outputs = (None if d is None else d.reshape(-1) for d in (d_logprob, d_entropy, d_logsumexp))
     a, b, c = coefficients(flat, *d_outputs)
-    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]))
+    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=group)
     size = tile_size.tolist()  # of the forward pass: the kept logits lie that way
     tiles = Tiles(kept, counting, head.vocab, (size[0], size[1]), release=release)
     with exact(hidden.device):
@@ -238,7 +258,7 @@ def _grad(
 
 @_grad.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    needs = others[-2]
+    needs = others[-4]
     nothing = weight.new_empty(0)
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else nothing
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
@@ -246,9 +266,9 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, tokens, mask, row_temperature, *numbers, ctx.with_entropy, _, _, ctx.release, _ = inputs
+    hidden, weight, bias, tokens, mask, row_temperature, *numbers, ctx.with_entropy, _, _, ctx.release = inputs[:-4]
     logprobs, entropy, _, is_argmax, maximum, log_sum, miss, tile_size, kept = output
-    ctx.numbers = numbers
+    ctx.numbers, ctx.place = numbers, inputs[-2:]
     stats = (logprobs, entropy, maximum, log_sum, miss)
     ctx.save_for_backward(hidden, weight, bias, tokens, mask, row_temperature, *stats, tile_size, *kept)
     ctx.mark_non_differentiable(is_argmax, maximum, log_sum, miss, tile_size, *kept)
@@ -263,9 +283,9 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
     d_entropy = d_entropy if ctx.with_entropy else None
     results = _grad(
         hidden, weight, bias, tokens, mask, row_temperature, stats, kept, tile_size, d_logprob, d_entropy, d_logsumexp,
-        ctx.numbers, needs, ctx.release and last_use(kept[0]),
+        ctx.numbers, needs, ctx.release and last_use(kept[0]), *ctx.place,
     )  # fmt: skip
-    return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 11
+    return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 14
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.batches import PromptBatch
@@ -33,7 +32,7 @@ def prompt_batches(
 
 
 def answer_prompts(
-    module: LightningModule, prompts: PromptBatch, spec: GenerationSpec, *, purpose: str, index: int = 0
+    module: Any, prompts: PromptBatch, spec: GenerationSpec, *, purpose: str, index: int = 0
 ) -> list[Sample]:
     """Answers of `module.policy`, `spec.num_samples` of each prompt; the same seed and weights give the same ones.
 
@@ -45,7 +44,7 @@ def answer_prompts(
         index: of the batch; names the seed too.
     """
     tokenizer = module.tokenizer
-    seed = counter_seed(module.seed, purpose, index, module.global_rank)
+    seed = counter_seed(module.seed, purpose, index, module.data_rank)
     answers = HFGenerate(spec, tokenizer).generate(module.policy, prompts.to(module.device), seed=seed)
     tokens, mask = answers.tokens.cpu(), answers.mask.cpu()
     texts = tokenizer.batch_decode(

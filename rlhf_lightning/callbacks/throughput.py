@@ -98,7 +98,9 @@ class Throughput(Callback):
 
     def _log(self, module: LightningModule, trainer: Trainer, what: str, tokens_per_second: float) -> None:
         # straight to the loggers: a rollout happens outside of the hooks in which `self.log` may be called
-        metrics = {f"throughput/{what}_tokens_per_s": tokens_per_second * trainer.world_size}
+        metrics = {
+            f"throughput/{what}_tokens_per_s": tokens_per_second * getattr(module, "data_ranks", trainer.world_size)
+        }
         for logger in trainer.loggers:
             logger.log_metrics(
                 metrics, step=max(trainer.global_step - 1, 0) if what == "train" else trainer.global_step

@@ -28,7 +28,8 @@ def run_of(trainer: Any, *, memory_given: bool) -> Run:
     name = "ddp" if name == "auto" else name
     if name not in ("one process", "ddp", "fsdp2"):
         raise UserError(f"trainer.strategy={name}: plan knows one process, ddp and fsdp2")
-    replicas = options.get("num_replicas", 1)
+    group = options.get("tensor_parallel_size", 1)
+    replicas = options.get("num_replicas", 1) if group == 1 else max(processes // group, 1)
     dtype = options.get("param_dtype")
     return Run(
         device="cuda" if on_gpu else "cpu",
@@ -38,6 +39,7 @@ def run_of(trainer: Any, *, memory_given: bool) -> Run:
         strategy=name if processes > 1 else "one process",
         processes=processes,
         shards=max(processes // replicas, 1) if name == "fsdp2" else 1,
+        tensor_parallel=group if name == "fsdp2" and processes > 1 else 1,
         reshards=options.get("reshard_after_forward", True),
         param_dtype=None if dtype is None else getattr(torch, dtype),
     )

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from rlhf_kernels import linear_exact_kl, linear_token_logprobs
+from rlhf_kernels import VocabShard, linear_exact_kl, linear_token_logprobs
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
@@ -30,6 +30,8 @@ class LMHead:
     """Gemma 2: logits = softcap * tanh(logits / softcap)."""
     method: Literal["auto", "chunked", "fused"] = "auto"
     """How log-probabilities of tokens are taken; see `rlhf_kernels.linear_token_logprobs`."""
+    shard: VocabShard | None = None
+    """Weight and bias are this process's rows, others have the rest; None: they are whole."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def token_scores(
         logit_scale=head.logit_scale,
         with_entropy=with_entropy,
         method=head.method,
+        shard=head.shard,
     )
     first = torch.zeros_like(result.logprobs[:, :1])
     return TokenScores(
@@ -107,6 +110,11 @@ def _kept_scores(
     temperature: float,
     with_entropy: bool,
 ) -> TokenScores:
+    if head.shard is not None:
+        raise UserError(
+            "tokens that were drawn from a part of the vocabulary (generation.top_p, top_k, min_p) need all of it on "
+            "every process: set renormalise_truncated: false, generate without them, or use tensor_parallel_size: 1"
+        )
     predictors = scored.roll(-1, dims=1)  # index 0 is never scored, so nothing wraps around
     logprobs, entropy, mass, is_argmax = kept_logprobs(
         hidden[predictors],
@@ -144,12 +152,17 @@ def token_kl(
         mask: True = wanted. Index 0 has no predictor: it is 0, whatever the mask says.
         direction: see above. The gradient goes to the policy alone.
     Raises:
-        UserError: a head caps its logits, which the operation does not know.
+        UserError: a head caps its logits, which the operation does not know, or is cut over processes.
     """
     if head.softcap is not None or ref_head.softcap is not None:
         raise UserError(
             "an exact KL over the vocabulary is not available for models that cap their logits "
             f"(final_logit_softcapping={head.softcap or ref_head.softcap}): use another loss than TDPO"
+        )
+    if head.shard is not None or ref_head.shard is not None:
+        raise UserError(
+            "an exact KL over the vocabulary needs all of it on every process: use another loss than TDPO, or "
+            "tensor_parallel_size: 1"
         )
     if mask.shape[1] < 2:  # one token a row: nothing has a predictor, but the graph stays whole
         return 0.0 * hidden.sum(-1).float()

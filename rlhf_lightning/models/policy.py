@@ -147,7 +147,7 @@ class Policy(nn.Module):
         Raises:
             UserError: the head has an adapter, which its weight alone would pass by.
         """
-        linear = self.causal_lm.get_output_embeddings()
+        linear: Any = self.causal_lm.get_output_embeddings()
         if isinstance(linear, BaseTunerLayer):
             raise UserError(
                 "the output head has an adapter of its own, which would be passed by: leave the head out of the "
@@ -156,9 +156,12 @@ class Policy(nn.Module):
         config = self.config.get_text_config()
         scale = getattr(config, "logit_scale", None)  # Cohere
         divisor = getattr(config, "logits_scaling", None)  # Granite
+        shard = getattr(linear, "shard", None)  # of a `VocabParallelHead`
+        weight, bias = (linear.weight, getattr(linear, "bias", None)) if shard is None else linear.local()
         return LMHead(
-            weight=linear.weight,
-            bias=getattr(linear, "bias", None),
+            weight=weight,
+            bias=bias,
+            shard=shard,
             logit_scale=(1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor)),
             softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
             method=self.logprobs,

@@ -13,6 +13,7 @@ from rlhf_lightning.models.compiled import layers_of
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar_head import ScalarModel, ValueHead
 from rlhf_lightning.models.sharded import RESHARDS
+from rlhf_lightning.models.vocab_parallel import cut_head
 
 ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
     Policy: ("hidden_states", "shared_prompt_states", "generate", "next_logits"),
@@ -28,7 +29,12 @@ def models_of(module: nn.Module) -> list[nn.Module]:
 
 
 def shard_model(
-    model: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy, *, reshard_after_forward: bool
+    model: nn.Module,
+    mesh: DeviceMesh,
+    precision: MixedPrecisionPolicy,
+    *,
+    reshard_after_forward: bool,
+    cut_vocabulary: bool = False,
 ) -> None:
     """Share out the weights of `model` over `mesh`, in place; a model that is sharded stays as it is.
 
@@ -37,15 +43,19 @@ def shard_model(
         mesh: of one dimension: sharded over all of it; of two: copies over the first, sharded over the second.
         precision: dtypes of the gathered weights and of the reduced gradients.
         reshard_after_forward: let go of a layer's weights after its forward pass and gather them again for backward.
+        cut_vocabulary: of two: the head of a policy is never gathered; each process keeps the logits of its tokens.
     """
     if isinstance(model, FSDPModule):
         return
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
         setattr(layer, RESHARDS, reshard_after_forward)
+    apart: set[nn.Parameter] = set()
+    if cut_vocabulary and isinstance(model, Policy):
+        apart = set(cut_head(model, mesh, precision.param_dtype).parameters())
     # embedding, last norm and head. The head is applied to hidden states after the decoder has run, and must still be
     # gathered then, as must an embedding that it is tied to
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, ignored_params=apart)
     setattr(model, RESHARDS, False)
     for name in next(names for kind, names in ENTRANCES.items() if isinstance(model, kind)):
         register_fsdp_forward_method(model, name)

@@ -1,14 +1,15 @@
 """`strategy: fsdp2`: weights, gradients and optimiser state shared out over all processes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -22,9 +23,11 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.compiled import is_compiled
 from rlhf_lightning.models.quantized import is_quantized
 from rlhf_lightning.models.sharded import load_whole_state_dict, reshard
+from rlhf_lightning.models.vocab_parallel import VocabParallelHead
 from rlhf_lightning.parallel.shard import check_all_sharded, models_of, shard_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+ValueT = TypeVar("ValueT")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -40,6 +43,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         num_replicas: groups of processes of which each holds the whole model (HSDP): weights are gathered within a
             group only, gradients added over all. As a rule one group per machine.
+        tensor_parallel_size: processes that read the same records and share out the vocabulary of output heads: each
+            computes the logits of its tokens alone. Such a group holds the whole model, as one of `num_replicas` does.
         reshard_after_forward: let go of a layer's weights between its forward and backward pass; false gathers half as
             often and needs memory for all weights.
         param_dtype: weights are gathered, and layers computed, in this dtype; None: their own.
@@ -54,6 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(
         self,
         num_replicas: int = 1,
+        tensor_parallel_size: int = 1,
         reshard_after_forward: bool = True,
         param_dtype: Dtype | None = None,
         reduce_dtype: Dtype | None = None,
@@ -62,6 +68,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         if num_replicas < 1:
             raise UserError(f"num_replicas={num_replicas}: 1 shards over all processes, 2 makes two groups of them")
+        if tensor_parallel_size < 1:
+            raise UserError(f"tensor_parallel_size={tensor_parallel_size}: 1 keeps heads whole, 2 cuts them over two")
+        if tensor_parallel_size > 1 and num_replicas > 1:
+            raise UserError(
+                f"tensor_parallel_size={tensor_parallel_size} makes groups that each hold the whole model, and "
+                f"num_replicas={num_replicas} would make others: leave num_replicas out"
+            )
         if not timeout_minutes > 0:
             raise UserError(f"timeout_minutes={timeout_minutes}: give a positive number")
         super().__init__(
@@ -70,6 +83,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timedelta(minutes=timeout_minutes),
         )
         self.num_replicas = num_replicas
+        self.tensor_parallel_size = tensor_parallel_size
         self.reshard_after_forward = reshard_after_forward
         self.precision_policy = MixedPrecisionPolicy(param_dtype=_dtype(param_dtype), reduce_dtype=_dtype(reduce_dtype))
         self._shard_mesh: DeviceMesh | None = None
@@ -83,9 +97,17 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"strategy fsdp2: {processes} processes cannot be shared out over num_replicas={self.num_replicas} "
                 "groups: use a divisor"
             )
-        self._data_parallel_size, self._tensor_parallel_size = processes, 1
+        if processes % self.tensor_parallel_size:
+            raise UserError(
+                f"strategy fsdp2: {processes} processes cannot be cut into groups of "
+                f"tensor_parallel_size={self.tensor_parallel_size}: use a divisor"
+            )
+        self._data_parallel_size = processes // self.tensor_parallel_size
+        self._tensor_parallel_size = self.tensor_parallel_size
         super().setup_environment()
-        if self.num_replicas == 1:
+        if self.tensor_parallel_size > 1:  # copies over those that read other records
+            self._shard_mesh = self.device_mesh
+        elif self.num_replicas == 1:
             self._shard_mesh = self.device_mesh["data_parallel"]
         else:
             shape = (self.num_replicas, processes // self.num_replicas)
@@ -108,7 +130,11 @@ class FSDP2Strategy(ModelParallelStrategy):
                     "which each process holds the whole model"
                 )
             shard_model(
-                model, self._shard_mesh, self.precision_policy, reshard_after_forward=self.reshard_after_forward
+                model,
+                self._shard_mesh,
+                self.precision_policy,
+                reshard_after_forward=self.reshard_after_forward,
+                cut_vocabulary=self.tensor_parallel_size > 1,
             )
         reshard(module)
         check_all_sharded(module)
@@ -125,9 +151,25 @@ class FSDP2Strategy(ModelParallelStrategy):
             # the step would come too soon: Lightning runs forward and backward inside it
             optimizer.register_step_post_hook(self._after_step)
 
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self.tensor_parallel_size > 1:
+            assert self.lightning_module is not None
+            for head in self.lightning_module.modules():
+                if isinstance(head, VocabParallelHead):
+                    head.average_gradients()
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self.lightning_module is not None
         reshard(self.lightning_module)
+
+    def of_first(self, make: Callable[[], ValueT]) -> ValueT:
+        """What the first process of a tensor-parallel group makes, on all of them; the others do not call `make`."""
+        group = self.device_mesh["tensor_parallel"].get_group()
+        made = [make() if group.rank() == 0 else None]
+        first = torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast_object_list(made, src=first, group=group)
+        return cast(ValueT, made[0])
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

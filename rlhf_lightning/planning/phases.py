@@ -63,6 +63,8 @@ class Run:
     processes: int = 1
     shards: int = 1
     """Processes that share one copy of the weights."""
+    tensor_parallel: int = 1
+    """Processes that share out the vocabulary of an output head."""
     reshards: bool = True
     """Whether a layer's weights are let go after its forward pass."""
     param_dtype: torch.dtype | None = None
@@ -110,6 +112,11 @@ class Simulation:
                 score.to("meta")
         if not isinstance(getattr(self.module, "engine", None), HFGenerate | FrozenCopy | None):
             self.notes.append("generation is planned for the policy itself: what the engine holds comes on top of it")
+        if run.tensor_parallel > 1:
+            self.notes.append(
+                f"tensor_parallel_size: {run.tensor_parallel} is planned as if each process computed all logits and "
+                "gathered the head: it needs less"
+            )
         with self._inside():
             self._build()
 

@@ -111,14 +111,37 @@ class RLHFModule(L.LightningModule, ABC):
         """What makes a share of the step's loss survive Lightning's and the ranks' averaging unchanged."""
         if self._trainer is None:
             return 1.0
-        return float(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return float(self.trainer.accumulate_grad_batches * self.data_ranks)
+
+    @property
+    def tensor_parallel(self) -> FSDP2Strategy | None:
+        """The strategy, if under it several processes read the same records."""
+        strategy = None if self._trainer is None else getattr(self._trainer, "strategy", None)
+        return strategy if isinstance(strategy, FSDP2Strategy) and strategy.tensor_parallel_size > 1 else None
+
+    @property
+    def data_ranks(self) -> int:
+        """How many processes, or groups of them, read records of their own."""
+        if self._trainer is None:
+            return 1
+        size = 1 if self.tensor_parallel is None else self.tensor_parallel.tensor_parallel_size
+        return int(self.trainer.world_size) // size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this process belongs to: processes of one number draw and sample alike."""
+        size = 1 if self.tensor_parallel is None else self.tensor_parallel.tensor_parallel_size
+        return int(self.global_rank) // size
 
     def add_over_ranks(self, vector: Tensor) -> Tensor:
-        """The sum of a vector over all ranks, on every rank."""
-        if self._trainer is None or self.trainer.world_size == 1:
+        """The sum of a vector over all that read different records, on every rank."""
+        if self.data_ranks == 1:
             return vector
         summed = vector.to(self.device, torch.float64 if self.device.type != "mps" else torch.float32)
-        torch.distributed.all_reduce(summed)
+        group = None
+        if self.tensor_parallel is not None:
+            group = self.tensor_parallel.device_mesh["data_parallel"].get_group()
+        torch.distributed.all_reduce(summed, group=group)
         return summed.to(vector.device, vector.dtype)
 
     def ends_step(self, batch_idx: int) -> bool:
@@ -223,6 +246,7 @@ class RLHFModule(L.LightningModule, ABC):
         # every rank's progress travels in rank 0's file
         if self._loader is not None:
             checkpoint["loader_progress"] = self._of_all_ranks(self._loader.progress())
+            checkpoint["data_ranks"] = self.data_ranks
         # objects would make the file a pickle that torch refuses to load; the command line stores plain values
         if "hyper_parameters" in checkpoint:
             plain = {k: v for k, v in checkpoint["hyper_parameters"].items() if is_plain(v)}
@@ -236,6 +260,13 @@ class RLHFModule(L.LightningModule, ABC):
             raise UserError(
                 f"the checkpoint was written by {len(of_ranks)} processes and is resumed by {self.trainer.world_size}: "
                 "use the same number, or start a new run from the exported model"
+            )
+        then = checkpoint.get("data_ranks", len(of_ranks))
+        if then != self.data_ranks:
+            raise UserError(
+                f"the checkpoint was written where {then} of {len(of_ranks)} processes read records of their own, and "
+                f"here {self.data_ranks} do: resume with the same tensor_parallel_size, or start a new run from the "
+                "exported model"
             )
         self._saved_progress = of_ranks[self.trainer.global_rank]
 

@@ -163,7 +163,7 @@ class DPOModule(RLHFModule):
     def on_fit_start(self) -> None:
         self._move_reference()
         if self._objective is not None:
-            self._objective.warn_of_cuts(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+            self._objective.warn_of_cuts(self.trainer.accumulate_grad_batches * self.data_ranks)
 
     def on_validation_start(self) -> None:
         self._move_reference()

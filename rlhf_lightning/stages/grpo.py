@@ -213,7 +213,7 @@ class GRPOModule(PolicyGradientModule):
         if self.replay_spec is not None and self.replay is None:
             pad = self.tokenizer.pad_token_id
             self.replay = ReplayBuffer(
-                self.replay_spec, pad_id=pad, seed=counter_seed(self.seed, "replay", self.global_rank)
+                self.replay_spec, pad_id=pad, seed=counter_seed(self.seed, "replay", self.data_rank)
             )
             if self._saved_replay is not None:
                 self.replay.load_state_dict(self._saved_replay[self.global_rank])

@@ -261,7 +261,7 @@ class OnPolicyModule(RLHFModule):
             seed=self.seed,
             add_over_ranks=self.add_over_ranks,
             extra=self.extra_loader(),
-            rank=self.trainer.global_rank,
+            rank=self.data_rank,
             limit=lambda: self.trainer.num_training_batches,
             measure=self.measure_step,
             kind=self.rollout_kind,
@@ -404,7 +404,10 @@ class OnPolicyModule(RLHFModule):
 
     def score(self, prompts: PromptBatch, answers: Generated) -> ScoredSamples:
         """Scores of answers by the reward functions, weighted and added, with their breakdown."""
-        return score_samples(self.rewards, self.samples(prompts, answers))
+        if self.tensor_parallel is None:
+            return score_samples(self.rewards, self.samples(prompts, answers))
+        # of one process: those of a group must learn from the same scores, and a judge or a time limit may differ
+        return self.tensor_parallel.of_first(lambda: score_samples(self.rewards, self.samples(prompts, answers)))
 
     def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probabilities, entropy, and what there is to say about the sampler, by the names of the metrics."""
@@ -472,7 +475,7 @@ class OnPolicyModule(RLHFModule):
             self.train(was_training)
 
     def _rollout_seed(self, purpose: str, index: int) -> int:
-        return counter_seed(self.seed, purpose, index, self.trainer.global_rank)
+        return counter_seed(self.seed, purpose, index, self.data_rank)
 
     # ---- metrics ---------------------------------------------------------------------------------------------------
 

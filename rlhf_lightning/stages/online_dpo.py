@@ -174,7 +174,7 @@ class OnlineDPOModule(OnPolicyModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.objective.warn_of_cuts(self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        self.objective.warn_of_cuts(self.trainer.accumulate_grad_batches * self.data_ranks)
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 

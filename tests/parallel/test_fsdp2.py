@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.parallel import FSDP2Strategy
 
-IN_CI = [name for name in CASES if not name.endswith(", replicas")]
+IN_CI = [name for name in CASES if not name.endswith((", replicas", ", two groups")) and ", tensor" not in name]
 EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "asked in between", *SPECS)]
 HALF = ["sft, bfloat16", "sft, bf16-mixed"]
 

@@ -29,6 +29,8 @@ from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from rlhf_lightning.callbacks.hf_export import export
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.preference import DPO
+from rlhf_lightning.losses.preference_guarded import TDPO
 from rlhf_lightning.losses.preference_online import NashMD
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
@@ -93,7 +95,8 @@ def fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_for(folder, [losses, *callbacks], **options)
-        data = RLHFDataModule(train=str(folder / f"{stage}.jsonl"), batch_size=batch_size // options.get("devices", 1))
+        readers = options.get("devices", 1) // getattr(options.get("strategy"), "tensor_parallel_size", 1)
+        data = RLHFDataModule(train=str(folder / f"{stage}.jsonl"), batch_size=batch_size // max(readers, 1))
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return losses.values
 
@@ -269,7 +272,7 @@ class Watch(L.Callback):
         self.in_checkpoint = sorted(checkpoint["state_dict"])
 
 
-def resumed(stage: str) -> Case:
+def resumed(stage: str, strategy: Callable[[], Any] = lambda: "fsdp2") -> Case:
     """A run of four epochs, and one that is stopped after the second and goes on from its checkpoint."""
 
     def made(model: str) -> L.LightningModule:
@@ -278,13 +281,15 @@ def resumed(stage: str) -> Case:
         return sampling_ppo(model) if stage == "ppo" else SFTModule(ModelSpec(path=model), optimizer=adamw)
 
     def case(model: str, folder: Path, world: int) -> dict[str, Any]:
-        given = {"devices": world, "strategy": "fsdp2"}
+        def given() -> dict[str, Any]:
+            return {"devices": world, "strategy": strategy()}
+
         whole, first, second, watch = made(model), made(model), made(model), Watch()
-        losses = fit(whole, stage, folder, max_epochs=4, **given)
+        losses = fit(whole, stage, folder, max_epochs=4, **given())
         keep = ModelCheckpoint(dirpath=folder / f"{stage} half", filename="half", enable_version_counter=False)
-        fit(first, stage, folder, max_epochs=2, callbacks=[keep, watch], enable_checkpointing=True, **given)
+        fit(first, stage, folder, max_epochs=2, callbacks=[keep, watch], enable_checkpointing=True, **given())
         path = folder / f"{stage} half" / "half.ckpt"
-        rest = fit(second, stage, folder, max_epochs=4, ckpt_path=path, **given)
+        rest = fit(second, stage, folder, max_epochs=4, ckpt_path=path, **given())
         return {
             "whole": outcome(whole, losses),
             "resumed": outcome(second, losses[: len(losses) - len(rest)] + rest),
@@ -293,6 +298,67 @@ def resumed(stage: str) -> Case:
         }
 
     return case
+
+
+def cut_vocabulary() -> FSDP2Strategy:
+    return FSDP2Strategy(tensor_parallel_size=2)
+
+
+def by_groups(world: int) -> Any:
+    return cut_vocabulary() if world > 1 else "auto"
+
+
+def dpo_without_exact_kl(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """DPO against a reference with other weights, both heads in parts."""
+    module = DPOModule(
+        ModelSpec(path=model),
+        DPO(beta=0.5, label_smoothing=0.1, margin="offset"),
+        reference=another(model),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+    )
+    return outcome(module, fit(module, "dpo", folder, devices=world, strategy=by_groups(world)))
+
+
+def sampled(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """Answers that a group samples together, with the seeds of one process."""
+    module = sampling_ppo(model)
+    found = outcome(module, fit(module, "ppo", folder, devices=world, strategy=by_groups(world)))
+    if world > 1:
+        head = module.policy.causal_lm.get_output_embeddings()
+        found["held"] = [head.weight.to_local().shape[0], head.weight.shape[0]]
+    return found
+
+
+def exported_in_parts(model: str, folder: Path, world: int) -> dict[str, Any]:
+    module = sampling_ppo(model)
+    fit(module, "ppo", folder, max_epochs=1, devices=world, strategy=cut_vocabulary())
+    module.export(folder / "hf of parts")
+    return outcome(module, [])
+
+
+def refused(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """What is said of all that does not go together with a vocabulary in parts."""
+    path = ModelSpec(path=model)
+    tied = replace(another(model), config={**(another(model).config or {}), "tie_word_embeddings": True})
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "tie_word_embeddings": False}
+    made = [
+        SFTModule(tied),
+        SFTModule(replace(path, logprobs="fused")),
+        SFTModule(replace(path, lora=LoraSpec(r=2, dropout=0.1))),
+        SFTModule(ModelSpec(config=gpt2, tokenizer=model)),
+        DPOModule(path, TDPO(beta=0.5)),
+        PPOModule(path, [WeightedReward(LengthReward())], generation=GenerationSpec(max_new_tokens=3, top_k=5)),
+        SFTModule(path),
+    ]
+    said = []
+    for module in made:
+        stage = {DPOModule: "dpo", PPOModule: "ppo"}.get(type(module), "sft")
+        size = 3 if module is made[-1] else 2
+        try:
+            fit(module, stage, folder, devices=world, strategy=FSDP2Strategy(tensor_parallel_size=size))
+        except UserError as error:
+            said.append(str(error))
+    return {"said": said}
 
 
 def foreign_checkpoint(model: str, folder: Path, world: int) -> dict[str, Any]:
@@ -362,6 +428,22 @@ CASES |= {
         ("ppo", "without padding"),
         ("sft", "offload"),
     )
+}
+CASES |= {
+    f"{stage}, {name}": compared(stage, cut_vocabulary)
+    for name, stages in (
+        ("tensor parallel", ("sft", "reward", "ppo", "grpo", "kto")),
+        ("tensor parallel, two groups", ("sft", "reward", "ppo")),
+    )
+    for stage in stages
+}
+CASES |= {
+    "dpo, tensor parallel": dpo_without_exact_kl,
+    "sft, tensor parallel, lora": compared("sft", cut_vocabulary, spec=SPECS["lora"]),
+    "ppo, tensor parallel, sampled": sampled,
+    "ppo, tensor parallel, resumed": resumed("ppo", cut_vocabulary),
+    "ppo, tensor parallel, exported": exported_in_parts,
+    "sft, tensor parallel, refused": refused,
 }
 CASES |= {
     "kto, fsdp2": compared("kto", named("fsdp2")),
