@@ -209,6 +209,10 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "another strategy, or for another model. Resume with the strategy it was written with, or start a new "
                 "run from the exported model"
             )
+        if not state["state"]:  # plain SGD keeps nothing, and torch asks the state for its device
+            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({name: value for name, value in saved.items() if name != "params"})
+            return
         # not strict: a parameter that has had no gradient yet has no state
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_optimizer_state_dict(module, optimizer, dict(state), options=options)

@@ -51,8 +51,8 @@ def result(folder, name):
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-def assert_same(found, expected, tolerance=1e-5):
-    assert len(expected["losses"]) == 5
+def assert_same(found, expected, tolerance=1e-5, steps=5):
+    assert len(expected["losses"]) == steps
     assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance, abs=tolerance)
     assert found["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
@@ -133,7 +133,20 @@ def test_two_sharded_models_sample_together(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize(("draws", "metric"), [("draws again", "sampling/batches"), ("replays", "groups/replayed")])
+def test_shares_of_the_weights_change_nothing_of_what_is_drawn(draws, metric, folder):
+    """Each process draws by seeds of its own, so two are not one; sharded or not they are the same two."""
+    sharded, whole = result(folder, f"grpo, {draws}, fsdp2"), result(folder, f"grpo, {draws}, ddp")
+    assert_same(sharded, whole, steps=6)
+    assert [row.keys() for row in sharded["logged"]] == [row.keys() for row in whole["logged"]]
+    for ours, theirs in zip(sharded["logged"], whole["logged"], strict=True):
+        assert ours == pytest.approx(theirs)
+    least = 1 if draws == "draws again" else 0
+    assert max(row[metric] for row in sharded["logged"]) > least, "or there was nothing to draw"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
 def test_a_run_resumes_with_the_same_bits(stage, folder):
     found = result(folder, f"{stage}, resumed")
     assert found["whole"]["losses"] == found["resumed"]["losses"]

@@ -41,8 +41,10 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, OnlineDPOModule, PPOModule, SFTModule
+from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.stages import DPOModule, GRPOModule, OnlineDPOModule, PPOModule, SFTModule
 from rlhf_lightning.stages.critic import CriticSpec
+from rlhf_lightning.stages.grpo import DynamicSampling
 from rlhf_lightning.stages.online_dpo import Opponent
 
 STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
@@ -87,16 +89,17 @@ def fit(
     *,
     ckpt_path: Path | None = None,
     callbacks: Sequence[L.Callback] = (),
+    batch_size: int | None = None,
     **options: Any,
 ) -> list[float]:
     """Train on the twelve records of `stage`; the losses. A step is an epoch: the same, however many share it."""
-    batch_size = 12 if stage in ("ppo", "grpo") else 4
+    together = batch_size or (12 if stage in ("ppo", "grpo") else 4)
     losses = Losses()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_for(folder, [losses, *callbacks], **options)
         readers = options.get("devices", 1) // getattr(options.get("strategy"), "tensor_parallel_size", 1)
-        data = RLHFDataModule(train=str(folder / f"{stage}.jsonl"), batch_size=batch_size // max(readers, 1))
+        data = RLHFDataModule(train=str(folder / f"{stage}.jsonl"), batch_size=together // max(readers, 1))
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return losses.values
 
@@ -272,10 +275,51 @@ class Watch(L.Callback):
         self.in_checkpoint = sorted(checkpoint["state_dict"])
 
 
+DRAWS: dict[str, dict[str, Any]] = {
+    "draws again": {"dynamic_sampling": DynamicSampling(max_batches=3)},
+    "replays": {"replay": ReplaySpec(capacity=8)},
+}
+
+
+def drawing_grpo(model: str, draws: str) -> GRPOModule:
+    """GRPO on pairs of answers that it samples itself, many of one length and so without a difference."""
+    return GRPOModule(
+        ModelSpec(path=model),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=4, num_samples=2),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        seed=3,
+        **DRAWS[draws],
+    )
+
+
+class Logged(L.Callback):
+    """What every optimiser step logged of how its answers were come by."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        seen = trainer.callback_metrics
+        self.rows.append({k: float(v) for k, v in seen.items() if k.startswith(("sampling/", "groups/"))})
+
+
+def drawing(draws: str, strategy: str) -> Case:
+    def case(model: str, folder: Path, world: int) -> dict[str, Any]:
+        module, logged = drawing_grpo(model, draws), Logged()
+        options = {"devices": world, "strategy": strategy, "max_epochs": 2, "accumulate_grad_batches": 1}
+        losses = fit(module, "grpo", folder, batch_size=4, callbacks=[logged], **options)
+        return {**outcome(module, losses), "logged": logged.rows}
+
+    return case
+
+
 def resumed(stage: str, strategy: Callable[[], Any] = lambda: "fsdp2") -> Case:
     """A run of four epochs, and one that is stopped after the second and goes on from its checkpoint."""
 
     def made(model: str) -> L.LightningModule:
+        if stage == "grpo":
+            return drawing_grpo(model, "replays")
         if stage == "dpo":
             return DPOModule(ModelSpec(path=model), reference_sync=ReferenceSync(every=1, share=0.5), optimizer=adamw)
         return sampling_ppo(model) if stage == "ppo" else SFTModule(ModelSpec(path=model), optimizer=adamw)
@@ -461,6 +505,12 @@ CASES |= {
     "sft, resumed": resumed("sft"),
     "dpo, resumed": resumed("dpo"),
     "ppo, resumed": resumed("ppo"),
+    "grpo, resumed": resumed("grpo"),
+    **{
+        f"grpo, {draws}, {strategy}": drawing(draws, strategy)
+        for draws in ("draws again", "replays")
+        for strategy in ("fsdp2", "ddp")
+    },
     "sft, foreign checkpoint": foreign_checkpoint,
     "ppo, exported": exported,
     "sft, loose parameter": loose_parameter,
