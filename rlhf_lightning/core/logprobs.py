@@ -75,6 +75,8 @@ def token_scores(
     """
     if tokens.shape[1] < 2:  # one token a row: nothing has a predictor, but the graph stays whole
         zero = 0.0 * hidden.sum(-1).float()
+        if head.shard is not None:  # copies wait for each other's gradient in the head
+            zero = zero + sum(0.0 * part.sum() for part in (head.weight, head.bias) if part is not None)
         return TokenScores(zero, zero if with_entropy else None, torch.zeros_like(mask))
     scored = mask.clone()
     scored[:, 0] = False

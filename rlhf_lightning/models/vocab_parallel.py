@@ -62,10 +62,8 @@ class VocabParallelHead(nn.Module):
         """The mean over copies, of what has been added up to now; what is the mean already stays as it is."""
         group = self.mesh.get_group(0)
         for parameter in self.parameters():
-            if not parameter.requires_grad or group.size() == 1:
+            if parameter.grad is None or group.size() == 1:  # None: in all copies, of a step in which nothing counts
                 continue
-            if parameter.grad is None:  # every copy takes part, whatever it has read
-                parameter.grad = torch.zeros_like(parameter)
             here = cast(DTensor, parameter.grad).to_local()
             torch.distributed.all_reduce(here, group=group)
             here /= group.size()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from rlhf_kernels import VocabShard
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import LMHead, about_tokens, token_kl, token_scores
@@ -115,3 +116,12 @@ def test_a_head_that_caps_its_logits_has_no_exact_kl():
     hidden, weight, _, mask = example()
     with pytest.raises(UserError, match=r"cap their logits \(final_logit_softcapping=30.0\): use another loss"):
         token_kl(hidden, hidden, mask, LMHead(weight, softcap=30.0), LMHead(weight))
+
+
+def test_one_token_a_row_leaves_a_head_in_parts_a_gradient_that_others_wait_for():
+    weight = torch.randn(3, 4, requires_grad=True)
+    head = LMHead(weight, shard=VocabShard(first=0, vocab=6, widest=3, group="unused"))
+    tokens = torch.zeros(2, 1, dtype=torch.long)
+    scores = token_scores(torch.randn(2, 1, 4), tokens, torch.ones_like(tokens, dtype=torch.bool), head)
+    scores.logprobs.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(3, 4))
