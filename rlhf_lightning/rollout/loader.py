@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch, step_totals
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.seeding import counter_seed
 
 BatchT = TypeVar("BatchT")
@@ -209,16 +210,57 @@ class RolloutLoader:
             "rollouts_done": self._rollouts_done,
             "given": self._given,
             "buffer": None if self._buffer is None else buffer_to_dict(self._buffer),
+            "cut": self._cut,
+            "batches": self._size,
+        }
+
+    @property
+    def _size(self) -> int:
+        """Micro-batches that the trainer takes per epoch."""
+        return int(min(len(self), self._limit()))
+
+    @property
+    def _cut(self) -> dict[str, int]:
+        """What an epoch is cut into, by the options that decide it."""
+        plan = getattr(getattr(self.prompts, "sampler", None), "plan", None)
+        return {
+            "updates.inner_epochs": self.updates.inner_epochs,
+            "updates.num_minibatches": self.updates.num_minibatches,
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "data.batch_size": 0 if plan is None else plan.batch_size,
+            "batches of prompts per epoch": len(self.prompts),  # type: ignore[arg-type]
         }
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Go on where `progress` was taken."""
+        """Go on where `progress` was taken.
+
+        Behind the last batch of an epoch, everything may be cut otherwise from the next one on.
+
+        Raises:
+            UserError: `progress` was taken in the middle of an epoch that was cut otherwise.
+        """
+        now, then = self._cut, progress.get("cut", self._cut)
+        of_rollout = then["updates.inner_epochs"] * then["updates.num_minibatches"]
+        done = progress["rollouts_done"] * of_rollout * then["trainer.accumulate_grad_batches"]
+        done += 0 if progress["buffer"] is None else progress["given"]
+        is_over = done >= progress.get("batches", self._size)
+        changed = [f"{name} was {value} and is {now[name]} now" for name, value in then.items() if now[name] != value]
+        if changed and done and not is_over:
+            raise UserError(
+                f"cannot resume in the middle of an epoch of rollouts ({done} of its {progress['batches']} "
+                f"micro-batches were used) that is cut otherwise: {'; '.join(changed)}. Resume with the values of "
+                "before, or start from the weights alone"
+            )
         self.rollouts = progress["rollouts"]
         self._rollouts_done = progress["rollouts_done"]
         self.drawn = progress["drawn"]
         self._given = progress["given"]
         self._buffer = None if progress["buffer"] is None else self._kind(**progress["buffer"])
         self._resumed = True
+        if is_over and changed:
+            self._buffer, self._given, self._rollouts_done = None, 0, 0
+            # the next epoch begins with the first batch of a round, and no batch is named twice
+            self.drawn += -self.drawn % len(self.prompts)  # type: ignore[arg-type]
 
 
 def buffer_to_dict(rollouts: AnyRollouts | Generated) -> dict[str, Tensor]:

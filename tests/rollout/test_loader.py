@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from rlhf_lightning.core.batches import PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.rollout.loader import RolloutLoader, UpdateSpec
 
 
@@ -86,6 +89,61 @@ def test_a_state_saved_at_the_end_of_an_epoch_begins_the_next_one():
     resumed = loader(Answers())
     resumed.restore(ended.progress())
     assert len(list(resumed)) == len(resumed)
+
+
+CUTS = {
+    "updates.inner_epochs was 2 and is 3 now": {"updates": UpdateSpec(3, 2)},
+    "updates.num_minibatches was 2 and is 1 now": {"updates": UpdateSpec(2, 1)},
+    "trainer.accumulate_grad_batches was 2 and is 4 now": {"accumulate": 4},
+    "batches of prompts per epoch was 2 and is 3 now": {"sizes": (4, 4, 4)},
+    "data.batch_size was 4 and is 5 now": {"batch_size": 5},
+}
+
+
+def cut(updates=UpdateSpec(2, 2), accumulate=2, sizes=(4, 4), batch_size=4) -> RolloutLoader:
+    class Prompts(list):
+        sampler = SimpleNamespace(plan=SimpleNamespace(batch_size=batch_size))
+
+    return RolloutLoader(Prompts(map(prompts, sizes)), Answers(), updates, accumulate=accumulate, seed=1)
+
+
+@pytest.mark.parametrize("used", [3, 8], ids=["inside a rollout", "between two"])
+@pytest.mark.parametrize("said", CUTS)
+def test_an_epoch_that_is_cut_otherwise_is_not_resumed_in_its_middle(said, used):
+    broken = cut()
+    list(islice(iter(broken), used))
+    with pytest.raises(UserError, match=rf"{used} of its 16 micro-batches were used\) that is cut otherwise: {said}\."):
+        cut(**CUTS[said]).restore(broken.progress())
+    cut().restore(broken.progress())
+
+
+@pytest.mark.parametrize("said", CUTS)
+def test_behind_an_epoch_the_next_one_may_be_cut_otherwise(said):
+    ended = cut()
+    list(islice(iter(ended), 16))
+    resumed = cut(**CUTS[said])
+    resumed.restore(ended.progress())
+    assert len(list(resumed)) == len(resumed)
+    first = resumed.drawn - len(resumed.prompts)
+    assert first >= ended.drawn, "no seed is used twice"
+    assert first % len(resumed.prompts) == 0, "and the data begin anew"
+
+
+def test_before_the_first_batch_anything_may_change():
+    for options in CUTS.values():
+        resumed = cut(**options)
+        resumed.restore(cut().progress())
+        assert len(list(resumed)) == len(resumed)
+
+
+def test_a_checkpoint_of_a_version_that_did_not_say_how_it_was_cut_is_taken_at_its_word():
+    broken = cut()
+    list(islice(iter(broken), 3))
+    progress = broken.progress()
+    del progress["cut"], progress["batches"]
+    resumed = cut()
+    resumed.restore(progress)
+    assert len(list(resumed)) == 13
 
 
 def test_an_epoch_that_was_limited_inside_a_rollout_is_over():
