@@ -2,8 +2,10 @@
 
 import copy
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +14,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.core.batches import Batch
@@ -41,7 +44,8 @@ class RLHFModule(L.LightningModule, ABC):
         model_spec: the model whose tokenizer the stage uses.
         optimizer: called with the parameter groups.
         schedule: shape of the learning rate over the run.
-        lr_scheduler: called with the optimiser instead of `schedule`, for shapes that it lacks.
+        lr_scheduler: called with the optimiser instead of `schedule`, for shapes that it lacks; asked after each
+            optimiser step, or, if it watches a metric, after each validation.
         seed: of every draw the stage makes; None: the run's seed_everything.
     """
 
@@ -220,6 +224,7 @@ class RLHFModule(L.LightningModule, ABC):
         self._saved_progress = None
         self._begin_next_epoch()
         self._apply_optimizer_options()
+        self._check_watching()
         self.splitter.attach()
 
     def on_train_end(self) -> None:
@@ -290,10 +295,12 @@ class RLHFModule(L.LightningModule, ABC):
             for group in optimizer.param_groups
         ]
         if self.lr_scheduler is not None:
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-            }
+            watching = self.lr_scheduler(optimizer)
+            if not isinstance(watching, ReduceLROnPlateau):
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": watching, "interval": "step"}}
+            # Lightning would ask it at ends of epochs alone: `never` leaves that to each validation
+            never = {"scheduler": watching, "monitor": monitor_of(watching), "frequency": sys.maxsize}
+            return {"optimizer": optimizer, "lr_scheduler": never}
         if self.schedule == Schedule():
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
@@ -307,6 +314,15 @@ class RLHFModule(L.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         failpoint("step.before_update")
+
+    def _check_watching(self) -> None:
+        """Raise if a scheduler watches validation, and there is none."""
+        watching = [config for config in self.trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        if watching and not sum(self.trainer.num_val_batches):
+            raise UserError(
+                f"lr_scheduler.init_args.monitor={watching[0].monitor!r} is looked at after each validation, and there "
+                "is none: give data.val or data.val_frac, or use schedule"
+            )
 
     def _apply_optimizer_options(self) -> None:
         """A resumed optimiser comes with the learning rate and other numbers of its checkpoint; those given now win."""
@@ -345,6 +361,39 @@ class RLHFModule(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self.keep_figures()
+            self._show_to_schedulers()
+
+    def _show_to_schedulers(self) -> None:
+        """Schedulers that watch a metric see that of this validation; before callbacks save what they are."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        metrics = self.trainer.callback_metrics
+        for config in self.trainer.lr_scheduler_configs:
+            if not config.reduce_on_plateau:
+                continue
+            if config.monitor not in metrics:
+                near = get_close_matches(str(config.monitor), list(metrics), n=1)
+                raise UserError(
+                    f"lr_scheduler.init_args.monitor={config.monitor!r}: validation logs no such metric"
+                    + (f", the nearest name is {near[0]!r}" if near else "")
+                    + f"; there are {', '.join(sorted(metrics)) or 'none'}"
+                )
+            config.scheduler.step(float(metrics[config.monitor]))  # type: ignore[arg-type]
+
+
+def monitor_of(scheduler: ReduceLROnPlateau) -> str:
+    """The metric that a scheduler watches.
+
+    Raises:
+        UserError: it names none, as torch's own class cannot.
+    """
+    monitor = getattr(scheduler, "monitor", None)
+    if monitor is None:
+        raise UserError(
+            "lr_scheduler.class_path=torch.optim.lr_scheduler.ReduceLROnPlateau names no metric to watch: use "
+            "lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: val/loss}"
+        )
+    return str(monitor)
 
 
 def is_number(value: Any) -> bool:
