@@ -1,9 +1,11 @@
 """With the vocabulary cut over the processes of a group, a stage takes the steps of one process."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from parallel_fits import (
     CASES,
     SPECS,
@@ -20,6 +22,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy
+from rlhf_lightning.stages import SFTModule
 
 pytestmark = pytest.mark.slow
 PARTS = "tensor parallel"
@@ -55,6 +58,20 @@ def test_two_processes_with_half_of_the_vocabulary_take_the_steps_of_one(stage, 
 
 def test_adapters_are_trained_below_a_frozen_head_in_parts(folder, tiny_model):
     assert_same(result(folder, f"sft, {PARTS}, lora"), of_stage("sft", str(tiny_model), folder, spec=SPECS["lora"]))
+
+
+@pytest.mark.parametrize("how", ["bf16-mixed", "bfloat16"])
+def test_half_precision_is_near_and_keeps_weights_in_float32(how, folder, tiny_model):
+    found, expected = result(folder, f"sft, {PARTS}, {how}"), of_stage("sft", str(tiny_model), folder)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+    assert found["losses"] != pytest.approx(expected["losses"], abs=1e-6), "that was float32"
+    assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
+
+
+def test_a_group_samples_in_half_precision(folder):
+    found = result(folder, f"ppo, {PARTS}, sampled in half")
+    assert len(found["losses"]) == 10
+    assert all(torch.tensor(found["losses"]).isfinite())
 
 
 def test_a_group_samples_the_answers_of_one_process(folder, tiny_model):
@@ -114,3 +131,12 @@ def test_two_groups_of_two_that_share_out_the_records(tiny_model, tmp_path):
 def test_meaningless_options_are_errors(options, said):
     with pytest.raises(UserError, match=said):
         FSDP2Strategy(**options)
+
+
+def test_a_checkpoint_of_other_groups_is_refused():
+    module = SFTModule(ModelSpec(path="unused"))
+    module._trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), world_size=2, global_rank=0)
+    with pytest.raises(
+        UserError, match=r"1 of 2 processes read records of their own, and here 2 do: .*same tensor_par"
+    ):
+        module.on_load_checkpoint({"loader_progress": [{}, {}], "data_ranks": 1})

@@ -352,6 +352,15 @@ def by_groups(world: int) -> Any:
     return cut_vocabulary() if world > 1 else "auto"
 
 
+def in_half() -> FSDP2Strategy:
+    return FSDP2Strategy(tensor_parallel_size=2, param_dtype="bfloat16", reduce_dtype="float32")
+
+
+def sampled_in_half(model: str, folder: Path, world: int) -> dict[str, Any]:
+    module = sampling_ppo(model)
+    return outcome(module, fit(module, "ppo", folder, devices=world, strategy=cut_vocabulary(), precision="bf16-mixed"))
+
+
 def dpo_without_exact_kl(model: str, folder: Path, world: int) -> dict[str, Any]:
     """DPO against a reference with other weights, both heads in parts."""
     module = DPOModule(
@@ -484,7 +493,10 @@ CASES |= {
 CASES |= {
     "dpo, tensor parallel": dpo_without_exact_kl,
     "sft, tensor parallel, lora": compared("sft", cut_vocabulary, spec=SPECS["lora"]),
+    "sft, tensor parallel, bf16-mixed": compared("sft", cut_vocabulary, precision="bf16-mixed"),
+    "sft, tensor parallel, bfloat16": compared("sft", in_half),
     "ppo, tensor parallel, sampled": sampled,
+    "ppo, tensor parallel, sampled in half": sampled_in_half,
     "ppo, tensor parallel, resumed": resumed("ppo", cut_vocabulary),
     "ppo, tensor parallel, exported": exported_in_parts,
     "sft, tensor parallel, refused": refused,
