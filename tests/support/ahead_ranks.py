@@ -40,8 +40,8 @@ def runs(model: str, records: str, url: str, folder: Path) -> dict[str, dict[str
     engines = {
         "lagging": (Lagging, False),
         "copy": (HFGenerate, True),
-        "server": (partial(VLLMServer, url=url), True),
-        "slow server": (partial(SlowHere, url=url), True),
+        "server": (partial(VLLMServer, url=url, patience_s=200), True),
+        "slow server": (partial(SlowHere, url=url, patience_s=200), True),
     }
     for name, (engine, ahead) in engines.items():
         module = GRPOModule(
@@ -73,7 +73,7 @@ def in_two_processes(model: str, records: str, url: str, folder: Path) -> list[d
     command = [sys.executable, __file__, model, records, url, str(folder)]
     running = [subprocess.Popen(command, env=environment | {"LOCAL_RANK": str(rank)}) for rank in range(2)]
     try:
-        assert [process.wait(240) for process in running] == [0, 0]
+        assert [process.wait(280) for process in running] == [0, 0]
     finally:
         for process in running:
             process.kill()
