@@ -119,16 +119,23 @@ def _checksum(module: nn.Module) -> Tensor:
     return total
 
 
-def dequantized_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The state of `model` on the CPU, quantised weights put back into the dtype that they had."""
+def put_back(weight: Any) -> Tensor:
+    """A weight of 4 bits in the dtype that it had."""
     import bitsandbytes.functional as bnb
 
+    return bnb.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def dequantized_state(model: nn.Module) -> Mapping[str, Tensor]:
+    """The state of `model` on the CPU, quantised weights put back into the dtype that they had."""
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")  # its own: peft's wrapper of a layer shows that of the layer
         if type(weight).__name__ == "Params4bit":
-            state[f"{name}.weight"] = bnb.dequantize_4bit(weight.data, weight.quant_state)
+            state[f"{name}.weight"] = put_back(weight)
         elif type(weight).__name__ == "Int8Params":
+            import bitsandbytes.functional as bnb
+
             # they move to the layer when it first runs
             scales = weight.SCB if weight.SCB is not None else module.state.SCB
             state[f"{name}.weight"] = bnb.int8_vectorwise_dequant(weight.data, scales)

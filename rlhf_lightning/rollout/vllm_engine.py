@@ -19,7 +19,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.body import dropout_rates
-from rlhf_lightning.models.handover import checkpoint_weights
+from rlhf_lightning.models.handover import GivenBase, adapter_rank, adapter_weights, checkpoint_weights
 from rlhf_lightning.rollout.engines import (
     Answer,
     assemble_answers,
@@ -28,6 +28,13 @@ from rlhf_lightning.rollout.engines import (
     vllm_sampling,
 )
 from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_ids
+from rlhf_lightning.rollout.vllm_adapters import (
+    AdapterOption,
+    adapter_request,
+    check_adapter_option,
+    room_for,
+    take_adapter,
+)
 
 ENVIRONMENT = {
     # one process: weights are handed over as they lie in memory
@@ -44,6 +51,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class _Options:
+    adapter: AdapterOption
     dtype: str | None
     max_model_len: int | None
     max_num_seqs: int | None
@@ -63,6 +71,8 @@ class VLLMEngine(RolloutEngine):
     Args:
         spec: how to sample.
         tokenizer: for its pad and end ids and for stop strings.
+        adapter: of a policy with `lora`. merged: added into the weights, all of which are handed over before every
+            rollout; sent: the weights under it are handed over once, then the adapter alone.
         dtype: of vLLM's weights: float32, bfloat16 or float16; null: the policy's.
         max_model_len: longest prompt with its answer, in tokens; null: the model's context.
         max_num_seqs: answers in flight; null: vLLM's choice.
@@ -76,6 +86,7 @@ class VLLMEngine(RolloutEngine):
         self,
         spec: GenerationSpec,
         tokenizer: PreTrainedTokenizerBase,
+        adapter: AdapterOption = "merged",
         dtype: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
@@ -86,6 +97,11 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         refuse_options_of_batches(spec, type(self).__name__)
         vllm_sampling(spec, ())
+        check_adapter_option(adapter)
+        if adapter == "sent" and sleep:
+            raise UserError(
+                "engine.sleep=true drops the weights that engine.adapter='sent' hands over once: leave one of them out"
+            )
         if not 0 < gpu_memory_utilization <= 1:
             raise UserError(
                 f"engine.gpu_memory_utilization={gpu_memory_utilization}: give a share, above 0 and up to 1"
@@ -95,7 +111,7 @@ class VLLMEngine(RolloutEngine):
         self.spec = spec
         self.tokenizer = tokenizer
         options = _Options(
-            dtype, max_model_len, max_num_seqs, gpu_memory_utilization, kv_cache_gib, enforce_eager, sleep
+            adapter, dtype, max_model_len, max_num_seqs, gpu_memory_utilization, kv_cache_gib, enforce_eager, sleep
         )
         self._running = _Running(options, tokenizer, detokenize=bool(spec.stop_strings))
         self._beside_training = False
@@ -154,7 +170,9 @@ class VLLMEngine(RolloutEngine):
         # beside training nothing is put back: what another thread has drawn meanwhile would be drawn again. Answers
         # have seeds of their own, and what vLLM draws from the process's generator it throws away
         with nullcontext() if self._beside_training else _generators_seeded(seed):
-            outputs = self._running.llm.generate([{"prompt_token_ids": row} for row in ids], asked, use_tqdm=False)
+            outputs = self._running.llm.generate(
+                [{"prompt_token_ids": row} for row in ids], asked, use_tqdm=False, lora_request=self._running.adapter
+            )
         return assemble_answers(
             self.spec,
             prompts,
@@ -179,35 +197,52 @@ class _Running:
         self.detokenize = detokenize
         self.has_weights = False
         self.llm: Any = None
+        self.adapter: Any = None
+        """What says that answers come from the adapter; None: they come from the weights alone."""
+        self._base = GivenBase()
+        self._adapters = 0
+        self._asleep: list[str] = []
+        """Whose memory is given back."""
         self._owns_group = False
 
     def take_weights(self, policy: Any) -> None:
-        weights = checkpoint_weights(policy)
+        sent = adapter_weights(policy) if self.options.adapter == "sent" else {}
+        weights = checkpoint_weights(policy, with_adapter=not sent)
         if self.llm is None:
-            self._start(policy)
-            asleep = False
-        else:
-            asleep = not self.has_weights
-        if asleep:
-            self.llm.wake_up(tags=["weights"])
+            self._start(policy, adapter_rank(sent) if sent else 0)
+        self.has_weights = False  # nor are there any if something goes wrong from here on
+        self._wake("weights")
         with _process_as_it_was():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+            if not sent or not self._base.is_of(policy):
+                self._base.forget()
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+                self._base.give(policy)
+            if sent:
+                self._adapters += 1
+                self.llm.collective_rpc(take_adapter, args=(self._adapters, sent))
+                self.adapter = adapter_request(f"adapter-{self._adapters}", self._adapters)
+        self._wake("kv_cache")
         # or prompts known from before are answered by the old weights
-        self.llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache(reset_running_requests=True)
         self.has_weights = True
 
     def rest(self) -> None:
         if self.options.sleep and self.has_weights:
             self.llm.sleep(level=2)
-            self.has_weights = False
+            self.has_weights, self._asleep = False, ["weights", "kv_cache"]
+
+    def _wake(self, what: str) -> None:
+        if what in self._asleep:
+            self.llm.wake_up(tags=[what])
+            self._asleep.remove(what)
 
     def close(self) -> None:
         if self.llm is None:
             return
         self.llm.llm_engine.engine_core.shutdown()
-        self.llm, self.has_weights = None, False
+        self.llm, self.adapter = None, None
+        self.has_weights, self._asleep = False, []
+        self._base.forget()
         if self._owns_group:
             from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -222,7 +257,7 @@ class _Running:
                 f"{longest} tokens; raise it to that, or lower max_new_tokens or data.max_prompt_length"
             )
 
-    def _start(self, policy: Any) -> None:
+    def _start(self, policy: Any, rank: int) -> None:
         if find_spec("vllm") is None:
             raise UserError(
                 "the engine VLLMEngine needs vLLM, which is not installed: docs/engines.md has the commands, for CUDA "
@@ -242,15 +277,16 @@ class _Running:
 
             describe(policy, self.tokenizer, folder)
             self._owns_group = not in_group
+            arguments = self._arguments(policy, rank, on_cpu=current_platform.is_cpu())
             try:
-                self.llm = LLM(folder, **self._arguments(policy, on_cpu=current_platform.is_cpu()))
+                self.llm = LLM(folder, **arguments)
             except Exception as error:
                 raise UserError(
                     f"vLLM cannot be started with this policy ({type(policy.causal_lm).__name__}): {error}; change "
                     "the options of engine, or sample with HFGenerate"
                 ) from error
 
-    def _arguments(self, policy: Any, *, on_cpu: bool) -> dict[str, Any]:
+    def _arguments(self, policy: Any, rank: int, *, on_cpu: bool) -> dict[str, Any]:
         options = self.options
         if options.sleep and on_cpu:
             raise UserError("engine.sleep=true gives back a GPU's memory, and this vLLM runs on the CPU: leave it out")
@@ -270,6 +306,8 @@ class _Running:
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "seed": 0,
+            "enable_lora": rank > 0,
+            "max_lora_rank": room_for(rank) if rank else None,
         }
         return {name: value for name, value in arguments.items() if value is not None}
 
@@ -278,6 +316,8 @@ def describe(policy: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> No
     """Write what vLLM builds the policy's architecture from: config and tokenizer, no weights."""
     config = copy.deepcopy(policy.config)
     config.architectures = [type(policy.causal_lm).__name__]
+    if hasattr(config, "quantization_config"):  # weights of 4 bits are put back before they are handed over
+        del config.quantization_config
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

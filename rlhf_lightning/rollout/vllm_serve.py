@@ -4,7 +4,8 @@
 
     GET  /health        whether it lives; the only request that needs no token
     GET  /rlhf/model    what it serves, and which weights
-    POST /rlhf/weights  a part of new weights, safetensors; with the last part they are taken up
+    POST /rlhf/weights  a part of new weights, or of an adapter over the weights that it holds, safetensors; with the
+                        last part they are taken up
     POST /v1/...        vLLM's own; with the header X-RLHF-Weights only while it holds those weights
 
 Nothing that is sent is unpickled. It listens on this machine alone unless told otherwise, and never without a token.
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -24,6 +26,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.rollout import vllm_adapters
 
 TOKEN = "RLHF_VLLM_TOKEN"
 """Environment variable that holds the token, of server and client alike."""
@@ -63,6 +66,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class _Upload:
+    name: str
+    """Of the weights."""
+    part: int
+    last: bool
+    """Whether this part is the last one."""
+    over: str | None
+    """Name of the weights that an adapter is for; None: this is no adapter."""
+
+
 class Gate:
     """ASGI middleware in front of vLLM's server: asks for the token, takes weights, guards their version.
 
@@ -75,6 +89,9 @@ class Gate:
         self.token = token_from_environment()
         self.weights: str | None = None
         """Name of the weights that are held; None: none that a run has given, or some are on their way."""
+        self.base: str | None = None
+        """Name of the weights under the adapter that is held; without one, the same."""
+        self._adapters = 0
         self._arriving: tuple[str, int] | None = None
         """Name of the weights on their way, and how many parts have come."""
         self._answering = 0
@@ -95,8 +112,7 @@ class Gate:
         elif scope["path"] == "/rlhf/model" and scope["method"] == "GET":
             await _reply(send, 200, self._model(scope))
         elif scope["path"] == "/rlhf/weights" and scope["method"] == "POST":
-            async with self._one_at_a_time:
-                await self._take(scope, receive, send)
+            await self._take(scope, receive, send)
         elif (wanted := headers.get(WEIGHTS_HEADER.lower())) is None:
             await self.app(scope, receive, send)
         elif wanted != self.weights:
@@ -109,7 +125,8 @@ class Gate:
                 self._answering -= 1
 
     def _model(self, scope: Scope) -> dict[str, Any]:
-        model = scope["app"].state.engine_client.model_config
+        config = scope["app"].state.engine_client.vllm_config
+        model, lora = config.model_config, config.lora_config
         text = model.hf_text_config
         return {
             "architecture": model.hf_config.architectures[0],
@@ -118,6 +135,7 @@ class Gate:
             "num_hidden_layers": text.num_hidden_layers,
             "max_model_len": model.max_model_len,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "max_lora_rank": 0 if lora is None else lora.max_lora_rank,
             "weights": self.weights,
         }
 
@@ -125,12 +143,13 @@ class Gate:
         """One part of new weights; from the first to the last of them none are held."""
         query = {name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()}
         try:
-            name, part, parts = query["name"], int(query["part"]), int(query["parts"])
+            upload = _Upload(query["name"], int(query["part"]), bool(int(query["last"])), query.get("over"))
         except (KeyError, ValueError):
-            part = parts = -1
-        if not 0 <= part < parts:
-            await _reply(send, 400, {"error": "name, part and parts say what is sent"})
+            upload = None
+        if upload is None or upload.part < 0:
+            await _reply(send, 400, {"error": "name, part and last say what is sent"})
             return
+        # not one at a time: a run that was stopped while it sends keeps nobody else from sending
         body = bytearray()
         more = True
         while more:
@@ -139,31 +158,48 @@ class Gate:
                 return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        if name == self.weights:  # the answer to the last part was lost
-            await _reply(send, 200, {"weights": self.weights})
-            return
-        come = self._arriving[1] if self._arriving is not None and self._arriving[0] == name else 0
-        if part not in (0, come - 1, come):  # a part may come twice
-            await _reply(send, 409, {"error": f"part {part} of {name} is not the next one"})
-            return
+        async with self._one_at_a_time:
+            error = await self._put(scope["app"].state, upload, bytes(body))
+        await _reply(send, *((200, {"weights": self.weights}) if error is None else error))
+
+    async def _put(self, state: Any, upload: _Upload, body: bytes) -> tuple[int, dict[str, Any]] | None:
+        """Status and message if the part is not taken."""
+        if upload.name == self.weights:  # the answer to the last part was lost
+            return None
+        if upload.over is not None and upload.over != self.base:
+            return 409, {"error": f"an adapter over {upload.over}, and the server holds {self.base}"}
+        come = self._arriving[1] if self._arriving is not None and self._arriving[0] == upload.name else 0
+        if upload.part not in (0, come - 1, come):  # a part may come twice
+            return 409, {"error": f"part {upload.part} of {upload.name} is not the next one"}
         if self._answering:
-            await _reply(send, 409, {"error": f"{self._answering} requests for {self.weights} are being answered"})
-            return
-        self.weights, self._arriving = None, (name, part + 1)
-        engine = scope["app"].state.engine_client
+            return 409, {"error": f"{self._answering} requests for {self.weights} are being answered"}
+        self.weights, self._arriving = None, (upload.name, upload.part + 1)
+        if upload.over is None:
+            self.base = None
+        engine = state.engine_client
         try:
-            await engine.collective_rpc("rlhf_receive", args=(bytes(body), part == 0))
-            if part + 1 == parts:
-                await engine.collective_rpc("rlhf_load")
-                # or prompts known from before are answered by the old weights
-                await engine.reset_prefix_cache()
+            await engine.collective_rpc("rlhf_receive", args=(body, upload.part == 0))
+            if upload.last:
+                await self._take_up(state, upload)
         except Exception as error:  # whatever the worker says: the sender has to hear it
             self._arriving = None
-            await _reply(send, 422, {"error": f"{type(error).__name__}: {error}"})
-            return
-        if part + 1 == parts:
-            self.weights, self._arriving = name, None
-        await _reply(send, 200, {"weights": self.weights})
+            return 422, {"error": f"{type(error).__name__}: {error}"}
+        return None
+
+    async def _take_up(self, state: Any, upload: _Upload) -> None:
+        engine, adapters = state.engine_client, state.openai_serving_models.lora_requests
+        adapters.clear()
+        if upload.over is None:
+            await engine.collective_rpc("rlhf_load")
+        else:
+            self._adapters += 1
+            await engine.collective_rpc("rlhf_load_adapter", args=(self._adapters,))
+            adapters[upload.name] = vllm_adapters.adapter_request(upload.name, self._adapters)
+        # or prompts known from before are answered by the old weights. Somebody who does not mind which may be being
+        # answered: without the option vLLM would then reset nothing
+        await engine.reset_prefix_cache(reset_running_requests=True)
+        self.weights, self._arriving = upload.name, None
+        self.base = upload.over or upload.name
 
 
 async def _reply(send: Send, status: int, content: dict[str, Any]) -> None:
@@ -193,6 +229,11 @@ class WeightReceiver:
         """Take up what was received."""
         received, self._rlhf_received = self._rlhf_received, {}
         self.reload_weights(weights_iterator=iter(received.items()))  # type: ignore[attr-defined]
+
+    def rlhf_load_adapter(self, number: int) -> None:
+        """Take up what was received as an adapter."""
+        received, self._rlhf_received = self._rlhf_received, {}
+        vllm_adapters.take_adapter(self, number, received)
 
 
 def check_arguments(args: Any) -> None:

@@ -22,7 +22,7 @@ from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.seeding import counter_seed
-from rlhf_lightning.models.handover import checkpoint_weights
+from rlhf_lightning.models.handover import GivenBase, adapter_rank, adapter_weights, checkpoint_weights
 from rlhf_lightning.rollout.engines import (
     Answer,
     assemble_answers,
@@ -31,6 +31,7 @@ from rlhf_lightning.rollout.engines import (
     vllm_sampling,
 )
 from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_ids
+from rlhf_lightning.rollout.vllm_adapters import AdapterOption, check_adapter_option, room_for
 from rlhf_lightning.rollout.vllm_serve import TOKEN, WEIGHTS_HEADER, is_loopback, token_from_environment
 
 HOSTS = "RLHF_VLLM_HOSTS"
@@ -59,6 +60,8 @@ class VLLMServer(RolloutEngine):
     Args:
         spec: how to sample.
         tokenizer: for its pad and end ids.
+        adapter: of a policy with `lora`. merged: added into the weights, all of which are sent before every rollout;
+            sent: the weights under it are sent once, then the adapter alone; the server is started with --enable-lora.
         url: of the server; one that is not on this machine must be named in the environment variable RLHF_VLLM_HOSTS.
         patience_s: seconds without a sign of life after which the server is given up.
         answer_timeout_s: longest time for the answers to one prompt, in seconds.
@@ -71,6 +74,7 @@ class VLLMServer(RolloutEngine):
         self,
         spec: GenerationSpec,
         tokenizer: PreTrainedTokenizerBase,
+        adapter: AdapterOption = "merged",
         url: str = "http://127.0.0.1:8000",
         patience_s: float = 20.0,
         answer_timeout_s: float = 600.0,
@@ -80,6 +84,7 @@ class VLLMServer(RolloutEngine):
     ) -> None:
         refuse_options_of_batches(spec, type(self).__name__)
         vllm_sampling(spec, ())
+        check_adapter_option(adapter)
         for name, value, least in (
             ("patience_s", patience_s, 0),
             ("answer_timeout_s", answer_timeout_s, 0),
@@ -91,7 +96,7 @@ class VLLMServer(RolloutEngine):
                 raise UserError(f"engine.{name}={value}: give a positive number")
         self.spec = spec
         self.tokenizer = tokenizer
-        self._server = _Server(url, _Limits(patience_s, answer_timeout_s, retries, in_flight, part_mib))
+        self._server = _Server(url, adapter, _Limits(patience_s, answer_timeout_s, retries, in_flight, part_mib))
 
     def with_spec(self, spec: GenerationSpec) -> "VLLMServer":
         other = copy.copy(self)
@@ -112,6 +117,7 @@ class VLLMServer(RolloutEngine):
         asked = [
             {
                 **options,
+                **self._server.answers_from,
                 "prompt": ids,
                 "n": self.spec.num_samples,
                 "logprobs": 0,
@@ -139,7 +145,7 @@ class _BrokenError(Exception):
 class _Server:
     """One server as one run knows it: where it is, what it holds."""
 
-    def __init__(self, url: str, limits: _Limits) -> None:
+    def __init__(self, url: str, adapter: AdapterOption, limits: _Limits) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
             raise UserError(f"engine.url={url!r} is no server's address: give http://127.0.0.1:8000 or the like")
@@ -150,12 +156,16 @@ class _Server:
                 f"export {HOSTS}={parts.hostname} if it is yours"
             )
         self.url = url
+        self.adapter = adapter
         self.limits = limits
         self._address = parts
         self._run = secrets.token_hex(8)
         self._updates = 0
         self._weights = ""
         """Name of the weights that it was given last."""
+        self._base = GivenBase()
+        self._base_name = ""
+        """Name of the weights under the adapter that it was given last."""
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
@@ -163,6 +173,8 @@ class _Server:
         """Weights from the first rank; the others hear whether it went well."""
         group = torch.distributed
         several = group.is_initialized() and group.get_world_size() > 1
+        # a name for every try: one whose end was not heard may have left other weights under it
+        self._updates += 1
         name, problem = f"{self._run}-{self._updates}", ""
         if not several or group.get_rank() == 0:
             try:
@@ -177,19 +189,35 @@ class _Server:
             name, problem = told
             if problem:
                 raise UserError(problem)
-        self._updates += 1
         self._weights = name
 
     def _send_weights(self, policy: Any, name: str) -> None:
-        if not self._updates:
-            self._check_model(policy)
-        parts = list(_parts(checkpoint_weights(policy), self.limits.part_mib * 2**20))
-        for index, part in enumerate(parts):
-            body = save({key: weight.detach().cpu().clone() for key, weight in part})
-            path = f"/rlhf/weights?name={name}&part={index}&parts={len(parts)}"
-            self._watched([lambda body=body, path=path: self._request("POST", path, body)])  # type: ignore[misc]
+        adapter = adapter_weights(policy) if self.adapter == "sent" else {}
+        weights = checkpoint_weights(policy, with_adapter=not adapter)
+        # each time: another server may have taken the place of the one before
+        self._check_model(policy, adapter_rank(adapter) if adapter else 0)
+        if not adapter:
+            self._upload(weights, f"name={name}")
+            return
+        if not self._base.is_of(policy):
+            self._base.forget()
+            self._base_name = f"{name}-base"
+            self._upload(weights, f"name={self._base_name}")
+            self._base.give(policy)
+        self._upload(iter(adapter.items()), f"name={name}&over={self._base_name}")
 
-    def _check_model(self, policy: Any) -> None:
+    def _upload(self, weights: Iterator[tuple[str, Tensor]], query: str) -> None:
+        parts = _parts(weights, self.limits.part_mib * 2**20)
+        index, part = 0, next(parts, None)
+        while part is not None:
+            # two parts at a time are held, of weights that were made for this
+            following = next(parts, None)
+            body = save({key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in part})
+            path = f"/rlhf/weights?{query}&part={index}&last={int(following is None)}"
+            self._watched([lambda body=body, path=path: self._request("POST", path, body)])  # type: ignore[misc]
+            index, part = index + 1, following
+
+    def _check_model(self, policy: Any, rank: int) -> None:
         config = policy.config.get_text_config()
         [served] = self._watched([lambda: self._request("GET", "/rlhf/model")])
         ours = {
@@ -204,8 +232,20 @@ class _Server:
                     f"the server at {self.url} serves a model whose {what} is {served.get(what)}, and the policy's is "
                     f"{value}: start it with the model that the policy was started from"
                 )
+        room = served.get("max_lora_rank", 0)
+        if rank > room:
+            raise UserError(
+                f"the server at {self.url} takes adapters up to rank {room}, and lora.r={rank}: start it with "
+                f"--enable-lora --max-lora-rank {room_for(rank)} (make vllm-server OPTIONS='...'), or set "
+                "engine.adapter: merged"
+            )
 
     # ---- answers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def answers_from(self) -> dict[str, str]:
+        """What a request says besides, for answers from the adapter that was sent."""
+        return {"model": self._weights} if self.adapter == "sent" else {}
 
     def complete(self, asked: Sequence[dict[str, Any]]) -> list[list[Answer]]:
         """Answers to each of some requests of the API's /v1/completions."""
@@ -318,7 +358,7 @@ class _Server:
         if status == 409:
             raise UserError(
                 f"the server at {self.url} holds other weights than this run gave it: it was started anew, or another "
-                "run uses it; one run per server, and --resume auto goes on from the last checkpoint"
+                f"run uses it; one run per server, and --resume auto goes on from the last checkpoint ({said})"
             )
         raise UserError(f"the server at {self.url} refuses {path.split('?')[0]} (status {status}): {said}")
 

@@ -11,13 +11,14 @@ from copy_engine import CopyEngine
 from fits import fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from one_step import records
+from safetensors.torch import load_file
 
 from rlhf_lightning.advantages import ReMax
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses import SamplerCorrection
 from rlhf_lightning.models.loading import load_policy
-from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
@@ -168,8 +169,6 @@ def test_a_share_of_the_entropies_needs_entropies(tiny_model):
 
 
 def test_weights_are_those_of_the_export_with_the_adapter_added_in(tiny_model, tmp_path):
-    from safetensors.torch import load_file
-
     from rlhf_lightning.models.export import export_policy
     from rlhf_lightning.models.handover import checkpoint_weights
     from rlhf_lightning.models.loading import load_tokenizer
@@ -225,11 +224,232 @@ def test_weights_that_are_not_whole_are_refused(tiny_model, monkeypatch):
     from rlhf_lightning.models import handover
 
     policy = load_policy(ModelSpec(path=str(tiny_model)))
-    for name, message in (("is_sharded", "shares the policy's weights out"), ("is_quantized", "base is quantised")):
-        with monkeypatch.context() as patched:
-            patched.setattr(handover, name, lambda module: True)
-            with pytest.raises(UserError, match=message):
-                next(handover.checkpoint_weights(policy))
+    monkeypatch.setattr(handover, "is_sharded", lambda module: True)
+    with pytest.raises(UserError, match="shares the policy's weights out"):
+        handover.checkpoint_weights(policy)
+
+
+def peft_policy(tiny_model, **options):
+    from peft import LoraConfig
+
+    from rlhf_lightning.models.lora import wrap
+    from rlhf_lightning.models.policy import Policy
+
+    model = load_policy(ModelSpec(path=str(tiny_model))).causal_lm
+    return Policy(wrap(model, LoraConfig(**{"target_modules": ["q_proj", "down_proj"]} | options)))
+
+
+def shaken(policy):
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return policy
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"r": 2, "lora_alpha": 7}, {"rank_pattern": {"q_proj": 3}, "r": 2}]
+)
+def test_an_adapter_is_told_with_its_scale(options, tiny_model):
+    from rlhf_lightning.models.handover import adapter_rank, adapter_weights
+
+    policy = shaken(peft_policy(tiny_model, **options))
+    told = adapter_weights(policy)
+    layers = {name.rpartition(".lora_")[0] for name in told}
+    assert len(told) == 2 * len(layers) == 2 * 2 * policy.config.num_hidden_layers
+    for layer in layers:
+        wanted = policy.causal_lm.get_submodule(layer).get_delta_weight("default")
+        product = told[f"{layer}.lora_B.weight"] @ told[f"{layer}.lora_A.weight"]
+        torch.testing.assert_close(product, wanted, rtol=0, atol=1e-6)
+        assert wanted.abs().max() > 1e-3
+    assert adapter_rank(told) == max([options.get("r", 8), *options.get("rank_pattern", {}).values()])
+    before = {name: value.clone() for name, value in told.items()}
+    shaken(policy)  # what was told does not move along
+    assert all(torch.equal(value, before[name]) for name, value in told.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["norm"]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_adapters_that_do_more_are_refused_whichever_way_they_go(options, tiny_model):
+    from rlhf_lightning.models.handover import adapter_weights, checkpoint_weights
+
+    policy = peft_policy(tiny_model, **options)
+    for hand_over in (adapter_weights, checkpoint_weights):
+        with pytest.raises(
+            UserError, match=r"more than a low-rank update of weights .*use plain LoRA, or the engine HF"
+        ):
+            hand_over(policy)
+
+
+def test_adapters_that_cannot_be_sent_are_named(tiny_model):
+    from rlhf_lightning.models.handover import adapter_weights
+
+    with pytest.raises(UserError, match=r"engine.adapter='sent' .*and the policy has none: give policy.lora, or set"):
+        adapter_weights(load_policy(ModelSpec(path=str(tiny_model))))
+    policy = peft_policy(tiny_model, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(UserError, match=r"embed_tokens is another \(Embedding\): leave it out of lora.target_modules"):
+        adapter_weights(policy)
+    policy = peft_policy(tiny_model)
+    policy.model.merge_adapter()
+    with pytest.raises(UserError, match=r"q_proj has one that is merged into the weights: set engine.adapter: merged"):
+        adapter_weights(policy)
+
+
+def test_the_weights_under_an_adapter_are_those_that_it_was_put_over(tiny_model):
+    from rlhf_lightning.models.handover import GivenBase, checkpoint_weights
+
+    plain = dict(checkpoint_weights(load_policy(ModelSpec(path=str(tiny_model)))))
+    policy = shaken(load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2))))
+    under = dict(checkpoint_weights(policy, with_adapter=False))
+    assert all(torch.equal(under[name], value) for name, value in plain.items())
+    assert under.keys() == plain.keys()
+    given = GivenBase()
+    assert not given.is_of(policy)
+    given.give(policy)
+    shaken(policy)
+    assert given.is_of(policy)
+    assert not given.is_of(load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2))))
+    with torch.no_grad():
+        policy.causal_lm.model.norm.weight.mul_(2)
+    assert not given.is_of(policy)
+
+
+def test_weights_in_few_bits_are_put_back_or_refused(wide_model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.handover import checkpoint_weights
+    from rlhf_lightning.models.loading import load_tokenizer
+
+    spec = ModelSpec(path=str(wide_model), lora=LoraSpec(r=2), quantization=QuantizationSpec())
+    policy = shaken(load_policy(spec))
+    written = load_file(export_policy(policy, load_tokenizer(spec), tmp_path / "hf") / "model.safetensors")
+    given = dict(checkpoint_weights(policy))
+    assert written.keys() <= given.keys()
+    for name, value in written.items():
+        torch.testing.assert_close(given[name], value, rtol=0, atol=1e-6)
+    eight = load_policy(replace(spec, quantization=QuantizationSpec(8)))
+    with pytest.raises(UserError, match=r"policy.quantization.bits=8 rounds the layers' inputs .*use bits: 4, leave"):
+        checkpoint_weights(eight)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "message"),
+    [
+        ("VLLMEngine", {"adapter": "added"}, "engine.adapter='added': use merged or sent"),
+        ("VLLMServer", {"adapter": "added"}, "engine.adapter='added': use merged or sent"),
+        ("VLLMEngine", {"adapter": "sent", "sleep": True}, "engine.sleep=true drops the weights that engine.adapter"),
+    ],
+)
+def test_ways_to_hand_an_adapter_over_that_there_are_not(engine, options, message):
+    from rlhf_lightning import rollout
+
+    with pytest.raises(UserError, match=message):
+        getattr(rollout, engine)(GenerationSpec(), None, **options)
+
+
+def test_ranks_have_the_room_that_vllm_has():
+    from rlhf_lightning.rollout.vllm_adapters import room_for
+
+    assert [room_for(rank) for rank in (1, 2, 8, 9, 300, 512)] == [1, 8, 8, 16, 320, 512]
+    with pytest.raises(
+        UserError, match=r"lora.r=513: vLLM takes adapters up to rank 512: lower it, or set engine.adap"
+    ):
+        room_for(513)
+
+
+# ---- the order of calls ----------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """Notes what a vLLM is told, and breaks off where it is told to."""
+
+    def __init__(self, breaks=()):
+        self.calls, self.breaks = [], breaks
+
+    def collective_rpc(self, method, args=(), kwargs=None):
+        what = method if isinstance(method, str) else method.__name__
+        if what == "reload_weights":
+            dict(kwargs["weights_iterator"])
+        self.calls.append(what)
+        if what in self.breaks:
+            self.breaks = ()
+            raise RuntimeError("on purpose")
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags}")
+
+    def reset_prefix_cache(self, reset_running_requests):
+        assert reset_running_requests
+        self.calls.append("reset")
+
+
+def started(monkeypatch, llm, **options):
+    from rlhf_lightning.rollout.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(GenerationSpec(), None, **options)
+    monkeypatch.setattr(engine._running, "_start", lambda policy, rank: setattr(engine._running, "llm", llm))
+    return engine
+
+
+def test_a_sleeping_engine_is_given_weights_before_its_cache_comes_back(tiny_model, monkeypatch):
+    policy, llm = load_policy(ModelSpec(path=str(tiny_model))), Recorded()
+    engine = started(monkeypatch, llm, sleep=True)
+    engine.rest()  # nothing is started yet
+    assert llm.calls == []
+    engine.take_weights(policy)
+    assert llm.calls == ["reload_weights", "reset"]
+    for _ in range(2):
+        llm.calls.clear()
+        engine.rest()
+        engine.rest()  # an evaluation may end where a rollout did
+        engine.take_weights(policy)
+        assert llm.calls == ["sleep 2", "wake ['weights']", "reload_weights", "wake ['kv_cache']", "reset"]
+    # weights that were not taken up: it is awake, nothing is answered, and it is given them again
+    engine.rest()
+    llm.calls.clear()
+    llm.breaks = ("reload_weights",)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        engine.take_weights(policy)
+    assert not engine._running.has_weights
+    engine.take_weights(policy)
+    # what is awake is not woken again
+    assert llm.calls == ["wake ['weights']", "reload_weights", "reload_weights", "wake ['kv_cache']", "reset"]
+    assert engine._running.has_weights
+
+
+def test_an_engine_without_sleep_never_rests(tiny_model, monkeypatch):
+    policy, llm = load_policy(ModelSpec(path=str(tiny_model))), Recorded()
+    engine = started(monkeypatch, llm)
+    for _ in range(2):
+        engine.take_weights(policy)
+        engine.rest()
+    assert llm.calls == ["reload_weights", "reset"] * 2
+
+
+def test_a_base_is_handed_over_once_and_again_after_a_failure(tiny_model, monkeypatch):
+    from rlhf_lightning.rollout import vllm_engine
+
+    monkeypatch.setattr(vllm_engine, "adapter_request", lambda name, number: (name, number))
+    policy, llm = load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2))), Recorded()
+    engine = started(monkeypatch, llm, adapter="sent")
+    for number in (1, 2):
+        engine.take_weights(policy)
+        assert engine._running.adapter == (f"adapter-{number}", number)
+    assert llm.calls == ["reload_weights", "take_adapter", "reset", "take_adapter", "reset"]
+    with torch.no_grad():
+        policy.causal_lm.model.norm.weight.mul_(2)
+    llm.breaks = ("reload_weights",)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        engine.take_weights(policy)
+    llm.calls.clear()
+    engine.take_weights(policy)
+    assert llm.calls == ["reload_weights", "take_adapter", "reset"]
 
 
 def test_out_of_memory_names_what_the_engine_heeds(tiny_model, write_jsonl, tmp_path):

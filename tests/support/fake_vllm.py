@@ -30,7 +30,9 @@ class FakeVLLM(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.policy, self.tokenizer = policy, tokenizer
         self.failures, self.hangs = failures or {}, hangs
-        self.weights, self.received, self.parts = None, {}, 0
+        self.weights, self.base, self.received, self.parts = None, None, {}, 0
+        self.sizes = []
+        """Bytes of every part, and whether it is an adapter's."""
         self.changes = {}
         """Entries of the model's description that are told otherwise."""
         self.asked = []
@@ -76,23 +78,44 @@ class _Handler(BaseHTTPRequestHandler):
             elif path.path == "/rlhf/model":
                 config = server.policy.config
                 names = ("vocab_size", "hidden_size", "num_hidden_layers")
-                told = {"architecture": type(server.policy.causal_lm).__name__}
+                told = {"architecture": type(server.policy.causal_lm).__name__, "max_lora_rank": 16}
                 self.reply(200, told | {name: getattr(config, name) for name in names} | server.changes)
             elif path.path == "/rlhf/weights":
                 self.take(body, {name: value[0] for name, value in parse_qs(path.query).items()})
             elif self.headers.get("X-RLHF-Weights") != server.weights:
                 self.reply(409, {})
+            elif server.weights != server.base and json.loads(body).get("model") != server.weights:
+                self.reply(404, {"error": "the adapter was not asked for"})
             else:
                 self.reply(200, {"choices": complete(server.policy, server.tokenizer, json.loads(body))})
 
     def take(self, body, query):
         server = self.server
+        over = query.get("over")
+        if over is not None and over != server.base:
+            self.reply(409, {"error": "another base"})
+            return
         server.received |= load(body)
         server.parts += 1
-        if int(query["part"]) + 1 == int(query["parts"]):
-            server.policy.causal_lm.load_state_dict(server.received)
-            server.weights, server.received = query["name"], {}
+        server.sizes.append((len(body), over is not None))
+        if query["last"] == "1":
+            if over is None:
+                server.policy.causal_lm.load_state_dict(server.received)
+                server.held = {name: weight.clone() for name, weight in server.received.items()}
+            else:
+                server.policy.causal_lm.load_state_dict(server.held | added(server.held, server.received))
+            server.weights, server.base, server.received = query["name"], over or query["name"], {}
         self.reply(200, {})
+
+
+def added(base, adapter):
+    """The weights that an adapter changes."""
+    layers = {name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")}
+    return {
+        f"{layer}.weight": base[f"{layer}.weight"]
+        + adapter[f"{layer}.lora_B.weight"] @ adapter[f"{layer}.lora_A.weight"]
+        for layer in layers
+    }
 
 
 def complete(policy, tokenizer, asked):

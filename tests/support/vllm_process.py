@@ -23,12 +23,12 @@ class Server:
         os.killpg(self.process.pid, number)
 
 
-def start_server(model, folder: Path) -> Server:
+def start_server(model, folder: Path, *more: str) -> Server:
     """`python -m rlhf_lightning.rollout.vllm_serve` on a free port, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--load-format", "dummy", "--dtype", "float32", "--enforce-eager", "--port", str(port)]
+    options = ["--load-format", "dummy", "--dtype", "float32", "--enforce-eager", "--port", str(port), *more]
     command = [sys.executable, "-m", "rlhf_lightning.rollout.vllm_serve", "--model", str(model), *options]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     log = folder / "server.log"

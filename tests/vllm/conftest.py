@@ -19,6 +19,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make test-vllm"))
 
 
+@pytest.fixture(autouse=True)
+def alone_afterwards():
+    """An engine of a whole module keeps vLLM's process group from one test to the next."""
+
+
 @pytest.fixture(scope="session")
 def llama_config() -> dict:
     """A small Llama whose heads have the 32 dimensions that vLLM wants on the CPU."""

@@ -49,7 +49,7 @@ def test_nothing_but_its_health_is_told_without_the_token(server, token):
 def test_what_is_no_safetensors_is_refused_and_the_server_lives_on(server, token):
     import pickle
 
-    path = f"{server.url}/rlhf/weights?name=x&part=0&parts=1"
+    path = f"{server.url}/rlhf/weights?name=x&part=0&last=1"
     for body in (pickle.dumps({"weight": 1}), b"", b"\xff" * 100):
         assert status(path, token, body) == 422
     assert status(f"{server.url}/health") == 200
