@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
-.PHONY: setup quickstart test test-vllm vllm-server lint bench faults fuzz parallel clean
+.PHONY: setup quickstart test test-vllm bench-vllm vllm-server lint bench faults fuzz parallel clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ $(VLLM_STAMP): tests/vllm/requirements.txt
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest tests/vllm
+
+# what a hand-over to it costs: minutes
+bench-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python benchmarks/bench_handover.py
 
 # a server for `engine: VLLMServer`: make vllm-server MODEL=runs/sft/hf [PORT=8000] [OPTIONS="what vllm serve takes"]
 MODEL ?= runs/sft/hf

@@ -1,4 +1,4 @@
-"""What handing weights to vLLM costs: .venv-vllm/bin/python benchmarks/bench_handover.py (make vllm-bench)
+"""What handing weights to vLLM costs: make bench-vllm
 
 A policy with an adapter (rank 16, every linear layer, float32) goes to vLLM in process and to a server on the same
 machine, merged and sent alone. Bytes are those of the tensors that are handed over; milliseconds by the clock, least of

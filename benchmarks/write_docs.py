@@ -400,9 +400,32 @@ def planned() -> str:
     )
 
 
+def handover() -> str:
+    result = load("handover.json")
+    if result is None:
+        return ""
+    figures = ("MB of an update", "ms of an update", "ms of the first", "ms of sampling")
+    rows = [
+        [f"{r['parameters'] / 1e6:.3g}", r["engine"], r["adapter"], *(f"{r[name]:.3g}" for name in figures)]
+        for r in result["rows"]
+    ]
+    return "\n\n".join(
+        [
+            "## Hand-over to vLLM",
+            f"`make bench-vllm`: a policy with an adapter of rank {result['rank']} on every linear layer, float32, goes to "
+            "vLLM in process and to a server on the same machine, by the [option](engines.md#adapters) `adapter`. MB of "
+            "the tensors that are handed over; milliseconds by the clock, least of five updates; the first hand-over of "
+            "`sent` holds the weights too; sampling is 8 answers of 32 tokens to one prompt, least of three. Other work "
+            "ran on the machine.",
+            table(["million parameters", "engine", "adapter", *figures], rows),
+            measured_with(result["about"]),
+        ]
+    )
+
+
 def main() -> None:
     sections = (quickstart(), random_walks(), arithmetic(), sentiment(), family(), verifiers(), faults(), memory())
-    sections += (planned(),)
+    sections += (planned(), handover())
     parts = (INTRO, *(part for section in sections for part in (section, "")))
     page = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
     (HERE.parent / "docs" / "benchmarks.md").write_text(page)
