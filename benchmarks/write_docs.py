@@ -412,11 +412,11 @@ def handover() -> str:
     return "\n\n".join(
         [
             "## Hand-over to vLLM",
-            f"`make bench-vllm`: a policy with an adapter of rank {result['rank']} on every linear layer, float32, goes to "
-            "vLLM in process and to a server on the same machine, by the [option](engines.md#adapters) `adapter`. MB of "
-            "the tensors that are handed over; milliseconds by the clock, least of five updates; the first hand-over of "
-            "`sent` holds the weights too; sampling is 8 answers of 32 tokens to one prompt, least of three. Other work "
-            "ran on the machine.",
+            f"`make bench-vllm`: a policy with an adapter of rank {result['rank']} on every linear layer goes to vLLM "
+            "in process and to a server on the same machine, by the [option](engines.md#adapters) `adapter`. MB "
+            "of the tensors that are handed over; milliseconds by the clock, least of five updates; the first "
+            "hand-over of `sent` holds the weights too; sampling is 8 answers of 32 tokens to one prompt, least "
+            "of three. Other work ran on the machine.",
             table(["million parameters", "engine", "adapter", *figures], rows),
             measured_with(result["about"]),
         ]
