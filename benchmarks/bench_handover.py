@@ -66,7 +66,11 @@ def server(model: str, scratch: Path) -> Iterator[str]:
     options = ["--load-format", "dummy", "--dtype", "float32", "--enforce-eager", "--port", str(port)]
     options += ["--enable-lora", "--max-lora-rank", str(RANK)]
     command = [sys.executable, "-m", "rlhf_lightning.rollout.vllm_serve", "--model", model, *options]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     with (scratch / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -156,7 +160,8 @@ def main() -> None:
     found = [row for name in MODELS for row in rows(name, scratch)]
     measured_with = about()
     measured_with["versions"]["vllm"] = version("vllm-cpu")
-    write_json(RESULT, {"about": measured_with, "rank": RANK, "rows": found})
+    load = f"load average of {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores over the last quarter of an hour"
+    write_json(RESULT, {"about": measured_with, "conditions": load, "rank": RANK, "rows": found})
 
 
 if __name__ == "__main__":

@@ -416,9 +416,10 @@ def handover() -> str:
             "in process and to a server on the same machine, by the [option](engines.md#adapters) `adapter`. MB "
             "of the tensors that are handed over; milliseconds by the clock, least of five updates; the first "
             "hand-over of `sent` holds the weights too; sampling is 8 answers of 32 tokens to one prompt, least "
-            "of three. Other work ran on the machine.",
+            "of three. Compare times by "
+            "factors, not by percents: other work ran beside.",
             table(["million parameters", "engine", "adapter", *figures], rows),
-            measured_with(result["about"]),
+            f"{measured_with(result['about'])} *{result['conditions']}.*",
         ]
     )
 
