@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from rlhf_lightning.core.batches import Batch, step_totals
@@ -36,8 +37,11 @@ class Splitter:
     """Takes a module's training steps and measurements, in as large pieces as fit.
 
     A step is taken anew from its first micro-batch on where a backward pass broke off: some of its gradients were
-    added, and nothing tells which. Only one process may do that, and only with whole weights: others would wait in
-    their exchange of gradients for the one that is behind, so there the run ends with what to set instead.
+    added, and nothing tells which.
+
+    Under DDP each process does that for itself: it exchanges gradients in the backward pass of a step's last part, and
+    in nothing before. Where memory runs out in that pass, or where weights are sharded and every layer is exchanged,
+    the others would wait for the one that is behind: there the run ends with what to set instead.
 
     Args:
         module: the stage; `step_state`, `put_back`, `inseparable` and `smaller_batches` are asked for.
@@ -85,7 +89,7 @@ class Splitter:
             return self._own(batch, batch_idx)
         if batch.totals is None:
             batch = batch.with_totals(step_totals([batch], self.module.add_over_ranks, self.module.measure_step))
-        if self._exchanges_gradients:
+        if self._exchanges_layers:
             self._window = [(batch, batch_idx)]
             loss, failed = _attempt(lambda: self._own(batch, batch_idx))
             if failed is not None:
@@ -143,6 +147,8 @@ class Splitter:
         loss = self._own(last, batch_idx)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return loss
+        if self.module.trainer.world_size > 1:  # the trainer's own backward pass is where gradients are exchanged
+            return total + loss if first else loss
         self._graph = loss
         self._value = (total + loss.detach()).requires_grad_()
         return self._value
@@ -200,8 +206,10 @@ class Splitter:
         return int(self.module.trainer.accumulate_grad_batches)
 
     @property
-    def _exchanges_gradients(self) -> bool:
-        return self.module.trainer.world_size > 1 or is_sharded(self.module)
+    def _exchanges_layers(self) -> bool:
+        """Whether processes meet in a forward pass, or may: of other strategies than DDP nothing is known."""
+        trainer = self.module.trainer
+        return is_sharded(self.module) or (trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy))
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from rlhf_lightning.parallel import FSDP2Strategy
 
 IN_CI = [name for name in CASES if not name.endswith((", replicas", ", two groups")) and ", tensor" not in name]
 EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "asked in between", *SPECS)]
+SHORT = [name for name in IN_CI if name.endswith(", short of memory")]
 HALF = ["sft, bfloat16", "sft, bf16-mixed"]
 
 
@@ -76,6 +77,16 @@ def test_five_steps_move_the_weights_that_are_compared(stage, alone, tiny_model)
 def test_two_processes_take_the_steps_of_one(name, folder, alone):
     stage, how = name.split(", ")
     assert_same(result(folder, name), alone(stage, how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_one_of_two_processes_that_is_short_of_memory_takes_its_share_in_parts(name, folder, alone):
+    found = result(folder, name)
+    assert_same(found, alone(name.split(", ")[0]))
+    sizes = found["sizes"]
+    assert sizes[0] > sizes[1], "nothing was cut"
+    assert max(sizes[1:]) == sizes[1], "what had not fitted was tried again"
 
 
 @pytest.mark.slow

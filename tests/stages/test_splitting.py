@@ -167,7 +167,7 @@ def test_losses_that_compare_within_a_micro_batch_are_not_cut(stage, loss, what,
 def test_one_of_several_processes_does_not_go_on_alone(where, whole, tiny_model, monkeypatch):
     path, *_ = whole("sft")
     Full(monkeypatch, 7, where)
-    monkeypatch.setattr(splitting.Splitter, "_exchanges_gradients", True)
+    monkeypatch.setattr(splitting.Splitter, "_exchanges_layers", True)
     with pytest.raises(UserError, match=r"process 0. Where processes exchange .* set data.batch_size=6 and trainer"):
         step("sft", str(tiny_model), path)
 

@@ -33,6 +33,7 @@ from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.losses.preference_guarded import TDPO
 from rlhf_lightning.losses.preference_online import NashMD
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.sharded import whole_state_dict
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
@@ -160,6 +161,28 @@ def compared(stage: str, strategy: Callable[[], Any], **options: Any) -> Case:
 
     def case(model: str, folder: Path, world: int) -> dict[str, Any]:
         return of_stage(stage, model, folder, devices=world, strategy=strategy(), **options)
+
+    return case
+
+
+def short_of_memory(stage: str) -> Case:
+    """The same, where the first process has no room for more than one sequence (two of a pair) with a gradient."""
+
+    def case(model: str, folder: Path, world: int) -> dict[str, Any]:
+        own, sizes = Policy.hidden_states, []
+        room = 2 if stage == "dpo" else 1
+
+        def run(policy: Policy, tokens: Tensor, *args: Any, **options: Any) -> Tensor:
+            learns = torch.is_grad_enabled() and any(p.requires_grad for p in policy.parameters())
+            if not learns or os.environ["LOCAL_RANK"] != "0":
+                return own(policy, tokens, *args, **options)
+            sizes.append(len(tokens))
+            if len(tokens) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return own(policy, tokens, *args, **options)
+
+        with mock.patch.object(Policy, "hidden_states", run):
+            return of_stage(stage, model, folder, devices=world, strategy="ddp") | {"sizes": sizes}
 
     return case
 
@@ -506,6 +529,7 @@ CASES |= {
     "sft, not resharded": compared("sft", lambda: FSDP2Strategy(reshard_after_forward=False)),
     "sft, bfloat16": compared("sft", lambda: FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")),
     "sft, bf16-mixed": compared("sft", named("fsdp2"), precision="bf16-mixed"),
+    **{f"{stage}, short of memory": short_of_memory(stage) for stage in ("sft", "dpo", "ppo")},
     "sft, asked in between": asked_in_between,
     "sft, tied": tied,
     "sft, replicas": compared("sft", lambda: FSDP2Strategy(num_replicas=2)),
