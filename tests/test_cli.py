@@ -346,6 +346,16 @@ def test_a_typo_is_an_error_that_names_key_file_line_and_the_right_name(config, 
     assert len(message.strip().splitlines()) == 1
 
 
+def test_a_scheduler_that_watches_a_metric_runs_from_a_config_and_the_rest_of_its_module_does_not(config, capsys):
+    watching = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
+    config["model"]["init_args"]["lr_scheduler"] = watching
+    config["data"]["val"] = "train.jsonl"
+    assert fit(config) == 0
+    watching["class_path"] = "lightning.pytorch.cli.LightningCLI"
+    assert fit(config, "--overwrite", "true") == 2
+    assert "lightning.pytorch.cli.LightningCLI starts processes or loads code" in capsys.readouterr().err
+
+
 WRONG_VALUES = {
     "type": ("batch_size: 4", "batch_size: four", "four is not a whole number"),
     "nested type": ("lr: 0.001", "lr: fast", "fast is not a number"),

@@ -25,8 +25,9 @@ FAMILY = (
 )
 """Packages whose classes and functions any config may name."""
 
-PLAIN = ("datetime.timedelta",)
-"""Values that options of these packages take, and that do nothing."""
+PLAIN = ("datetime.timedelta", "lightning.pytorch.cli.ReduceLROnPlateau")
+"""Exactly these too: a value that options of these packages take and that does nothing, and a scheduler of torch's to
+which Lightning adds the name of a metric. What else is in the modules around them stays as it is."""
 
 DENIED = (
     "torch.hub",
