@@ -346,6 +346,11 @@ def test_a_typo_is_an_error_that_names_key_file_line_and_the_right_name(config, 
     assert len(message.strip().splitlines()) == 1
 
 
+SCHEDULER = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_siz": 3}}
+PLATEAU = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitr": "val/loss"}}
+PATTERN = {"class_path": "RegexFormat", "init_args": {"pattern": "x"}}
+
+
 def test_a_scheduler_that_watches_a_metric_runs_from_a_config_and_the_rest_of_its_module_does_not(config, capsys):
     watching = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
     config["model"]["init_args"]["lr_scheduler"] = watching
@@ -354,6 +359,72 @@ def test_a_scheduler_that_watches_a_metric_runs_from_a_config_and_the_rest_of_it
     watching["class_path"] = "lightning.pytorch.cli.LightningCLI"
     assert fit(config, "--overwrite", "true") == 2
     assert "lightning.pytorch.cli.LightningCLI starts processes or loads code" in capsys.readouterr().err
+
+
+MISSPELT = {
+    "scheduler": ("model.init_args.lr_scheduler", SCHEDULER, "step_siz", "step_size"),
+    "scheduler that watches": ("model.init_args.lr_scheduler", PLATEAU, "monitr", "monitor"),
+    "optimizer": (
+        "model.init_args.optimizer",
+        {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "weight_deca": 0.1}},
+        "weight_deca",
+        "weight_decay",
+    ),
+    "optimizer's init_args": (
+        "model.init_args.optimizer",
+        {"class_path": "torch.optim.AdamW", "init_arg": {"lr": 0.1}},
+        "init_arg",
+        "init_args",
+    ),
+    "callback": (
+        "trainer.callbacks",
+        [{"class_path": "SampleLogger", "init_args": {"num_prompt": 3}}],
+        "num_prompt",
+        "num_prompts",
+    ),
+    "callback's init_args": (
+        "trainer.callbacks",
+        [{"class_path": "SampleLogger", "init_arg": {"num_prompts": 3}}],
+        "init_arg",
+        "init_args",
+    ),
+    "field of a list's item": ("model.init_args.rewards", [{"reward": PATTERN, "wight": 2}], "wight", "weight"),
+    "class in a list's item": (
+        "model.init_args.rewards",
+        [{"reward": PATTERN}, {"reward": {**PATTERN, "init_args": {"patern": "x"}}}],
+        "patern",
+        "pattern",
+    ),
+    "plain section": ("model.init_args.policy", {"pth": "x"}, "pth", "path"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_key_is_named_with_its_place_and_the_nearest_name(config, capsys, name):
+    key, value, wrong, meant = MISSPELT[name]
+    if key.endswith("rewards"):
+        config["model"]["class_path"] = "GRPOModule"
+    *above, last = key.split(".")
+    section = config
+    for part in above:
+        section = section[part]
+    before = {last: section[last]} if last in section else {}
+    section[last] = value
+    assert fit(config) == 2
+    said = capsys.readouterr().err
+    line = next(i for i, row in enumerate(Path("sft.yaml").read_text().splitlines(), 1) if f"{wrong}:" in row)
+    assert said.startswith(f"error: sft.yaml:{line}: {key}.")
+    assert f".{wrong} is not an option of " in said
+    assert f"did you mean {meant}?" in said
+
+    del section[last]
+    section |= before
+    short = key.replace("init_args.", "")
+    assert fit(config, f"--{short}={json.dumps(value)}") == 2, "as JSON on the command line"
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: command line: --{short}.")
+    assert f".{wrong} is not an option of " in said
+    assert f"did you mean {meant}?" in said
 
 
 WRONG_VALUES = {

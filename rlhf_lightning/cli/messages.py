@@ -133,7 +133,10 @@ def _unknown(key: str, sources: ConfigSources, parser: Any) -> str:
         if valid and name not in valid:
             owner = class_of(parent, place, sources)
             whose = f"an option of {owner}" if owner else (f"an option of {parent}" if parent else "a section")
-            return f"{_at(place.key if place else key, sources, place)} is not {whose}; {_nearest(name, valid)}"
+            beside = get_close_matches(name, ("init_args", "class_path"), n=1, cutoff=0.75)
+            beside = beside if owner and name not in beside else []
+            near = f"did you mean {beside[0]}?" if beside else _nearest(name, valid)
+            return f"{_at(place.key if place else key, sources, place)} is not {whose}; {near}"
     return f"{_at(key, sources)} is not an option"
 
 

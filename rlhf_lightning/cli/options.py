@@ -53,7 +53,7 @@ def class_of(key: str, place: Place | None, sources: ConfigSources) -> str | Non
     found = None
     for candidate in sources.places:
         is_class = short_key(candidate.key) == f"{key}.class_path"
-        is_short = short_key(candidate.key) == key and candidate.value and not candidate.value.startswith("{")
+        is_short = short_key(candidate.key) == key and candidate.value and candidate.value[0] not in "{["
         same_file = place is not None and candidate.file == place.file and bool(place.file)
         if (is_class or is_short) and not (same_file and place is not None and candidate.line > place.line):
             found = candidate.value

@@ -172,8 +172,8 @@ class ConfigSources:
                 yield from self._walk(item, prefix, file, depth + 1, line)
 
     def _inside(self, text: str, key: str, file: str, line: int) -> Iterator[Place]:
-        """What the parser reads as a piece of config although it is a text: quoted YAML, the name of another file."""
-        if "class_path" in text:
+        """What the parser reads as a piece of config although it is a text: quoted YAML or JSON, a file's name."""
+        if "class_path" in text or (not file and text.startswith(("{", "["))):
             try:
                 node = yaml.compose(text, Loader=yaml.SafeLoader)
             except (yaml.YAMLError, RecursionError):
