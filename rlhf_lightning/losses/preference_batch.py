@@ -105,8 +105,8 @@ class BetaDPO(PreferenceLoss):
 
         weight_i = exp(-(M_i - m)^2 / (2 s^2)),  m = decay M_0 + (1 - decay) mean of M,  s likewise of the deviation
 
-    M_0 and s are over all pairs. As in the authors' code m and s have taken up the step itself; beta' has not, where
-    their code means by alpha what is alpha / decay here.
+    M_0 and s are over all pairs. As in the authors' code m and s have taken up the step itself. Their beta' compares
+    with m too; ours, as without the filter, with M_0.
 
     Args:
         beta: the middle value.
