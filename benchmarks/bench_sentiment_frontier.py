@@ -1,14 +1,14 @@
 """Our GRPO, RLOO, PPO and DPO beside TRL's GRPO, RLOO and DPO: reward against KL, tokens per second, memory.
 
-    python benchmarks/bench_sentiment_frontier.py --data PATH [--seeds 1 2 3] [--dpo-seeds 4 5 6 7] [--runs FOLDER]
+    python benchmarks/bench_sentiment_frontier.py --data PATH [--seeds 1 2 3] [--more-seeds 4 5 6 7] [--runs FOLDER]
 
 PATH holds models/stories260k, a pretrained 260k-parameter storyteller. The gold score is the VADER sentiment of the
 answer, and it is what the online methods are rewarded with; DPO learns from 4096 pairs. Both libraries start from the
 same weights and take the same prompts (pairs), seeds, optimiser, learning rates and numbers of steps, one process per
-run, ours and TRL's in turn; all policies are evaluated by the same code. Each library shuffles with its own generator,
-so a seed does not name one order of the pairs: DPO, whose single pass depends on it most, is run with more seeds, of
-which only the distance from the oracle is kept, and once more with the pairs in one order for both. A run that is on
-disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
+run, ours and TRL's in turn; all policies are evaluated by the same code. Each library shuffles and samples with its own
+generator, so a seed names neither one order of the pairs nor the same answers: what both have is run with more seeds,
+of which only the distance from the oracle is kept, and DPO once more with the pairs in one order for both. A run that
+is on disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
 
 `--speed grpo rloo` runs those alone, with no evaluation, and compares processor seconds from the first step to the
 last: results/sentiment/speed.json, or speed_dpo.json of `--speed dpo dpo_share_prompts`. The second is DPO with each
@@ -47,7 +47,7 @@ LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4, IN_FILE_ORDER: 1e-4,
 COEF = {"grpo": 0.5, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3, IN_FILE_ORDER: 0.3, SHARED: 0.3}
 RUNS = [("ours", "grpo"), ("trl", "grpo"), ("ours", "rloo"), ("trl", "rloo"), ("ours", "dpo"), ("trl", "dpo")]
 RUNS += [("ours", "ppo")]
-DPO_RUNS = [("ours", "dpo"), ("trl", "dpo")]
+COMPARED = [run for run in RUNS if run[1] != "ppo"]
 COLOURS = {"ours": "#2563eb", "trl": "#dc2626"}
 MARKERS = {"grpo": "o", "rloo": "s", "ppo": "^", "dpo": "D"}
 
@@ -412,7 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with models/stories260k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--dpo-seeds", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds of DPO alone")
+    parser.add_argument("--more-seeds", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds of what TRL has too")
     parser.add_argument(
         "--speed", nargs="+", choices=["grpo", "rloo", "dpo", SHARED], help="run these alone, not evaluated"
     )
@@ -441,7 +441,7 @@ def main() -> None:
         print(f"wrote {path}")
         return
     curve: list[dict[str, float]] = []
-    planned = [(seed, RUNS) for seed in options.seeds] + [(seed, DPO_RUNS) for seed in options.dpo_seeds]
+    planned = [(seed, RUNS) for seed in options.seeds] + [(seed, COMPARED) for seed in options.more_seeds]
     points = [point for seed, runs in planned for point in run_seed(options, model, seed, runs, curve)]
     draw(points, curve)
     result = {"about": described, "oracle": curve, "points": points, "all_below": all(p["below"] for p in points)}
