@@ -199,9 +199,7 @@ def family() -> str:
             "taken from the first step to the last.",
             table(header, against),
             f"GRPO's policies end at KL {kl_of('ours'):.2f} ours and {kl_of('trl'):.2f} TRL's, which is what sets them "
-            "apart. Nothing that was compared explains it: on our rollouts the gradient is that of the formula, plain "
-            "torch on the full logits, to 3e-6; on fixed rollouts twenty steps are TRL's (`tests/peers`); and what "
-            "either draws has the entropy that its policy says, to 0.004 nats. The reason is not known.",
+            "apart. The reason is not known: on fixed rollouts twenty optimiser steps are TRL's (`tests/peers`).",
             "With the pairs in one order for both, DPO's two policies end up "
             f"{100 * order['apart'] / order['trl_moved']:.1f} % of the way apart that they moved: what differs between "
             "them in the table is the order in which each library shuffles.",

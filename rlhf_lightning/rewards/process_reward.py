@@ -9,7 +9,6 @@ import torch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import DetailedScores, RewardFn, Sample
 from rlhf_lightning.data.encode import Encoded, encode_prompt, encode_steps
-from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.scalar_reader import ScalarReader
 
 Combined = Literal["min", "product", "mean", "last"]
@@ -59,14 +58,7 @@ class ProcessRewardScore(RewardFn):
             raise UserError(f"combine={combine!r} of {path!r}: use min, product, mean or last")
         if not separator:
             raise UserError(f"separator='' of {path!r} ends no step: give what stood between steps in training")
-        spec = ModelSpec(
-            path=path,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            trust_remote_code=trust_remote_code,
-        )
-        self.reader = ScalarReader(spec, batch_size, max_length)
+        self.reader = ScalarReader(path, batch_size, max_length, dtype, tokenizer, chat_template, trust_remote_code)
         self.separator = separator
         self.combine = combine
 

@@ -9,7 +9,6 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn, Sample
 from rlhf_lightning.data.encode import Encoded, encode_pair
 from rlhf_lightning.data.truncation import prompt_length_of
-from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.scalar_reader import ScalarReader
 
 
@@ -46,14 +45,7 @@ class RewardModelScore(RewardFn):
     ) -> None:
         if add_eos not in ("finished", "always", "never"):
             raise UserError(f"add_eos={add_eos!r} of reward model {path!r}: use finished, always or never")
-        spec = ModelSpec(
-            path=path,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            trust_remote_code=trust_remote_code,
-        )
-        self.reader = ScalarReader(spec, batch_size, max_length)
+        self.reader = ScalarReader(path, batch_size, max_length, dtype, tokenizer, chat_template, trust_remote_code)
         self.add_eos = add_eos
 
     def to(self, device: torch.device | str) -> None:

@@ -30,18 +30,34 @@ class ScalarReader:
     Read from disk when first asked for, in no checkpoint, and read again in copies and worker processes.
 
     Args:
-        spec: where it is and how it is loaded.
+        path: its folder, or its hub id.
         batch_size: texts read at once.
         max_length: tokens of prompt and answer together; longer ones lose the beginning of the prompt first. None: the
             model's context.
+        dtype, tokenizer, chat_template, trust_remote_code: as in `ModelSpec`.
     """
 
-    def __init__(self, spec: ModelSpec, batch_size: int, max_length: int | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        batch_size: int,
+        max_length: int | None,
+        dtype: str,
+        tokenizer: str | None,
+        chat_template: str | None,
+        trust_remote_code: bool,
+    ) -> None:
         if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} of reward model {spec.path!r}: give at least 1")
+            raise UserError(f"batch_size={batch_size} of reward model {path!r}: give at least 1")
         if max_length is not None and max_length < 1:
-            raise UserError(f"max_length={max_length} of reward model {spec.path!r}: give at least 1, or null")
-        self.spec = spec
+            raise UserError(f"max_length={max_length} of reward model {path!r}: give at least 1, or null")
+        self.spec = ModelSpec(
+            path=path,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            trust_remote_code=trust_remote_code,
+        )
         self.batch_size = batch_size
         self.max_length = max_length
         self._device = torch.device("cpu")
