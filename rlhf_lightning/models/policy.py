@@ -123,8 +123,8 @@ class Policy(nn.Module):
     ) -> Float[Tensor, "rows time hidden"]:
         """`hidden_states` of pairs of rows, i and i + rows/2, whose common prompt is computed once.
 
-        Completions attend to a cache of their prompt. Where that is longer than they are, the model fills none (gradient
-        checkpointing, dropout, compiled layers), or the batch is run without its padding, a pair is one row.
+        Completions attend to a cache of their prompt. Where that is longer than they are, the model fills none
+        (gradient checkpointing, dropout, compiled layers), or the batch is run without its padding, a pair is one row.
 
         Args:
             mask: True on the completions.
