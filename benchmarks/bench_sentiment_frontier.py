@@ -109,7 +109,9 @@ def ours(algorithm: str, model: str, data: Path, out: Path, seed: int) -> dict[s
         "updates": UpdateSpec(inner_epochs=1),
     }
     coef = COEF[algorithm]
-    in_reward, in_loss = KLSpec(FixedKL(coef)), KLSpec(FixedKL(0.0), loss_coef=coef, loss_estimator="k3")
+    in_reward = KLSpec(FixedKL(coef))
+    # the weight is TRL's use_bias_correction_kl, on by default there too: without it k3 has another gradient
+    in_loss = KLSpec(FixedKL(0.0), loss_coef=coef, loss_estimator="k3", loss_importance_weighted=True)
     module: L.LightningModule
     if algorithm in ("grpo", "rloo"):
         on_policy["old_logprobs"] = "sampler"  # one step per rollout: TRL does not measure its sampler either

@@ -135,7 +135,7 @@ class PolicyGradientModule(OnPolicyModule):
             yield "correction", "old_logprobs are the sampler's own: every ratio is 1"
         if self.kl.loss_coef == 0 and self.kl.loss_estimator != "k3":
             yield "kl.loss_estimator", "kl.loss_coef is 0"
-        if self.kl.loss_coef == 0 and self.kl.loss_importance_weighted:
+        if self.kl.loss_coef == 0 and not self.kl.loss_importance_weighted:
             yield "kl.loss_importance_weighted", "kl.loss_coef is 0"
         if self.kl.control.initial_coef == 0 and self.kl.estimator != "k1":
             yield "kl.estimator", "the coefficient of the KL in the reward is 0"

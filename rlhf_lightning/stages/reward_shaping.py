@@ -62,15 +62,16 @@ class KLSpec:
         loss_coef: weight of a KL term inside the loss, in addition.
         loss_estimator: of that term: k2 has the gradient of the KL, k3 is GRPO's, k3+ has the value of k3 and the
             gradient of k2.
-        loss_importance_weighted: weigh that term by the ratio to the policy that sampled, which takes the bias out of
-            later steps on a rollout (DeepSeek-AI, 2025: DeepSeek-V3.2).
+        loss_importance_weighted: weigh that term by the ratio to the policy that sampled: its gradient is then that of
+            the KL, whatever the estimator and the step on a rollout (DeepSeek-AI, 2025: DeepSeek-V3.2). false: the
+            term of Shao et al., 2024 (GRPO).
     """
 
     control: KLControl = FixedKL(0.05)
     estimator: KLEstimator = "k1"
     loss_coef: float = 0.0
     loss_estimator: KLLossEstimator = "k3"
-    loss_importance_weighted: bool = False
+    loss_importance_weighted: bool = True
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ def test_grpo_has_the_numbers_of_trl(tmp_path):
     assert (credit["std_over"], theirs.scale_rewards) == ("group", "group")
     assert (ours["reduction"], theirs.loss_type) == ("token_mean", "dapo")
     assert (ours["kl"]["loss_coef"], ours["use_reference"]) == (theirs.beta, theirs.beta > 0)
+    assert ours["kl"]["loss_importance_weighted"] == theirs.use_bias_correction_kl
     assert (ours["entropy_coef"], ours["entropy_top_frac"]) == (theirs.entropy_coef, theirs.top_entropy_quantile)
     assert ours["mask_truncated"] == theirs.mask_truncated_completions
     assert ours["policy"]["disable_dropout"] == theirs.disable_dropout

@@ -464,8 +464,10 @@ class Fixed(GRPOModule):
         return ScoredSamples(total=total, at_end=total, per_token=None, breakdown=breakdown)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "cispo"])
-def test_twenty_steps_on_one_rollout(loss_type, tiny_model, tmp_path, write_jsonl):
+@pytest.mark.parametrize(
+    ("loss_type", "bias_corrected"), [("grpo", True), ("grpo", False), ("dr_grpo", True), ("cispo", False)]
+)
+def test_twenty_steps_on_one_rollout(loss_type, bias_corrected, tiny_model, tmp_path, write_jsonl):
     """Collecting, credit, reference, loss, clipping and AdamW: everything but sampling is real on both sides."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -483,7 +485,7 @@ def test_twenty_steps_on_one_rollout(loss_type, tiny_model, tmp_path, write_json
         beta=0.05,
         loss_type=loss_type,
         scale_rewards=scale,
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=bias_corrected,
         num_iterations=20,
         steps_per_generation=1,
         max_steps=20,
@@ -506,7 +508,7 @@ def test_twenty_steps_on_one_rollout(loss_type, tiny_model, tmp_path, write_json
         loss=loss("token"),
         credit=CREDITS[scale],
         reduction=how,
-        kl=KLSpec(control=FixedKL(0.0), loss_coef=0.05),
+        kl=KLSpec(control=FixedKL(0.0), loss_coef=0.05, loss_importance_weighted=bias_corrected),
         optimizer=adamw,
     )
     ratios = []

@@ -433,7 +433,7 @@ def test_clipping_scores_to_nothing_is_refused():
 
 
 def test_options_without_effect_are_named(tiny_model):
-    kl = KLSpec(loss_estimator="k2", loss_importance_weighted=True)
+    kl = KLSpec(loss_estimator="k2", loss_importance_weighted=False)
     inert = dict(ppo(tiny_model, kl=kl, value_coef=0.0).inert_options())
     assert inert == {
         "kl.loss_estimator": "kl.loss_coef is 0",
