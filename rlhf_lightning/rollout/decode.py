@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kept import pack_kept
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.shared_prompts import why_no_cache
+from rlhf_lightning.rollout.growing_cache import growing_cache
 from rlhf_lightning.rollout.mixture import MixtureSpec, mixed_logits
 
 LEAVE_AT = 0.875
@@ -129,9 +130,9 @@ def decode(
     """
     width, steps, device = tokens.shape[1], uniforms.shape[1], tokens.device
     num_rows = len(prompt_of_row)
-    readers = [_Reader(policy, tokens, attention_mask, prompt_of_row)]
+    readers = [_Reader(policy, tokens, attention_mask, prompt_of_row, steps)]
     if mixture is not None:
-        readers.append(_Reader(mixture.reference, tokens, attention_mask, prompt_of_row))
+        readers.append(_Reader(mixture.reference, tokens, attention_mask, prompt_of_row, steps))
     batch = _Rows(
         number=torch.arange(num_rows, device=device),
         ids=torch.nn.functional.pad(tokens[prompt_of_row], (0, steps), value=pad_id),
@@ -252,15 +253,16 @@ class _Reader:
     Args:
         model: the policy, or a reference as it was.
         tokens, attention_mask, prompt_of_row: as for `decode`.
+        steps: how many tokens will be read at most behind the prompts.
     """
 
     def __init__(
-        self, model: Policy | Reference, tokens: Tensor, attention_mask: Tensor, prompt_of_row: Tensor
+        self, model: Policy | Reference, tokens: Tensor, attention_mask: Tensor, prompt_of_row: Tensor, steps: int
     ) -> None:
         self.policy = model.policy if isinstance(model, Reference) else model
         self.speaking = model.as_it_was if isinstance(model, Reference) else nullcontext
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        self.cache: Any = DynamicCache(config=self.policy.config)
+        self.cache: Any = growing_cache(self.policy.config, tokens.shape[1] + steps)
         logits = self._run(tokens, attention_mask, positions)
         self.logits = logits[prompt_of_row]
         """Of the next token [rows, vocab]."""
