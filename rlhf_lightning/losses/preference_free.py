@@ -19,8 +19,8 @@ LEAST_NLL = 1e-6
 """Nats per token: an answer that is surer has no finite odds in float32."""
 
 
-def power_reward(mean_logprobs: Float[Tensor, "*shape"], *, alpha: float) -> Float[Tensor, "*shape"]:
-    """AlphaPO's reward of an answer from its mean log-probability l per token.
+def power_reward(logprobs: Float[Tensor, "*shape"], *, alpha: float) -> Float[Tensor, "*shape"]:
+    """AlphaPO's reward of an answer from its log-probability l, in the paper the mean per token.
 
         r = (1 - exp(-alpha l)) / alpha,   l at alpha = 0
 
@@ -31,8 +31,8 @@ def power_reward(mean_logprobs: Float[Tensor, "*shape"], *, alpha: float) -> Flo
         Gupta et al., AlphaPO: Reward Shape Matters for LLM Alignment, 2025. arXiv:2501.03884
     """
     if alpha == 0:
-        return mean_logprobs
-    return -torch.expm1((-alpha * mean_logprobs).clamp(max=MAX_EXPONENT)) / alpha
+        return logprobs
+    return -torch.expm1((-alpha * logprobs).clamp(max=MAX_EXPONENT)) / alpha
 
 
 def log_odds(mean_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -141,6 +141,8 @@ class CPO(PreferenceLoss):
         form: sigmoid, hinge or ipo.
         label_smoothing: e, the share of labels believed to be wrong; for sigmoid.
         nll_coef: weight of the likelihood term (1 in the paper); 0 leaves it out.
+        alpha: bends the rewards as AlphaPO does, x -> (1 - exp(-alpha x)) / alpha for each log pi or l above; 0 (the
+            paper) leaves them straight. TRL's CPOTrainer has it.
 
     References:
         Xu et al., Contrastive Preference Optimization, 2024, eq. 3. arXiv:2401.08417
@@ -150,6 +152,7 @@ class CPO(PreferenceLoss):
     form: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0
     nll_coef: float = 1.0
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
@@ -168,14 +171,19 @@ class CPO(PreferenceLoss):
         return frozenset()
 
     def __call__(self, pairs: PairScores) -> PreferenceLossOutput:
-        if self.form == "ipo":
-            chosen, rejected = pairs.chosen.mean, pairs.rejected.mean
-            loss = identity_preference(chosen - rejected, beta=self.beta)
-            chosen, rejected = self.beta * chosen, self.beta * rejected
-        else:
-            chosen, rejected = self.beta * pairs.chosen.total, self.beta * pairs.rejected.total
-            smooth = logistic(chosen - rejected, label_smoothing=self.label_smoothing)
-            loss = smooth if self.form == "sigmoid" else hinge(chosen - rejected)
+        chosen, rejected = (
+            power_reward(answers.mean if self.form == "ipo" else answers.total, alpha=self.alpha)
+            for answers in (pairs.chosen, pairs.rejected)
+        )
+        d = self.beta * (chosen - rejected)
+        match self.form:
+            case "sigmoid":
+                loss = logistic(d, label_smoothing=self.label_smoothing)
+            case "hinge":
+                loss = hinge(d)
+            case "ipo":
+                loss = identity_preference(chosen - rejected, beta=self.beta)
+        chosen, rejected = self.beta * chosen, self.beta * rejected
         per_token = chosen_nll(pairs.chosen, self.nll_coef) if self.nll_coef else None
         return PreferenceLossOutput(loss, chosen.detach(), rejected.detach(), per_token)
 

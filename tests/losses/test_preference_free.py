@@ -84,6 +84,15 @@ def test_cpo_by_hand_in_its_three_forms():
     assert CPO(nll_coef=0.0)(pairs(**PAIR)).per_chosen_token is None
 
 
+def test_cpo_on_bent_rewards_by_hand():
+    def reward(logprob):
+        return (1 - math.exp(-0.1 * logprob)) / 0.1
+
+    assert value(CPO(beta=0.5, alpha=0.1)) == pytest.approx(-log_sigmoid(0.5 * (reward(-4) - reward(-10))))
+    assert value(CPO(beta=0.02, form="hinge", alpha=0.1)) == pytest.approx(1 - 0.02 * (reward(-4) - reward(-10)))
+    assert value(CPO(beta=0.5, form="ipo", alpha=0.1)) == pytest.approx((reward(-2) - reward(-2.5) - 1) ** 2)
+
+
 def test_cpo_is_dpo_with_a_reference_that_finds_all_answers_alike():
     uniform = pairs(**PAIR, ref_chosen=[-7.0], ref_rejected=[-7.0])
     assert value(CPO(beta=0.5, nll_coef=0.0)) == pytest.approx(DPO(beta=0.5)(uniform).per_pair.item())

@@ -228,16 +228,21 @@ def test_twenty_steps(tiny_model, tmp_path, write_jsonl, loss, settings):
     theirs = their_trainer(
         tiny_model, tmp_path, optimizer=adamw, max_steps=20, lr_scheduler_type="constant", max_grad_norm=1.0, **settings
     )
+    ours = DPOModule(ModelSpec(path=str(tiny_model)), loss, reference=another(str(tiny_model)), optimizer=adamw)
+    twenty_steps(ours, theirs, tmp_path, write_jsonl("pairs.jsonl", PAIRS))
+
+
+def twenty_steps(ours: DPOModule, theirs: Any, folder: Any, records: str) -> None:
+    """Both trained for as long; asserts that losses and weights are the same, and that something was learnt."""
     losses = []
     compute = theirs.compute_loss
     theirs.compute_loss = lambda *args, **more: losses.append(compute(*args, **more)) or losses[-1]
     theirs.train()
 
-    ours = DPOModule(ModelSpec(path=str(tiny_model)), loss, reference=another(str(tiny_model)), optimizer=adamw)
     logged = []
     keep = LambdaCallback(on_train_batch_end=lambda t, *_: logged.append(t.callback_metrics["train/loss"].item()))
-    data = {"train": write_jsonl("pairs.jsonl", PAIRS), "batch_size": 4, "max_length": 64}
-    fit(ours, tmp_path, data=data, max_epochs=20, gradient_clip_val=1.0, callbacks=[keep])
+    data = {"train": records, "batch_size": 4, "max_length": 64}
+    fit(ours, folder, data=data, max_epochs=20, gradient_clip_val=1.0, callbacks=[keep])
 
     assert len(logged) == len(losses) == 20
     assert logged == pytest.approx([loss.item() for loss in losses], abs=1e-4)
@@ -298,7 +303,21 @@ WITHOUT_REFERENCE = {
     ),
     "cpo, hinge": (CPO(form="hinge", nll_coef=0.0), {"loss_type": "hinge"}),
     "cpo, ipo": (CPO(form="ipo", nll_coef=0.0), {"loss_type": "ipo"}),
+    "cpo-simpo": (
+        RPO(SimPO(beta=2.0, gamma=0.5), nll_coef=0.3, average="token_mean"),
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.3},
+    ),
+    "cpo-alphapo": (
+        RPO(AlphaPO(beta=2.5, alpha=0.25, gamma=0.1), nll_coef=0.3, average="token_mean"),
+        {"loss_type": "simpo", "beta": 2.5, "alpha": 0.25, "simpo_gamma": 0.1, "cpo_alpha": 0.3},
+    ),
 }
+for form in ("sigmoid", "hinge", "ipo"):  # TRL's alpha bends the rewards of them all
+    bent = CPO(beta=0.02, form=form, nll_coef=0.5, alpha=0.1)
+    WITHOUT_REFERENCE[f"cpo, {form}, alpha"] = (
+        bent,
+        {"loss_type": form, "beta": 0.02, "alpha": 0.1, "cpo_alpha": 0.5},
+    )
 
 
 @pytest.mark.parametrize("name", WITHOUT_REFERENCE)
@@ -307,6 +326,37 @@ def test_loss_and_gradient_without_a_reference(beside, without_reference, name):
     theirs = cpo_loss(without_reference, **settings)
     ours = our_loss(beside.ours, loss, beside.batch)
     assert_same_loss_and_gradients(ours, theirs, beside.ours.policy, without_reference.cpo.model)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        (CPO(beta=0.3, nll_coef=0.5), {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.5}),
+        (
+            RPO(SimPO(beta=2.0, gamma=0.5), nll_coef=0.3, average="token_mean"),
+            {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.3},
+        ),
+        (AlphaPO(beta=2.5, alpha=0.25, gamma=0.5), {"loss_type": "alphapo", "beta": 2.5, "alpha": 0.25}),
+    ],
+    ids=["cpo", "cpo-simpo", "alphapo"],
+)
+def test_twenty_steps_without_a_reference(tiny_model, tmp_path, write_jsonl, loss, settings):
+    """From the same records: tokens, batches, loss, clipping and AdamW are each side's own."""
+
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model)
+    schedule = {"max_steps": 20, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    theirs = CPOTrainer(
+        model=policy,
+        args=options(CPOConfig, tmp_path, rows=4, max_length=64, **schedule, **settings),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        optimizers=(adamw(policy.parameters()), None),
+    )
+    ours = DPOModule(ModelSpec(path=str(tiny_model)), loss, optimizer=adamw)
+    twenty_steps(ours, theirs, tmp_path, write_jsonl("pairs.jsonl", PAIRS))
 
 
 def cpo_loss(without_reference: SimpleNamespace, **settings: Any) -> Tensor:
