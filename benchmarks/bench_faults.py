@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from bench_common import HERE, about
 from fault_runs import (
+    AHEAD,
     ON_POLICY,
     REACHED,
     STAGES,
@@ -181,7 +182,8 @@ def fits(num: int, seed: int, stages: Sequence[str] = STAGES) -> Figures:
 
 def unreached(stage: str) -> set[str]:
     """Places that a run of a stage never comes to."""
-    rooms = () if stage in ON_POLICY else ("collect.", "score.")
+    rooms = () if stage in AHEAD else ("ahead.",)
+    rooms += () if stage in ON_POLICY + AHEAD else ("collect.", "score.")
     rooms += ("samples.",) if stage in ("RewardModule", "DPOModule") else ()  # which are not asked for answers
     return {name for name in POINTS if name.startswith(rooms or "-")}
 
@@ -224,6 +226,35 @@ def points(num: int, seed: int, stages: Sequence[str] = STAGES) -> Figures:
                 results[stage] = {of: len(set(wanted)), "kills": len(wanted), "bit-identical, samples too": len(well)}
                 print(stage, results[stage], flush=True)
                 yield results
+
+
+# --- killed while a rollout is sampled ahead
+
+
+def kills_while_ahead(num: int, seed: int) -> Figures:
+    """Stages with `async_rollouts`: `num` runs of each killed at random moments, and one at each place of the loop.
+
+    With 0 one stage only, and only at the places where answers are on their way.
+    """
+    prepare()
+    results: dict[str, Any] = {}
+    draw = random.Random(seed)
+    rooms = ("ahead.", "collect.", "score.", "step.") if num else ("ahead.",)
+    wanted = [point for point in POINTS if point.startswith(rooms)]
+    with tempfile.TemporaryDirectory() as name:
+        configs = make_material(Path(name))
+        for stage in AHEAD if num else AHEAD[-1:]:
+            (Path(name) / stage).mkdir()
+            well = kill_at_points(configs[stage], Path(name) / stage, wanted, draw)
+            results[stage] = {"kills": len(wanted), "bit-identical, samples too": len(well)}
+            if num:
+                killed = KilledFits(configs[stage], Path(name) / f"{stage}, at random", seed)
+                for _ in range(num):
+                    killed.run()
+                at_random = killed.figures()
+                results[stage] |= {"kills at random moments": at_random.pop("kills"), **at_random}
+            print(stage, results[stage], flush=True)
+            yield results
 
 
 # --- damaged, full, malicious
@@ -413,6 +444,7 @@ SECTIONS: dict[str, tuple[str, Callable[..., Any], int]] = {
     "malicious": ("malicious checkpoints", malicious, 20),
     "points": ("kill -9 at every failpoint, then --resume auto", points, 1),
     "fits": ("kill -9 during fit, then --resume auto", fits, 40),
+    "ahead": ("kill -9 while a rollout is sampled ahead, then --resume auto", kills_while_ahead, 6),
     "signals": ("signals to either of two processes", signals_to_two, 20),
     "dead": ("either of two processes dies, stops or fails", dead_of_two, 20),
 }

@@ -27,6 +27,8 @@ from rlhf_lightning.core import failpoints
 
 STAGES = ("SFTModule", "RewardModule", "DPOModule", "PPOModule", "GRPOModule")
 ON_POLICY = ("PPOModule", "GRPOModule")
+AHEAD = ("PPOModule, ahead", "GRPOModule, ahead")
+"""The same, with `updates.async_rollouts`."""
 REACHED = ".reached.json"
 Status = int
 """An exit code; the negative number of a signal."""
@@ -55,13 +57,18 @@ def make_material(folder: Path) -> dict[str, dict[str, Any]]:
     rewards = [{"reward": {"class_path": "LengthReward", "init_args": {"target": 3}}}]
     generation = {"max_new_tokens": 5, "num_samples": 2}
     on_policy = {"policy": model, "rewards": rewards, "generation": generation}
-    on_policy |= {"updates": {"inner_epochs": 2, "num_minibatches": 2}}
+    updates = {"inner_epochs": 2, "num_minibatches": 2}
+    on_policy |= {"updates": updates}
+    # long answers, so that a moment drawn at random is likely to find some on their way
+    long = {"max_new_tokens": 40, "min_new_tokens": 20, "num_samples": 4, "keep_logprobs": True}
+    ahead = {"generation": long, "updates": {**updates, "async_rollouts": True}, "correction": {"cap": 2.0}}
+    ahead |= {"rewards": [{"reward": {"class_path": "LengthReward", "init_args": {"target": 25}}}]}
     stages: dict[str, tuple[dict[str, Any], str]] = {
         "SFTModule": ({"policy": model}, "rows"),
         "RewardModule": ({"model": model}, "pairs"),
         "DPOModule": ({"policy": model}, "pairs"),
-        "PPOModule": (on_policy, "prompts"),
-        "GRPOModule": (on_policy, "prompts"),
+        **dict.fromkeys(ON_POLICY, (on_policy, "prompts")),
+        **dict.fromkeys(AHEAD, (on_policy | ahead, "prompts")),
     }
     callbacks = [
         {"class_path": "LastCheckpoint", "init_args": {"every_n_train_steps": 2}},
@@ -69,15 +76,15 @@ def make_material(folder: Path) -> dict[str, dict[str, Any]]:
     ]
     trainer = {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "callbacks": callbacks}
     trainer |= {"enable_model_summary": False, "enable_progress_bar": False}
+    steps = {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}}}
+    steps |= {"schedule": {"shape": "cosine", "warmup_frac": 0.1}}
     configs = {}
     for stage, (init_args, data) in stages.items():
-        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-3}}
-        schedule = {"shape": "cosine", "warmup_frac": 0.1}
         configs[stage] = {
             "seed_everything": 3,
-            "trainer": {**trainer, "max_epochs": 2 if stage in ON_POLICY else 4},
+            "trainer": {**trainer, "max_epochs": 2 if data == "prompts" else 4},
             "default_callbacks": ["nan_guard", "export", "stop"],
-            "model": {"class_path": stage, "init_args": {**init_args, "optimizer": optimizer, "schedule": schedule}},
+            "model": {"class_path": stage.partition(",")[0], "init_args": {**init_args, **steps}},
             "data": {"train": str(folder / f"{data}.jsonl"), "batch_size": 4},
         }
     return configs

@@ -337,6 +337,12 @@ def faults() -> str:
             "random one of the times that it comes there, then `--resume auto`:"
         )
         of_each("points", "stage")
+    if "ahead" in figures:
+        parts.append(
+            "The same with `updates.async_rollouts`, answers of up to 40 tokens on their way most of the time: kill -9 "
+            "once at every place of the rollout loop, and at random moments, one to three times a run:"
+        )
+        of_each("ahead", "stage")
     for name, what in (
         ("corruptions", "Truncated and bit-flipped checkpoints"),
         ("full_disk", "A disk (tmpfs of 2 MB) without room for the next checkpoint"),

@@ -35,6 +35,8 @@ POINTS = {
     "collect.after": "a rollout is ready, and nothing was trained on it",
     "score.before": "answers are sampled and not scored",
     "score.after": "they are scored",
+    "ahead.before": "answers to the next prompts are about to be sampled while the policy is trained",
+    "ahead.after": "they are sampled, and nobody has asked for them",
     "step.before": "an optimiser step begins",
     "step.before_update": "gradients are there, weights as they were",
     "step.after": "weights have moved, the trainer has not counted the step",

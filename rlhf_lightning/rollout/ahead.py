@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 from rlhf_lightning.core.batches import Generated, PromptBatch
+from rlhf_lightning.core.failpoints import failpoint
 
 
 class Ahead:
@@ -25,7 +26,9 @@ class Ahead:
 
     def _work(self) -> None:
         try:
+            failpoint("ahead.before")
             self._answers = self._sample()
+            failpoint("ahead.after")
         except BaseException as error:
             self._error = error
 
