@@ -8,6 +8,8 @@ from parallel_fits import (
     CASES,
     SPECS,
     STAGES,
+    assert_evaluated_alike,
+    evaluated,
     following_reference,
     in_processes,
     of_stage,
@@ -154,6 +156,22 @@ def test_shares_of_the_weights_change_nothing_of_what_is_drawn(draws, metric, fo
         assert ours == pytest.approx(theirs)
     least = 1 if draws == "draws again" else 0
     assert max(row[metric] for row in sharded["logged"]) > least, "or there was nothing to draw"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_validations_and_samples_are_those_of_whole_weights(stage, folder):
+    """Of two processes that each have records, prompts and seeds of their own."""
+    sharded, whole = (result(folder, f"{stage}, evaluated, {strategy}") for strategy in ("fsdp2", "ddp"))
+    assert_evaluated_alike(sharded, whole)
+    assert sharded["samples"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_validations_are_those_of_one_process(stage, folder, tiny_model):
+    alone = evaluated(stage, lambda _: "auto")(str(tiny_model), folder, 1)
+    assert_evaluated_alike(result(folder, f"{stage}, evaluated, fsdp2"), alone, samples=False)
 
 
 @pytest.mark.slow

@@ -8,9 +8,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from parallel_fits import (
     CASES,
+    EVALUATED,
     SPECS,
     STAGES,
+    assert_evaluated_alike,
+    by_groups,
     dpo_without_exact_kl,
+    evaluated,
     in_processes,
     of_stage,
     sampled,
@@ -79,6 +83,13 @@ def test_a_group_samples_the_answers_of_one_process(folder, tiny_model):
     assert_same(found, sampled(str(tiny_model), folder, 1), steps=10)
     held, vocab = found["held"]
     assert held == -(-vocab // 2) < vocab
+
+
+@pytest.mark.parametrize("stage", EVALUATED)
+def test_a_group_validates_and_writes_samples_as_one_process_does(stage, folder, tiny_model):
+    found = result(folder, f"{stage}, {PARTS}, evaluated")
+    assert_evaluated_alike(found, evaluated(stage, by_groups)(str(tiny_model), folder, 1))
+    assert bool(found["samples"]) == (stage != "reward"), "a reward model answers nothing"
 
 
 def test_a_run_resumes_with_the_same_bits(folder):

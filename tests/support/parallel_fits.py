@@ -27,6 +27,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from rlhf_lightning.callbacks.hf_export import export
+from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.preference import DPO
@@ -49,6 +50,7 @@ from rlhf_lightning.stages.grpo import DynamicSampling
 from rlhf_lightning.stages.online_dpo import Opponent
 
 STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+EVALUATED = ("sft", "reward", "ppo")
 STEPS = 5
 LOSSES = ("train/loss", "policy/loss", "value/loss")
 
@@ -91,16 +93,23 @@ def fit(
     ckpt_path: Path | None = None,
     callbacks: Sequence[L.Callback] = (),
     batch_size: int | None = None,
+    validated: bool = False,
     **options: Any,
 ) -> list[float]:
-    """Train on the twelve records of `stage`; the losses. A step is an epoch: the same, however many share it."""
+    """Train on the twelve records of `stage`; the losses. A step is an epoch: the same, however many share it.
+
+    Args:
+        validated: on the same records, after every epoch.
+    """
     together = batch_size or (12 if stage in ("ppo", "grpo") else 4)
     losses = Losses()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_for(folder, [losses, *callbacks], **options)
         readers = options.get("devices", 1) // getattr(options.get("strategy"), "tensor_parallel_size", 1)
-        data = RLHFDataModule(train=str(folder / f"{stage}.jsonl"), batch_size=together // max(readers, 1))
+        records_of = str(folder / f"{stage}.jsonl")
+        size = together // max(readers, 1)
+        data = RLHFDataModule(train=records_of, val=records_of if validated else None, batch_size=size)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return losses.values
 
@@ -150,6 +159,45 @@ def in_processes(cases: Sequence[str], model: str, folder: Path, *, count: int =
 # --- cases: model, folder and number of processes -> what is compared
 
 Case = Callable[[str, Path, int], dict[str, Any]]
+
+
+class Evaluated(L.Callback):
+    """What every validation logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        seen = trainer.callback_metrics
+        self.rows.append({name: float(value) for name, value in seen.items() if name.startswith("val/")})
+
+
+def evaluated(stage: str, strategy: Callable[[int], Any]) -> Case:
+    """Two epochs with a validation after each: what it logs, and the rows of `samples.jsonl`."""
+
+    def case(model: str, folder: Path, world: int) -> dict[str, Any]:
+        module = sampling_ppo(model) if stage == "ppo" else module_for(stage, model)
+        seen, given = Evaluated(), strategy(world)
+        samples = folder / f"{stage} {given if isinstance(given, str) else 'groups'} {world}.samples.jsonl"
+        table = SampleLogger(num_prompts=2, max_new_tokens=6, file=samples.name, show=False)
+        options = {"devices": world, "strategy": given, "num_sanity_val_steps": 0}
+        fit(module, stage, folder, max_epochs=2, callbacks=[seen, table], validated=True, **options)
+        rows = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
+        return {"evaluated": seen.rows, "samples": rows}
+
+    return case
+
+
+def assert_evaluated_alike(found: dict[str, Any], expected: dict[str, Any], *, samples: bool = True) -> None:
+    """What `evaluated` gave twice: metrics to 1e-5, samples to the letter."""
+    assert len(expected["evaluated"]) == 2
+    assert [row.keys() for row in found["evaluated"]] == [row.keys() for row in expected["evaluated"]]
+    for ours, theirs in zip(found["evaluated"], expected["evaluated"], strict=True):
+        assert ours, "nothing was logged"
+        for name, value in theirs.items():
+            assert abs(ours[name] - value) <= 1e-5 * max(1.0, abs(value)), name
+    if samples:
+        assert found["samples"] == expected["samples"]
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -523,6 +571,9 @@ CASES |= {
     "ppo, tensor parallel, resumed": resumed("ppo", cut_vocabulary),
     "ppo, tensor parallel, exported": exported_in_parts,
     "sft, tensor parallel, refused": refused,
+    **{f"{stage}, tensor parallel, evaluated": evaluated(stage, by_groups) for stage in EVALUATED},
+    **{f"{stage}, evaluated, fsdp2": evaluated(stage, lambda _: "fsdp2") for stage in EVALUATED},
+    **{f"{stage}, evaluated, ddp": evaluated(stage, lambda _: "ddp") for stage in EVALUATED if stage != "reward"},
 }
 CASES |= {
     "kto, fsdp2": compared("kto", named("fsdp2")),
