@@ -12,7 +12,8 @@ is on disk is not run again. Results: benchmarks/results/sentiment/family.json a
 
 `--speed grpo rloo` runs those alone, with no evaluation, and compares processor seconds from the first step to the
 last: results/sentiment/speed.json, or speed_dpo.json of `--speed dpo dpo_share_prompts`. The second is DPO with each
-pair's prompt computed once on our side; TRL has no such option and runs as in `dpo`.
+pair's prompt computed once on our side; TRL has no such option and runs as in `dpo`. With `--prompt-tokens 127` prompts
+are longer than these 15 tokens, and longer than the answers: speed_long_prompts.json.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from rlhf_lightning.rollout.generate import GenerationSpec
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sentiment"
 PROMPTS, GROUP, ANSWER, ROLLOUTS = 16, 8, 32, 60
+PROMPT_TOKENS = 15
 PAIRS, PAIRS_PER_STEP = 4096, 32
 IN_FILE_ORDER, SHARED = "dpo_in_file_order", "dpo_share_prompts"
 LR = {"grpo": 5e-4, "rloo": 5e-4, "ppo": 5e-4, "dpo": 1e-4, IN_FILE_ORDER: 1e-4, SHARED: 1e-4}
@@ -252,12 +254,12 @@ WORKERS: dict[str, Callable[..., dict[str, float]]] = {"ours": ours, "trl": trl}
 # ---- all runs --------------------------------------------------------------------------------------------------------
 
 
-def prepare(model: Path, folder: Path, seed: int) -> None:
+def prepare(model: Path, folder: Path, seed: int, prompt_tokens: int = PROMPT_TOKENS) -> None:
     if (folder / "pairs.jsonl").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     prompts, held_out = str(folder / "prompts.jsonl"), str(folder / "held_out.jsonl")
-    SamplePrompts(str(model), prompts, 2048, held_out, 512, seed=seed).run()
+    SamplePrompts(str(model), prompts, 2048, held_out, 512, num_tokens=prompt_tokens, seed=seed).run()
     generation = GenerationSpec(max_new_tokens=ANSWER, num_samples=2)
     LabelPairs(
         str(model), prompts, VaderSentiment(), str(folder / "pairs.jsonl"), PAIRS, generation=generation, seed=seed
@@ -310,8 +312,9 @@ def speeds(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
     """Tokens per processor second, ours and TRL's in turn."""
     rows = []
     for seed in options.seeds:
-        folder = options.runs / f"seed_{seed}"
-        prepare(model, folder, seed)
+        long = options.prompt_tokens != PROMPT_TOKENS
+        folder = options.runs / (f"seed_{seed}_prompts_{options.prompt_tokens}" if long else f"seed_{seed}")
+        prepare(model, folder, seed, options.prompt_tokens)
         for algorithm in options.speed:
             took = {
                 name: json.loads((run(name, algorithm, model, folder, seed) / "took.json").read_text())
@@ -418,6 +421,7 @@ def main() -> None:
     parser.add_argument(
         "--speed", nargs="+", choices=["grpo", "rloo", "dpo", SHARED], help="run these alone, not evaluated"
     )
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="length of the prompts, with --speed")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_family"), help="where the runs are kept")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -438,7 +442,9 @@ def main() -> None:
         # what else the machine did meanwhile: a busy one lengthens processor time too, of both alike
         result |= {"load_average": os.getloadavg()[2], "cores": os.cpu_count()}
         of_dpo = all(algorithm.startswith("dpo") for algorithm in options.speed)
-        path = RESULTS / ("speed_dpo.json" if of_dpo else "speed.json")
+        short = "speed_dpo" if of_dpo else "speed"
+        result["prompt_tokens"] = options.prompt_tokens
+        path = RESULTS / f"{short if options.prompt_tokens == PROMPT_TOKENS else 'speed_long_prompts'}.json"
         write_json(path, result)
         print(f"wrote {path}")
         return

@@ -131,10 +131,16 @@ def speed() -> list[str]:
             "DPO, from the first step to the last on both sides; `dpo_share_prompts` has `share_prompts: true` on our "
             "side (16 of 49 tokens of a row are prompt), which TRL has nothing like",
         ),
+        (
+            "speed_long_prompts",
+            "prompts of {prompt_tokens} tokens in place of 15, before answers of 32, as real prompts are often longer "
+            "than their answers",
+        ),
     ):
         result = load(f"sentiment/{name}.json")
         if result is None:
             continue
+        what = what.format(**result)
         rows = [
             [r["algorithm"], r["seed"], f"{r['ours']:.0f}", f"{r['trl']:.0f}", f"{r['ratio']:.2f}"]
             for r in result["runs"]
