@@ -224,6 +224,7 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
             "correction": {"cap": 2.0},
             "ptx_coef": 0.5,
             "entropy_coef": 0.1,
+            "entropy_control": {"target": 1.0},
         }
         data["pretraining"] = str(texts)
     if cls is GRPOModule:

@@ -3,6 +3,7 @@
 from rlhf_lightning.losses.correction import CorrectionOutput, SamplerCorrection, off_policy_sequence_mask
 from rlhf_lightning.losses.divergence import AlphaDivergence, ChiSquaredKL, ForwardKL, JensenShannon, ReverseKL
 from rlhf_lightning.losses.entropy import top_entropy_mask
+from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
 from rlhf_lightning.losses.policy import Cispo, ClippedSurrogate, Gspo, Reinforce, Sapo, clipped_surrogate
 from rlhf_lightning.losses.policy_covariance import ClipCov, KlCov
 from rlhf_lightning.losses.policy_divergence import Dppo
@@ -34,7 +35,7 @@ from rlhf_lightning.losses.reward_model import (
     regression,
     step_correctness,
 )
-from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.losses.supervised import DFT, NLL, SupervisedLoss, dynamic_nll, token_nll
 from rlhf_lightning.losses.unpaired import BCO, KTO, APOZeroUnpaired, apo_zero_unpaired, bco, kto
 from rlhf_lightning.losses.value import ClippedValue, clipped_value
 
@@ -42,11 +43,13 @@ __all__ = [
     "AOT",
     "BCO",
     "CPO",
+    "DFT",
     "DPO",
     "DPOP",
     "IPO",
     "KTO",
     "LDDPO",
+    "NLL",
     "ORPO",
     "RDPO",
     "RPO",
@@ -57,6 +60,7 @@ __all__ = [
     "APODown",
     "APOZero",
     "APOZeroUnpaired",
+    "AdaptiveEntropy",
     "AlphaDivergence",
     "AlphaPO",
     "BCOPair",
@@ -93,6 +97,7 @@ __all__ = [
     "Sapo",
     "SimPO",
     "StepCorrectness",
+    "SupervisedLoss",
     "Vespo",
     "WeightedLoss",
     "WeightedLosses",
@@ -101,6 +106,7 @@ __all__ = [
     "bradley_terry",
     "clipped_surrogate",
     "clipped_value",
+    "dynamic_nll",
     "kto",
     "off_policy_sequence_mask",
     "plackett_luce",

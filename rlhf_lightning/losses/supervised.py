@@ -1,4 +1,7 @@
-"""The loss of supervised fine-tuning."""
+"""The losses of supervised fine-tuning."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,3 +18,42 @@ def token_nll(logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch tim
         Loss per token. Masking and averaging are the caller's: see `core.masked.reduce_tokens`.
     """
     return -logprobs
+
+
+def dynamic_nll(logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+    """Negative log-likelihood, weighted by the probability that the token has already, per token.
+
+        loss_t = -stop_gradient(p_t) log p_t,     p_t = pi(tokens_t | tokens_<t)
+
+    The gradient is -p_t' in place of -p_t' / p_t: a token that the model finds improbable does not pull harder for it.
+
+    Args:
+        logprobs: as for `token_nll`.
+    References:
+        Wu et al., On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification (DFT),
+        2025. arXiv:2508.05629
+    """
+    return logprobs.detach().exp() * token_nll(logprobs)
+
+
+class SupervisedLoss(ABC):
+    """The loss of supervised fine-tuning, per token, from log-probabilities."""
+
+    @abstractmethod
+    def __call__(self, logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]: ...
+
+
+@dataclass(frozen=True)
+class NLL(SupervisedLoss):
+    """The negative log-likelihood: `token_nll`."""
+
+    def __call__(self, logprobs: Tensor) -> Tensor:
+        return token_nll(logprobs)
+
+
+@dataclass(frozen=True)
+class DFT(SupervisedLoss):
+    """Dynamic fine-tuning, Wu et al., 2025: `dynamic_nll`. TRL: `loss_type="dft"`, the same."""
+
+    def __call__(self, logprobs: Tensor) -> Tensor:
+        return dynamic_nll(logprobs)

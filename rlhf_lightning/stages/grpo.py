@@ -20,6 +20,7 @@ from rlhf_lightning.core.masked import Reduction
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.losses.correction import SamplerCorrection, off_policy_sequence_mask
 from rlhf_lightning.losses.entropy import top_entropy_mask
+from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
@@ -83,6 +84,8 @@ class GRPOModule(PolicyGradientModule):
         shaping: what happens to scores before they become rewards.
         kl: the KL penalty: in the loss (Shao et al., 2024), in the reward, or none.
         entropy_coef: weight of the entropy bonus.
+        entropy_control: moves that weight, so that entropy does not fall below a target (He et al., 2025); None: it
+            stays.
         entropy_top_frac: share of the tokens, those of highest entropy, that carry the policy's loss; 1: all (Wang et
             al., 2025: 0.2).
         whiten_advantages: scale advantages once more, over the tokens of the rollout.
@@ -129,6 +132,7 @@ class GRPOModule(PolicyGradientModule):
         shaping: RewardShaping = RewardShaping(),
         kl: KLSpec = KLSpec(control=FixedKL(0.0), loss_coef=0.04),
         entropy_coef: float = 0.0,
+        entropy_control: AdaptiveEntropy | None = None,
         entropy_top_frac: float = 1.0,
         whiten_advantages: bool = False,
         reduction: Reduction = "sequence_mean",
@@ -161,6 +165,7 @@ class GRPOModule(PolicyGradientModule):
             shaping,
             kl,
             entropy_coef,
+            entropy_control,
             whiten_advantages,
             reduction,
             target_kl,

@@ -15,6 +15,7 @@ from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, masked_moments, masked_whiten, reduce_tokens
 from rlhf_lightning.losses.correction import SamplerCorrection
+from rlhf_lightning.losses.entropy_control import AdaptiveEntropy, EntropyBonus
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
@@ -40,6 +41,7 @@ class PolicyGradientModule(OnPolicyModule):
         shaping: what happens to scores before they become rewards.
         kl: the KL penalty in the reward and in the loss.
         entropy_coef: weight of the entropy bonus.
+        entropy_control: what moves that weight, from step to step; None: nothing.
         whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout.
         reduction: what the loss is averaged over.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
@@ -50,7 +52,7 @@ class PolicyGradientModule(OnPolicyModule):
         optimizer, schedule, lr_scheduler, seed: as for every stage.
     """
 
-    changed_by_steps = ("step_means", "_step_kl")
+    changed_by_steps = ("step_means", "_step_kl", "_step_entropy")
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class PolicyGradientModule(OnPolicyModule):
         shaping: RewardShaping,
         kl: KLSpec,
         entropy_coef: float,
+        entropy_control: AdaptiveEntropy | None,
         whiten_advantages: bool,
         reduction: Reduction,
         target_kl: float | None,
@@ -115,7 +118,7 @@ class PolicyGradientModule(OnPolicyModule):
         self.credit = credit
         self.kl = kl
         self.shaper = RewardShaper(shaping, kl, self.add_over_ranks, max_length=generation.max_new_tokens)
-        self.entropy_coef = entropy_coef
+        self.entropy_bonus = EntropyBonus(entropy_coef, entropy_control)
         self.whiten_advantages = whiten_advantages
         self.reduction = reduction
         self.target_kl = target_kl
@@ -124,6 +127,8 @@ class PolicyGradientModule(OnPolicyModule):
         """The rollout on which target_kl ended training early."""
         self._step_kl = StepMeans()
         """The approximate KL over the micro-batches of the current optimiser step."""
+        self._step_entropy = StepMeans()
+        """The policy's entropy over them."""
 
     def inseparable(self) -> str | None:
         name = type(self.loss).__name__
@@ -271,7 +276,7 @@ class PolicyGradientModule(OnPolicyModule):
             batch.tokens,
             batch.mask,
             temperature=self.generation.temperature,
-            with_entropy=self.entropy_coef != 0,
+            with_entropy=self.entropy_bonus.enabled,
             kept=batch.kept,
         )
 
@@ -281,8 +286,13 @@ class PolicyGradientModule(OnPolicyModule):
         per_token = policy.per_token if batch.weights is None else policy.per_token * batch.weights
         terms = {"policy": self._mean(per_token, batch)}
         if scores.entropy is not None:
-            terms["entropy"] = -self.entropy_coef * self._mean(scores.entropy, batch)
+            weight = self.entropy_bonus.weight
+            terms["entropy"] = -weight * self._mean(scores.entropy, batch)
             self.step_means.add({"policy/entropy": scores.entropy}, batch.mask)
+            if self.entropy_bonus.control is not None:
+                self._step_entropy.add({"entropy": scores.entropy}, batch.mask)
+                used = torch.full_like(scores.entropy, weight)
+                self.step_means.add({"policy/entropy_coef": used}, batch.mask)
         if self.kl.loss_coef:
             kl = kl_penalty(
                 scores.logprobs,
@@ -344,6 +354,10 @@ class PolicyGradientModule(OnPolicyModule):
         """Leaves the rollout once the policy has moved too far from the one that sampled it."""
         skipped = self.skips_step()
         super().optimizer_step(*args, **kwargs)
+        if self.entropy_bonus.control is not None and not skipped:
+            means = self._step_entropy.take(self.add_over_ranks)
+            if means:  # none of a step that trains the critic alone
+                self.entropy_bonus.observe(float(means["entropy"]))
         if self.target_kl is not None and not skipped:
             moved = self._step_kl.take(self.add_over_ranks)["kl"]
             if float(moved) > self.target_kl:
@@ -356,6 +370,7 @@ class PolicyGradientModule(OnPolicyModule):
         checkpoint["policy_gradient"] = {
             "shaper": self.shaper.state_dict(),
             "stopped_rollout": self._stopped_rollout,
+            "entropy_bonus": self.entropy_bonus.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -364,6 +379,7 @@ class PolicyGradientModule(OnPolicyModule):
         if state:
             self.shaper.load_state_dict(state["shaper"])
             self._stopped_rollout = state["stopped_rollout"]
+            self.entropy_bonus.load_state_dict(state["entropy_bonus"])
 
 
 def _check_corrected(correction: SamplerCorrection | None, old_logprobs: OldLogprobs) -> None:

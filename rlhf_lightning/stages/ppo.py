@@ -15,6 +15,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, ValueLoss
 from rlhf_lightning.core.masked import Reduction, explained_variance
 from rlhf_lightning.losses.correction import SamplerCorrection
+from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.losses.value import ClippedValue
 from rlhf_lightning.models.export import export_policy, export_scalar_model
@@ -54,6 +55,8 @@ class PPOModule(PolicyGradientModule):
         kl: the KL penalty in the reward and in the loss.
         value_coef: weight of the critic's loss (Ziegler et al., 2019: 0.1).
         entropy_coef: weight of the entropy bonus (Schulman et al., 2017; 0 in RLHF as a rule).
+        entropy_control: moves that weight, so that entropy does not fall below a target (He et al., 2025); None: it
+            stays.
         whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout, all ranks
             together (Ziegler et al., 2019).
         reduction: what the loss is averaged over.
@@ -90,6 +93,7 @@ class PPOModule(PolicyGradientModule):
         kl: KLSpec = KLSpec(),
         value_coef: float = 0.1,
         entropy_coef: float = 0.0,
+        entropy_control: AdaptiveEntropy | None = None,
         whiten_advantages: bool = True,
         reduction: Reduction = "token_mean",
         target_kl: float | None = None,
@@ -114,6 +118,7 @@ class PPOModule(PolicyGradientModule):
             shaping,
             kl,
             entropy_coef,
+            entropy_control,
             whiten_advantages,
             reduction,
             target_kl,

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import masked_mean, reduce_tokens
-from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.losses.supervised import NLL, SupervisedLoss, token_nll
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy
@@ -22,7 +22,7 @@ from rlhf_lightning.stages.schedule import Schedule
 class SFTModule(RLHFModule):
     """Maximises the likelihood of the trained tokens.
 
-        loss = - sum over trained tokens of log pi(token | tokens before) / number of trained tokens
+        loss = sum over trained tokens of loss_t / number of trained tokens,    NLL: loss_t = -log pi(t | tokens before)
 
     The number is that of the whole optimiser step, over micro-batches and ranks: the loss is the token mean, however
     the step was cut. `text` records train every token (continued pretraining); prompt-completion and chat records
@@ -32,6 +32,7 @@ class SFTModule(RLHFModule):
 
     Args:
         policy: the model to train.
+        loss: of a token; validation is by the likelihood, whatever it is.
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -43,6 +44,7 @@ class SFTModule(RLHFModule):
     def __init__(
         self,
         policy: ModelSpec,
+        loss: SupervisedLoss = NLL(),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -50,6 +52,7 @@ class SFTModule(RLHFModule):
     ) -> None:
         super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
         self.save_hyperparameters()
+        self.loss = loss
         self.policy: Policy | None = None
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
@@ -65,7 +68,7 @@ class SFTModule(RLHFModule):
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         scores = self(batch)
-        per_token = token_nll(scores.logprobs)
+        per_token = self.loss(scores.logprobs)
         loss = reduce_tokens(per_token, batch.mask, "token_mean", batch.total("tokens"))
         self.step_means.add(
             {"train/loss": per_token, "train/token_accuracy": scores.is_argmax.float()}, scored_tokens(batch.mask)

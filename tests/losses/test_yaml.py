@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 from rlhf_lightning import advantages, losses
 from rlhf_lightning.advantages import Gdpo
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss
-from rlhf_lightning.losses import SamplerCorrection
+from rlhf_lightning.losses import DFT, NLL, SamplerCorrection, SupervisedLoss
 
 
 def offered(room, interface):
@@ -16,6 +16,7 @@ def offered(room, interface):
 
 CHOICES = [(Credit, cls) for cls in offered(advantages, Credit)]
 CHOICES += [(PolicyLoss, cls) for cls in offered(losses, PolicyLoss)]
+CHOICES += [(SupervisedLoss, cls) for cls in (NLL, DFT)]
 
 
 def read(kind, config):

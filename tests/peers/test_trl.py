@@ -22,7 +22,7 @@ from rlhf_lightning.core.masked import reduce_tokens
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.losses.reward_model import BradleyTerry
-from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.losses.supervised import DFT, NLL
 from rlhf_lightning.models.export import export_scalar_model
 from rlhf_lightning.models.loading import load_policy, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.scalar_head import init_head
@@ -114,8 +114,9 @@ def test_score_at_the_last_token(reward_folder):
 # --- supervised fine-tuning
 
 
+@pytest.mark.parametrize(("loss_type", "loss"), [("nll", NLL()), ("dft", DFT())])
 @pytest.mark.parametrize("kind", ["completions", "texts"])
-def test_sft_loss_and_gradient_of_the_same_records(tiny_model, write_jsonl, tmp_path, kind):
+def test_sft_loss_and_gradient_of_the_same_records(tiny_model, write_jsonl, tmp_path, kind, loss_type, loss):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -123,14 +124,14 @@ def test_sft_loss_and_gradient_of_the_same_records(tiny_model, write_jsonl, tmp_
     records = ANSWERS if kind == "completions" else texts
     theirs = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_model),
-        args=options(SFTConfig, tmp_path, max_length=64),
+        args=options(SFTConfig, tmp_path, max_length=64, loss_type=loss_type),
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(tiny_model),
     )
     inputs = their_batch(theirs)
     their_loss = theirs.compute_loss(theirs.model, inputs)
 
-    ours = SFTModule(ModelSpec(path=str(tiny_model)))
+    ours = SFTModule(ModelSpec(path=str(tiny_model)), loss=loss)
     ours.configure_model()
     batch = our_batch("tokens", tiny_model, write_jsonl("records.jsonl", records))
     assert batch.total("tokens") == int((inputs["labels"][:, 1:] != -100).sum())
@@ -228,4 +229,4 @@ def token_batch(tokens: Tensor, real: Tensor, mask: Tensor) -> TokenBatch:
 
 
 def token_mean(module: SFTModule, batch: TokenBatch) -> Tensor:
-    return reduce_tokens(token_nll(module(batch).logprobs), batch.mask, "token_mean", batch.total("tokens"))
+    return reduce_tokens(module.loss(module(batch).logprobs), batch.mask, "token_mean", batch.total("tokens"))

@@ -32,6 +32,7 @@ from rlhf_lightning.core.batches import Generated, TokenBatch
 from rlhf_lightning.core.kl import kl_penalty
 from rlhf_lightning.core.masked import reduce_tokens
 from rlhf_lightning.losses import (
+    AdaptiveEntropy,
     Cispo,
     ClippedSurrogate,
     Gmpo,
@@ -465,9 +466,16 @@ class Fixed(GRPOModule):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "bias_corrected"), [("grpo", True), ("grpo", False), ("dr_grpo", True), ("cispo", False)]
+    ("loss_type", "bias_corrected", "entropy"),
+    [
+        ("grpo", True, None),
+        ("grpo", False, None),
+        ("dr_grpo", True, None),
+        ("cispo", False, None),
+        ("dapo", True, AdaptiveEntropy(target=2.73, delta=0.05, max_coef=0.5)),
+    ],
 )
-def test_twenty_steps_on_one_rollout(loss_type, bias_corrected, tiny_model, tmp_path, write_jsonl):
+def test_twenty_steps_on_one_rollout(loss_type, bias_corrected, entropy, tiny_model, tmp_path, write_jsonl):
     """Collecting, credit, reference, loss, clipping and AdamW: everything but sampling is real on both sides."""
     from trl import GRPOConfig, GRPOTrainer
 
@@ -475,6 +483,9 @@ def test_twenty_steps_on_one_rollout(loss_type, bias_corrected, tiny_model, tmp_
         return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
 
     bounds = {"epsilon": 0.1, "epsilon_high": 1.5 if loss_type == "cispo" else 0.3}
+    if entropy is not None:
+        bounds |= {"entropy_target": entropy.target, "entropy_coef_delta": entropy.delta}
+        bounds |= {"entropy_coef": 0.1, "entropy_coef_max": entropy.max_coef, "use_adaptive_entropy": True}
     scale = "none" if loss_type == "dr_grpo" else "group"
     theirs = build(
         GRPOTrainer,
@@ -509,13 +520,24 @@ def test_twenty_steps_on_one_rollout(loss_type, bias_corrected, tiny_model, tmp_
         credit=CREDITS[scale],
         reduction=how,
         kl=KLSpec(control=FixedKL(0.0), loss_coef=0.05, loss_importance_weighted=bias_corrected),
+        entropy_coef=0.1 if entropy is not None else 0.0,
+        entropy_control=entropy,
         optimizer=adamw,
     )
-    ratios = []
-    keep = LambdaCallback(on_train_batch_end=lambda t, *_: ratios.append(t.callback_metrics["policy/ratio"].item()))
+    ratios, weights = [], []
+
+    def note(t: Any, *_: Any) -> None:
+        ratios.append(t.callback_metrics["policy/ratio"].item())
+        weights.append(round(t.callback_metrics.get("policy/entropy_coef", torch.zeros(())).item(), 6))
+
+    keep = LambdaCallback(on_train_batch_end=note)
     data = {"train": write_jsonl("prompts.jsonl", [{"prompt": "the film"}, {"prompt": "was"}]), "batch_size": 2}
     trainer = fit(ours, tmp_path, data=data, gradient_clip_val=1.0, callbacks=[keep])
     assert trainer.global_step == len(losses) == 20
+    if entropy is not None:
+        assert ours.entropy_bonus.coef == pytest.approx(theirs.entropy_coef)
+        assert weights[0] == 0, "nothing is known of the entropy before the first step"
+        assert {w > 0 for w in weights[1:]} == {True, False}, f"it is to go on and off: {weights}"
     assert ratios[0] == pytest.approx(1, abs=1e-6)
     assert abs(ratios[-1] - 1) > 0.01, "the later steps must be off policy"
     start = load_policy(ModelSpec(path=str(tiny_model))).causal_lm

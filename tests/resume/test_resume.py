@@ -13,7 +13,7 @@ from one_step import another, records
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.callbacks import LastCheckpoint
 from rlhf_lightning.data.datamodule import RLHFDataModule
-from rlhf_lightning.losses import SamplerCorrection
+from rlhf_lightning.losses import AdaptiveEntropy, SamplerCorrection
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_mixed import WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_online import XPO
@@ -78,6 +78,8 @@ def module_for(stage, model):
             replay=ReplaySpec(capacity=4),
             correction=SamplerCorrection(),
             entropy_top_frac=0.7,
+            entropy_coef=0.1,
+            entropy_control=AdaptiveEntropy(target=10.0, delta=0.05),
             reference_sync=ReferenceSync(every=2, share=0.6),
             **common,
         )
