@@ -26,6 +26,8 @@ from fault_runs import (
     ON_POLICY,
     REACHED,
     STAGES,
+    Forked,
+    Status,
     ended,
     forget,
     lives,
@@ -344,14 +346,33 @@ def of_two(config: Mapping[str, Any], strategy: str) -> dict[str, Any]:
     return {**config, "trainer": {**config["trainer"], "devices": 2, "strategy": strategy, "max_epochs": 8}}
 
 
+def until_gone(pids: Mapping[str, tuple[int, int]], limit: float = 120.0) -> Iterator[tuple[str, Status | None]]:
+    """Waits for runs of two processes: each name once both are gone, with the code of the first; None after `limit`."""
+    left, began = {what: Forked(first) for what, (first, _) in pids.items()}, time.perf_counter()
+    while left:
+        late = time.perf_counter() - began > limit
+        for what, run in list(left.items()):
+            code = run.poll()
+            if late or (code is not None and not lives(pids[what][1])):
+                yield what, code
+                run.kill()
+                del left[what]
+        time.sleep(0.02)
+
+
 def faults_of_two(
-    strategy: str, faults: Mapping[str, tuple[Callable[[Any, Path], int], Sequence[int]]], num: int
+    strategy: str,
+    faults: Mapping[str, tuple[Callable[[Any, Path], int], Sequence[int]]],
+    num: int,
+    idle: Sequence[str] = (),
 ) -> Figures:
     """Does something to a run of two processes, `num` times each, and resumes it.
 
     Args:
         faults: by name, what starts a run, does it, and gives the pid; and the exit codes that are right.
+        idle: those after which a run waits for many seconds: all of them at once.
     """
+    groups = [[what for what in faults if what in idle], *([what] for what in faults if what not in idle)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = of_two(make_material(folder)["SFTModule"], strategy)
@@ -359,22 +380,23 @@ def faults_of_two(
         counts = {what: Counter[str]() for what in faults}
         longest = dict.fromkeys(faults, 0.0)
         for number in range(num):  # one of each, then another of each
-            for what, (begin, right) in faults.items():
-                run = folder / f"run{number}"
-                pid = begin(config, run)
-                began = time.perf_counter()
-                code = ended(pid, 120)
-                both = pid, other_pid(run)
-                while any(map(lives, both)) and time.perf_counter() - began < 120:
-                    time.sleep(0.02)
-                longest[what] = max(longest[what], time.perf_counter() - began)
-                again = ended(start(config, run)) if code else None
-                counts[what]["exit code"] += code in right
-                counts[what]["left"] += sum(map(lives, both))
-                counts[what]["same"] += again == 0 and same(run, expected)
-                if code not in right or again != 0:
-                    print(what, code, again, said(run), flush=True)
-                forget(run)
+            for group in groups:
+                runs = {what: folder / f"run{number}-{place}" for place, what in enumerate(group)}
+                pids, began, codes = {}, {}, {}
+                for what, run in runs.items():
+                    pid = faults[what][0](config, run)
+                    began[what], pids[what] = time.perf_counter(), (pid, other_pid(run))
+                for what, code in until_gone(pids):
+                    longest[what] = max(longest[what], time.perf_counter() - began[what])
+                    counts[what]["left"] += sum(map(lives, pids[what]))
+                    codes[what] = code
+                for what, run in runs.items():
+                    code, again = codes[what], ended(start(config, run)) if codes[what] else None
+                    counts[what]["exit code"] += code in faults[what][1]
+                    counts[what]["same"] += again == 0 and same(run, expected)
+                    if code not in faults[what][1] or again != 0:
+                        print(what, code, again, said(run), flush=True)
+                    forget(run)
             yield {
                 what: {
                     "runs": number + 1,
@@ -434,7 +456,7 @@ def dead_of_two(num: int, seed: int) -> Figures:
         for rank in (0, 1):
             right = [1] if action == "raise" or rank else [-signal.SIGKILL]
             faults[f"{called} in rank {rank}"] = (failing(action, rank, draw), right)
-    yield from faults_of_two("fsdp2", faults, num)
+    yield from faults_of_two("fsdp2", faults, num, idle=[what for what in faults if what.startswith("SIGSTOP")])
 
 
 SECTIONS: dict[str, tuple[str, Callable[..., Any], int]] = {
