@@ -11,21 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from rlhf_lightning.core.batches import Batch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import (
-    CompletionScores,
-    Need,
-    RankedPreferenceLoss,
-    RankedPreferenceLossOutput,
-    RewardLoss,
-    RewardLossOutput,
-)
 from rlhf_lightning.models.loading import shapes_only
 from rlhf_lightning.models.scalar_head import ValueHead
 from rlhf_lightning.models.shared_prompts import Sharing, sharing
 from rlhf_lightning.parallel.shard import decoder_layers, models_of
 from rlhf_lightning.planning.shapes import Lengths, generated, tokens, training_batch
+from rlhf_lightning.planning.stand_ins import reward_models, stand_in, without_numbers
 from rlhf_lightning.planning.trace import MemoryTrace, Peak
 from rlhf_lightning.rewards.scalar_reader import ScalarReader
 from rlhf_lightning.rollout.decode import draw
@@ -37,13 +29,6 @@ FEW_BITS = "weights in few bits"
 SHARDED = frozenset({WEIGHTS, GRADIENTS, OPTIMISER, FROZEN})
 """What is shared out over processes."""
 GATHERED, BUCKETS, STEP = "gathered weights", "DDP buckets", "optimiser's step"
-NOT_COUNTED: dict[str, tuple[Any, str]] = {
-    "padding_free": (False, "rows are taken to be full; shorter ones will need less"),
-    "activation_offload": (False, "activations that wait in host memory are counted here; less will be needed"),
-    "compile": (None, "layers are taken as they are written; compiled ones need less as a rule"),
-    "logprobs": ("auto", "the logits that another method keeps are counted"),
-}
-"""Options of a model that a run on tensors without numbers cannot follow: what stands for them, and what that means."""
 NEEDS_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -104,8 +89,7 @@ class Simulation:
             self.module.model_spec = replace(self.module.model_spec, gradient_checkpointing=checkpointing)
         self.trace = MemoryTrace(run.device)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.notes: list[str] = []
-        self._stand_in()
+        self.notes = stand_in(self.module)
         with shapes_only(), torch.device("meta"):
             self.module.configure_model()
             for score in self.reward_models():
@@ -137,9 +121,9 @@ class Simulation:
         own = self._bytes(module.parameters())
         known: dict[int, Tensor] = {}
         for model in (module, *module.frozen_models()):
-            _without_numbers(model, known, self.run.param_dtype)
+            without_numbers(model, known, self.run.param_dtype)
         for score in self.reward_models():
-            _without_numbers(score.model, known, None)
+            without_numbers(score.model, known, None)
         self.trace.label(_state(module), WEIGHTS)
         for model in (*module.frozen_models(), *(score.model for score in self.reward_models())):
             self.trace.label(_state(model), FROZEN)
@@ -181,19 +165,6 @@ class Simulation:
                 self._bit_size = part.weight.element_size() * 8
         self.notes.append("weights in few bits are counted by their format; putting one layer back takes some more")
 
-    def _stand_in(self) -> None:
-        """Put something of the same size in the place of what asks for numbers."""
-        module = self.module
-        if module.batch_format == "ranked":
-            module.loss = AnyRanking(module.loss) if hasattr(module, "policy") else AnyRankedScores()
-        if getattr(module, "share_prompts", False):
-            module.share_prompts = False
-            self.notes.append("share_prompts is not counted: how much pairs share is in the data; less will be needed")
-        for name, (usual, why) in NOT_COUNTED.items():
-            if getattr(module.model_spec, name) != usual:
-                module.model_spec = replace(module.model_spec, **{name: usual})
-                self.notes.append(f"{name} is not counted: {why}")
-
     def _prepare_optimizer(self) -> None:
         groups = self.module.parameter_groups()
         self.trained = [p for group in groups for p in group["params"]]
@@ -227,7 +198,7 @@ class Simulation:
 
     def reward_models(self) -> list[ScalarReader]:
         """Models that score answers."""
-        return list(_reward_models(getattr(self.module, "rewards", [])))
+        return list(reward_models(getattr(self.module, "rewards", [])))
 
     # ---- phases ----------------------------------------------------------------------------------------------------
 
@@ -394,63 +365,8 @@ class Simulation:
             yield
 
 
-class AnyRanking(RankedPreferenceLoss):
-    """What a loss on rankings keeps in memory, whatever it computes.
-
-    Args:
-        loss: the one that it stands for.
-    """
-
-    def __init__(self, loss: RankedPreferenceLoss) -> None:
-        self._needs = loss.needs
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self._needs
-
-    def __call__(self, completions: CompletionScores, groups: Tensor, ranks: Tensor) -> RankedPreferenceLossOutput:
-        ratios = completions.log_ratio if completions.ref_logprobs is not None else completions.total
-        return RankedPreferenceLossOutput(ratios, ratios.detach(), ratios.detach(), ratios.detach())
-
-
-class AnyRankedScores(RewardLoss):
-    """The same for a reward model's loss."""
-
-    batch_format = "ranked"
-    denominator = "prompts"
-
-    def __call__(self, scores: Tensor, batch: Batch) -> RewardLossOutput:
-        return RewardLossOutput(scores, scores.detach(), scores.detach())
-
-
-def _without_numbers(model: nn.Module, known: dict[int, Tensor], dtype: torch.dtype | None) -> None:
-    """Every weight and buffer as a new tensor of its shape; what was one stays one."""
-
-    def new(x: Tensor) -> Tensor:
-        if id(x) not in known:
-            kind = dtype if dtype is not None and x.is_floating_point() else x.dtype
-            made = torch.empty(x.shape, dtype=kind)
-            known[id(x)] = nn.Parameter(made, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else made
-            known[-id(x)] = x  # kept, so that no other gets its id
-        return known[id(x)]
-
-    for part in model.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, x in tensors.items():
-                if x is not None:
-                    tensors[name] = new(x)
-
-
 def _state(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _reward_models(rewards: Any) -> Iterator[ScalarReader]:
-    for weighted in rewards:
-        reader = getattr(weighted.reward, "reader", None)
-        if isinstance(reader, ScalarReader):
-            yield reader
-        yield from _reward_models(getattr(weighted.reward, "members", []))
 
 
 def _inputs(rows: int, new: int, length: int) -> dict[str, Tensor]:
