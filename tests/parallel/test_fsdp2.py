@@ -5,24 +5,23 @@ import os
 import pytest
 import torch
 from parallel_fits import (
-    CASES,
     SPECS,
     STAGES,
     assert_evaluated_alike,
+    assert_same,
     evaluated,
-    following_reference,
-    in_processes,
     of_stage,
-    shared_critic,
-    tied,
+    result,
     write_records,
 )
+from parallel_processes import in_processes
 from safetensors.torch import load_file
+from sharded_cases import SHARDED, following_reference, shared_critic, tied
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.parallel import FSDP2Strategy
 
-IN_CI = [name for name in CASES if not name.endswith((", replicas", ", two groups")) and ", tensor" not in name]
+IN_CI = [name for name in SHARDED if not name.endswith(", replicas")]
 EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "asked in between", *SPECS)]
 SHORT = [name for name in IN_CI if name.endswith(", short of memory")]
 HALF = ["sft, bfloat16", "sft, bf16-mixed"]
@@ -42,24 +41,12 @@ def alone(folder, tiny_model):
     """The same stage in one process; each computed once."""
     known = {}
 
-    def result(stage, spec=""):
+    def given(stage, spec=""):
         if (stage, spec) not in known:
             known[stage, spec] = of_stage(stage, str(tiny_model), folder, spec=SPECS.get(spec, {}))
         return known[stage, spec]
 
-    return result
-
-
-def result(folder, name):
-    return torch.load(folder / f"{name}.pt", weights_only=True)
-
-
-def assert_same(found, expected, tolerance=1e-5, steps=5):
-    assert len(expected["losses"]) == steps
-    assert found["losses"] == pytest.approx(expected["losses"], rel=tolerance, abs=tolerance)
-    assert found["weights"].keys() == expected["weights"].keys()
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=tolerance, atol=tolerance, msg=name)
+    return given
 
 
 @pytest.mark.slow

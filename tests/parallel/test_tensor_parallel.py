@@ -7,20 +7,19 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from parallel_fits import (
-    CASES,
     EVALUATED,
     SPECS,
     STAGES,
     assert_evaluated_alike,
-    by_groups,
-    dpo_without_exact_kl,
+    assert_same,
     evaluated,
-    in_processes,
     of_stage,
-    sampled,
+    result,
     write_records,
 )
+from parallel_processes import in_processes
 from safetensors.torch import load_file
+from tensor_parallel_cases import IN_PARTS, by_groups, dpo_without_exact_kl, sampled
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
@@ -37,21 +36,9 @@ def folder(tmp_path_factory, tiny_model):
     """What a group of two processes gave, a file per case."""
     made = tmp_path_factory.mktemp("tensor_parallel")
     write_records(made)
-    names = [name for name in CASES if f", {PARTS}" in name and not name.endswith("two groups")]
+    names = [name for name in IN_PARTS if not name.endswith("two groups")]
     in_processes(names, str(tiny_model), made)
     return made
-
-
-def result(folder, name):
-    return torch.load(folder / f"{name}.pt", weights_only=True)
-
-
-def assert_same(found, expected, steps=5):
-    assert len(expected["losses"]) == steps
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-5)
-    assert found["weights"].keys() == expected["weights"].keys()
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "kto"])
