@@ -21,7 +21,8 @@ from rlhf_lightning.models.sharded import is_sharded
 def checkpoint_weights(policy: Policy, *, with_adapter: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Names and weights. Copied are those that an adapter changes or that were quantised, one at a time.
 
-    (A family whose checkpoints hold weights in other pieces than its modules do has all of them at once.)
+    (A family whose checkpoints hold weights in other pieces than its modules do has all of them at once.) A head that
+    is the embedding comes under both names: vLLM reloads module by module, and would leave the head without weights.
 
     Args:
         with_adapter: add an adapter in; without, the weights are those under it.
@@ -43,6 +44,14 @@ def checkpoint_weights(policy: Policy, *, with_adapter: bool = True) -> Iterator
     _check_adapter(policy)
     model = policy.causal_lm
     return _as_in_checkpoint(model, _weights(model, with_adapter=with_adapter))
+
+
+def tied_weights(policy: Policy) -> dict[str, str]:
+    """Of `checkpoint_weights`, names of what is given under another name already: {the second name: the first}."""
+    tied = getattr(policy.causal_lm, "all_tied_weights_keys", {})
+    state = policy.causal_lm.state_dict()
+    both = {name: first for name, first in tied.items() if name in state and first in state}
+    return {name: first for name, first in both.items() if state[name].data_ptr() == state[first].data_ptr()}
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ import ipaddress
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
@@ -34,6 +34,8 @@ SHORTEST_TOKEN = 16
 """Characters."""
 WEIGHTS_HEADER = "X-RLHF-Weights"
 """Names the weights that a request is meant for."""
+TIED = "tied"
+"""In a part's metadata: names that stand for weights sent under another name, as JSON."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -209,10 +211,28 @@ async def _reply(send: Send, status: int, content: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def weights_part(weights: Mapping[str, Tensor], tied: Mapping[str, str]) -> bytes:
+    """A part of an upload, as safetensors.
+
+    Args:
+        weights: on the CPU, contiguous.
+        tied: names that stand for weights sent under another name, up to and with this part.
+    """
+    return save(dict(weights), metadata={TIED: json.dumps(dict(tied))})
+
+
+def tied_in(part: bytes) -> dict[str, str]:
+    """The names that a part says stand for others."""
+    length = int.from_bytes(part[:8], "little")
+    said: dict[str, str] = json.loads(part[8 : 8 + length]).get("__metadata__", {})
+    return dict(json.loads(said.get(TIED, "{}")))
+
+
 class WeightReceiver:
     """What vLLM's workers can do besides (`--worker-extension-cls`)."""
 
     _rlhf_received: dict[str, Tensor]
+    _rlhf_tied: dict[str, str]
 
     def rlhf_receive(self, payload: bytes, first: bool) -> None:
         """Keep a part of new weights.
@@ -224,10 +244,12 @@ class WeightReceiver:
         if first:
             self._rlhf_received = {}
         self._rlhf_received.update(load(payload))
+        self._rlhf_tied = tied_in(payload)
 
     def rlhf_load(self) -> None:
         """Take up what was received."""
         received, self._rlhf_received = self._rlhf_received, {}
+        received.update({name: received[first] for name, first in self._rlhf_tied.items()})
         self.reload_weights(weights_iterator=iter(received.items()))  # type: ignore[attr-defined]
 
     def rlhf_load_adapter(self, number: int) -> None:

@@ -8,13 +8,12 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +21,13 @@ from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.seeding import counter_seed
-from rlhf_lightning.models.handover import GivenBase, adapter_rank, adapter_weights, checkpoint_weights
+from rlhf_lightning.models.handover import (
+    GivenBase,
+    adapter_rank,
+    adapter_weights,
+    checkpoint_weights,
+    tied_weights,
+)
 from rlhf_lightning.rollout.engines import (
     Answer,
     assemble_answers,
@@ -32,7 +37,13 @@ from rlhf_lightning.rollout.engines import (
 )
 from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_ids
 from rlhf_lightning.rollout.vllm_adapters import AdapterOption, check_adapter_option, room_for
-from rlhf_lightning.rollout.vllm_serve import TOKEN, WEIGHTS_HEADER, is_loopback, token_from_environment
+from rlhf_lightning.rollout.vllm_serve import (
+    TOKEN,
+    WEIGHTS_HEADER,
+    is_loopback,
+    token_from_environment,
+    weights_part,
+)
 
 HOSTS = "RLHF_VLLM_HOSTS"
 """Environment variable: hosts other than this machine that may be sent weights, prompts and the token."""
@@ -193,26 +204,28 @@ class _Server:
 
     def _send_weights(self, policy: Any, name: str) -> None:
         adapter = adapter_weights(policy) if self.adapter == "sent" else {}
-        weights = checkpoint_weights(policy, with_adapter=not adapter)
+        weights, tied = checkpoint_weights(policy, with_adapter=not adapter), tied_weights(policy)
         # each time: another server may have taken the place of the one before
         self._check_model(policy, adapter_rank(adapter) if adapter else 0)
         if not adapter:
-            self._upload(weights, f"name={name}")
+            self._upload(weights, tied, f"name={name}")
             return
         if not self._base.is_of(policy):
             self._base.forget()
             self._base_name = f"{name}-base"
-            self._upload(weights, f"name={self._base_name}")
+            self._upload(weights, tied, f"name={self._base_name}")
             self._base.give(policy)
-        self._upload(iter(adapter.items()), f"name={name}&over={self._base_name}")
+        self._upload(iter(adapter.items()), {}, f"name={name}&over={self._base_name}")
 
-    def _upload(self, weights: Iterator[tuple[str, Tensor]], query: str) -> None:
-        parts = _parts(weights, self.limits.part_mib * 2**20)
+    def _upload(self, weights: Iterator[tuple[str, Tensor]], tied: Mapping[str, str], query: str) -> None:
+        left_out: dict[str, str] = {}
+        parts = _parts(_once(weights, tied, left_out), self.limits.part_mib * 2**20)
         index, part = 0, next(parts, None)
         while part is not None:
             # two parts at a time are held, of weights that were made for this
             following = next(parts, None)
-            body = save({key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in part})
+            on_cpu = {key: weight.detach().to("cpu", copy=True).contiguous() for key, weight in part}
+            body = weights_part(on_cpu, left_out)
             path = f"/rlhf/weights?{query}&part={index}&last={int(following is None)}"
             self._watched([lambda body=body, path=path: self._request("POST", path, body)])  # type: ignore[misc]
             index, part = index + 1, following
@@ -404,6 +417,19 @@ class _Pulse:
 
     def stop(self) -> None:
         self._stop.set()
+
+
+def _once(
+    weights: Iterator[tuple[str, Tensor]], tied: Mapping[str, str], left_out: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights without those that have come under another name, which are noted in `left_out`."""
+    seen = set()
+    for name, weight in weights:
+        if tied.get(name) in seen:
+            left_out[name] = tied[name]
+        else:
+            seen.add(name)
+            yield name, weight
 
 
 def _parts(weights: Iterator[tuple[str, Tensor]], size: int) -> Iterator[list[tuple[str, Tensor]]]:

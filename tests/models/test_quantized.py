@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moving import moved
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.core.batches import TokenBatch
@@ -29,16 +30,6 @@ TOKENS = torch.arange(3, 11).view(2, 4)
 @pytest.fixture
 def spec(wide_model):
     return ModelSpec(path=str(wide_model), quantization=EXACT, lora=LoraSpec(r=2))
-
-
-def shaken(model):
-    """`model` with every trained weight a little off, so that adapters do something."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def logits(policy):
@@ -77,7 +68,7 @@ def test_four_bits_are_what_the_paper_says(spec):
 
 def test_training_and_evaluating_see_the_same_weights(spec):
     """bitsandbytes repacks weights on some CPUs when they are first evaluated, and loses bits."""
-    policy = shaken(load_policy(spec))
+    policy = moved(load_policy(spec))
     before = policy.train().model(input_ids=TOKENS).logits
     evaluated = logits(policy)
     assert torch.equal(before, evaluated)
@@ -87,7 +78,7 @@ def test_training_and_evaluating_see_the_same_weights(spec):
 @pytest.mark.parametrize("bits", BITS)
 def test_a_checkpoint_holds_what_is_trained_and_comes_back(bits, spec):
     spec = replace(spec, quantization=BITS[bits])
-    policy = shaken(load_policy(spec))
+    policy = moved(load_policy(spec))
     state = copy.deepcopy(policy.state_dict())
     assert all("lora_" in name or name == "base_checksum" for name in state)
     again = load_policy(spec)
@@ -109,7 +100,7 @@ def test_an_export_has_the_logits_of_the_policy_and_the_adapter_alone(spec, tmp_
     from peft import PeftModel
     from transformers import BitsAndBytesConfig
 
-    policy = shaken(load_policy(spec))
+    policy = moved(load_policy(spec))
     expected = logits(policy)
     folder = export_policy(policy, load_tokenizer(spec), tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -130,7 +121,7 @@ def test_an_export_has_the_logits_of_the_policy_and_the_adapter_alone(spec, tmp_
 
 
 def test_a_quantised_reward_model_trains_its_head_and_exports(spec, tmp_path):
-    model = shaken(load_scalar_model(spec))
+    model = moved(load_scalar_model(spec))
     on, positions = torch.ones_like(TOKENS, dtype=torch.bool), torch.arange(4).expand(2, 4)
     expected = model.eval().token_values(TOKENS, on, positions)
     assert model.head.weight.requires_grad

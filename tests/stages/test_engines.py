@@ -10,6 +10,7 @@ import torch
 from copy_engine import CopyEngine
 from fits import fit
 from lightning.pytorch.callbacks import ModelCheckpoint
+from moving import moved
 from one_step import records
 from safetensors.torch import load_file
 
@@ -183,12 +184,34 @@ def test_weights_are_those_of_the_export_with_the_adapter_added_in(tiny_model, t
         before = {name: value.clone() for name, value in policy.state_dict().items()}
         given = dict(checkpoint_weights(policy))
         written = load_file(export_policy(policy, load_tokenizer(spec), tmp_path / str(lora)) / "model.safetensors")
-        assert set(written) <= set(given)
-        assert {name.split(".")[0] for name in set(given) - set(written)} <= {"lm_head"}  # tied to the embedding
+        assert written.keys() == given.keys()
         for name, value in written.items():
             torch.testing.assert_close(given[name], value, rtol=0, atol=1e-6)
         assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
         assert not any(given[name].requires_grad for name in given)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_head_that_is_the_embedding_is_said_to_be_it(config, tiny_model, tmp_path):
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.handover import checkpoint_weights, tied_weights
+    from rlhf_lightning.models.loading import load_tokenizer
+
+    spec = ModelSpec(config=config | {"tie_word_embeddings": True}, tokenizer=str(tiny_model))
+    policy = moved(load_policy(spec))
+    given, tied = dict(checkpoint_weights(policy)), tied_weights(policy)
+    written = load_file(export_policy(policy, load_tokenizer(spec), tmp_path / "hf") / "model.safetensors")
+    assert list(tied) == ["lm_head.weight"]
+    assert given.keys() == {*written, *tied}
+    assert all(torch.equal(value, written[tied.get(name, name)]) for name, value in given.items())
+    assert tied_weights(load_policy(ModelSpec(path=str(tiny_model)))) == {}
 
 
 def test_vllm_that_is_not_installed_is_named(tiny_model, monkeypatch):
@@ -239,21 +262,13 @@ def peft_policy(tiny_model, **options):
     return Policy(wrap(model, LoraConfig(**{"target_modules": ["q_proj", "down_proj"]} | options)))
 
 
-def shaken(policy):
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return policy
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"r": 2, "lora_alpha": 7}, {"rank_pattern": {"q_proj": 3}, "r": 2}]
 )
 def test_an_adapter_is_told_with_its_scale(options, tiny_model):
     from rlhf_lightning.models.handover import adapter_rank, adapter_weights
 
-    policy = shaken(peft_policy(tiny_model, **options))
+    policy = moved(peft_policy(tiny_model, **options))
     told = adapter_weights(policy)
     layers = {name.rpartition(".lora_")[0] for name in told}
     assert len(told) == 2 * len(layers) == 2 * 2 * policy.config.num_hidden_layers
@@ -264,7 +279,7 @@ def test_an_adapter_is_told_with_its_scale(options, tiny_model):
         assert wanted.abs().max() > 1e-3
     assert adapter_rank(told) == max([options.get("r", 8), *options.get("rank_pattern", {}).values()])
     before = {name: value.clone() for name, value in told.items()}
-    shaken(policy)  # what was told does not move along
+    moved(policy)  # what was told does not move along
     assert all(torch.equal(value, before[name]) for name, value in told.items())
 
 
@@ -302,14 +317,14 @@ def test_the_weights_under_an_adapter_are_those_that_it_was_put_over(tiny_model)
     from rlhf_lightning.models.handover import GivenBase, checkpoint_weights
 
     plain = dict(checkpoint_weights(load_policy(ModelSpec(path=str(tiny_model)))))
-    policy = shaken(load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2))))
+    policy = moved(load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2))))
     under = dict(checkpoint_weights(policy, with_adapter=False))
     assert all(torch.equal(under[name], value) for name, value in plain.items())
     assert under.keys() == plain.keys()
     given = GivenBase()
     assert not given.is_of(policy)
     given.give(policy)
-    shaken(policy)
+    moved(policy)
     assert given.is_of(policy)
     assert not given.is_of(load_policy(ModelSpec(path=str(tiny_model), lora=LoraSpec(r=2))))
     with torch.no_grad():
@@ -324,10 +339,10 @@ def test_weights_in_few_bits_are_put_back_or_refused(wide_model, tmp_path):
     from rlhf_lightning.models.loading import load_tokenizer
 
     spec = ModelSpec(path=str(wide_model), lora=LoraSpec(r=2), quantization=QuantizationSpec())
-    policy = shaken(load_policy(spec))
+    policy = moved(load_policy(spec))
     written = load_file(export_policy(policy, load_tokenizer(spec), tmp_path / "hf") / "model.safetensors")
     given = dict(checkpoint_weights(policy))
-    assert written.keys() <= given.keys()
+    assert written.keys() == given.keys()
     for name, value in written.items():
         torch.testing.assert_close(given[name], value, rtol=0, atol=1e-6)
     eight = load_policy(replace(spec, quantization=QuantizationSpec(8)))

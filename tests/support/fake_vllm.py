@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.vllm_serve import tied_in
 
 TOKEN = "of-these-tests-only-0123456789"
 
@@ -96,9 +97,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(409, {"error": "another base"})
             return
         server.received |= load(body)
+        server.tied = tied_in(body)
         server.parts += 1
         server.sizes.append((len(body), over is not None))
         if query["last"] == "1":
+            server.received |= {name: server.received[first] for name, first in server.tied.items()}
             if over is None:
                 server.policy.causal_lm.load_state_dict(server.received)
                 server.held = {name: weight.clone() for name, weight in server.received.items()}

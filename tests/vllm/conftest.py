@@ -51,6 +51,25 @@ def llama(tmp_path_factory, tiny_tokenizer, llama_config):
 
 
 @pytest.fixture(scope="session")
+def tokenizer(llama):
+    from rlhf_lightning.models.loading import load_tokenizer
+    from rlhf_lightning.models.spec import ModelSpec
+
+    return load_tokenizer(ModelSpec(path=str(llama)))
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    """Four of uneven lengths."""
+    from rlhf_lightning.data.collate import collate_prompts
+    from rlhf_lightning.data.encode import encode_prompt
+
+    texts = ["the film", "a plot was very", "good", "the actors and the end was not great but"]
+    ids = [encode_prompt(tokenizer, text) for text in texts]
+    return collate_prompts(ids, texts, [{} for _ in texts], range(len(texts)), tokenizer.pad_token_id)
+
+
+@pytest.fixture(scope="session")
 def token():
     os.environ["RLHF_VLLM_TOKEN"] = "of-these-tests-only-0123456789"
     yield os.environ["RLHF_VLLM_TOKEN"]

@@ -6,30 +6,17 @@ import signal
 
 import pytest
 import torch
+from moving import gap, moved
 from vllm_process import start_server
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.data.collate import collate_prompts
-from rlhf_lightning.data.encode import encode_prompt
-from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.rollout import VLLMEngine, VLLMServer
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
 
-TEXTS = ("the film", "a plot was very", "good")
 GREEDY = GenerationSpec(max_new_tokens=16, temperature=0.0)
 RANK = 4
-
-
-@pytest.fixture(scope="module")
-def tokenizer(llama):
-    return load_tokenizer(ModelSpec(path=str(llama)))
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer):
-    ids = [encode_prompt(tokenizer, text) for text in TEXTS]
-    return collate_prompts(ids, list(TEXTS), [{} for _ in TEXTS], range(len(TEXTS)), tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +38,6 @@ def engine(request, tokenizer):
 
 def adapted(llama, **lora):
     return moved(load_policy(ModelSpec(path=str(llama), lora=LoraSpec(**({"r": RANK} | lora)))))
-
-
-def moved(policy, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
-
-
-def gap(policy, answers):
-    """Largest difference between the policy's log-probabilities and the engine's."""
-    with torch.no_grad():
-        own = policy(answers).logprobs
-    return (own - answers.sampler_logprobs)[answers.mask].abs().max().item()
 
 
 def agree(engine, policy, tokenizer, prompts):

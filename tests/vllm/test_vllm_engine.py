@@ -6,32 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from moving import gap, moved
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.data.collate import collate_prompts
-from rlhf_lightning.data.encode import encode_prompt
-from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
+from rlhf_lightning.rollout import VLLMEngine, VLLMServer
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
-
-TEXTS = ("the film", "a plot was very", "good", "the actors and the end was not great but")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(llama):
-    return load_tokenizer(ModelSpec(path=str(llama)))
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer):
-    ids = [encode_prompt(tokenizer, text) for text in TEXTS]
-    return collate_prompts(ids, list(TEXTS), [{} for _ in TEXTS], range(len(TEXTS)), tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="module", params=["VLLMEngine", "VLLMServer"])
 def engine(request, tokenizer):
-    from rlhf_lightning.rollout import VLLMEngine, VLLMServer
-
     spec = GenerationSpec(max_new_tokens=16)
     if request.param == "VLLMServer":
         made = VLLMServer(spec, tokenizer, url=request.getfixturevalue("server").url)
@@ -46,26 +31,9 @@ def policy(llama):
     return load_policy(ModelSpec(path=str(llama)))
 
 
-def moved(policy, seed=3):
-    """The policy with every trained weight changed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
-
-
 def answered(engine, policy, prompts, seed=1, **spec):
     engine.take_weights(policy)
     return engine.with_spec(GenerationSpec(**({"max_new_tokens": 16} | spec))).generate(policy, prompts, seed=seed)
-
-
-def gap(policy, answers, temperature=1.0):
-    """Largest difference between the policy's log-probabilities and the engine's."""
-    with torch.no_grad():
-        own = policy(answers, temperature=temperature).logprobs
-    return (own - answers.sampler_logprobs)[answers.mask].abs().max().item()
 
 
 def test_greedy_answers_equal_transformers_before_and_after_an_update(engine, policy, tokenizer, prompts):
@@ -150,6 +118,17 @@ def test_an_adapter_arrives_in_the_weights(engine, llama, tokenizer, prompts):
     assert gap(policy, answers) < 1e-3
     with policy.adapter_disabled():
         assert gap(policy, answers) > 0.1
+
+
+def test_a_head_that_is_the_embedding_has_the_weights_of_every_update(llama, llama_config, tokenizer, prompts):
+    policy = load_policy(ModelSpec(config=llama_config | {"tie_word_embeddings": True}, tokenizer=str(llama)))
+    engine = VLLMEngine(GenerationSpec(max_new_tokens=16), tokenizer)
+    try:
+        for seed in range(3):
+            assert gap(policy, answered(engine, policy, prompts, num_samples=8)) < 1e-3
+            moved(policy, seed)
+    finally:
+        engine.close()
 
 
 def test_prompts_that_leave_no_room_are_refused(engine, policy, prompts):

@@ -14,17 +14,12 @@ from vllm_process import start_server
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.collate import collate_prompts
-from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout import GenerationSpec, VLLMServer
 from rlhf_lightning.stages import GRPOModule
-
-
-@pytest.fixture(scope="module")
-def tokenizer(llama):
-    return load_tokenizer(ModelSpec(path=str(llama)))
 
 
 def status(url: str, token: str | None = None, body: bytes | None = None) -> int:
