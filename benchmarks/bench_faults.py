@@ -60,11 +60,14 @@ def state(step: int, size: int = 200_000) -> dict[str, Any]:
 # --- killed while saving
 
 
-def kill_saves(kills: int, save: Save, folder: Path, seed: int, longest: float = 0.06) -> dict[str, int]:
+def kill_saves(kills: int, save: Save, folder: Path, seed: int) -> dict[str, int]:
     """Kills a child that saves over and over, at random moments: how many left a corrupt file, or lost a done one."""
     torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them for ever
     draw, seen, corrupt, lost = random.Random(seed), 0, 0, 0
     path, done = folder / "last.ckpt", folder / "done"
+    began = time.perf_counter()
+    save(state(0), folder / "first.ckpt")  # which a slow disk makes long: a kill is to come during one of the first few
+    longest = max(0.06, 4 * (time.perf_counter() - began))
     for _ in range(kills):
         first = int(done.read_text()) + 1 if done.exists() else 1
         pid = os.fork()
@@ -121,6 +124,9 @@ def saves(num: int, seed: int) -> dict[str, Any]:
             print(name, results[name], flush=True)
     if not results["torch.save"]["corrupt"]:
         raise SystemExit(f"{num} kills did not catch torch.save, which writes in place: they show nothing of others")
+    for name, found in results.items():
+        if not found["with something saved"]:
+            raise SystemExit(f"{name}: nothing was saved before any of {num} kills, so there was nothing to lose")
     return results
 
 

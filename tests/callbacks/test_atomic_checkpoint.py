@@ -141,8 +141,12 @@ def test_a_naive_saver_is_caught_by_the_same_kills(tmp_path):
 
 
 def test_kills_that_do_not_catch_the_naive_saver_are_no_result(monkeypatch):
-    monkeypatch.setattr(bench_faults, "kill_saves", lambda kills, *_: {"kills": kills, "corrupt": 0, "lost": 0})
+    found = {"with something saved": 1, "corrupt": 0, "lost": 0}
+    monkeypatch.setattr(bench_faults, "kill_saves", lambda kills, *_: found)
     with pytest.raises(SystemExit, match=r"7 kills did not catch torch\.save"):
+        bench_faults.saves(7, seed=0)
+    found |= {"with something saved": 0, "corrupt": 1}
+    with pytest.raises(SystemExit, match=r"AtomicCheckpointIO: nothing was saved before any of 7 kills"):
         bench_faults.saves(7, seed=0)
 
 
