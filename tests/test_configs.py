@@ -35,6 +35,7 @@ RECORDS = {
     "Countdown": {"prompt": "the film", "numbers": [3, 25, 7], "target": 82},
     "OnlineDPOModule": {"prompt": "the film"},
     "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
+    "TPO": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "gold": "was great"},
     "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
 }
 

@@ -184,7 +184,7 @@ def test_every_option_on_a_page_exists(name, cls):
 
 RECORDS = {
     SFTModule: {"prompt": "the film", "completion": "was good"},
-    DPOModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
+    DPOModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "gold": "was great"},
     RewardModule: {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
     KTOModule: {"prompt": "the film", "completion": "was good"},
     PPOModule: {"prompt": "the film"},
@@ -192,6 +192,7 @@ RECORDS = {
     OnlineDPOModule: {"prompt": "the film"},
 }
 VARIANTS: dict[type, list[dict[str, Any]]] = {
+    DPOModule: [{}, {"loss": {"class_path": "TPO", "init_args": {"loss": {"class_path": "DPO"}}}}],
     KTOModule: [{}, {"loss": {"class_path": "BCO"}}],
     OnlineDPOModule: [{}, {"opponent": {}}],
 }

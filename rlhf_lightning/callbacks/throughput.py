@@ -113,7 +113,8 @@ def num_real_tokens(batch: Any) -> Tensor | None:
         case TokenBatch() | Rollouts() | PairRollouts():
             return batch.attention_mask.sum()
         case PairBatch():
-            return batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum()
+            real = batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum()
+            return real if batch.gold is None else real + batch.gold.attention_mask.sum()
         case RankedBatch() | RatedBatch() | UnpairedBatch() | StepBatch():  # mismatched rows are not trained on
             return batch.completions.attention_mask.sum()
         case _:

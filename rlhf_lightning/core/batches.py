@@ -146,10 +146,15 @@ class PairBatch(Batch):
     rejected: TokenBatch
     margins: Float[Tensor, " pairs"] | None = None
     """By how much chosen should win (Llama 2's margin), or None."""
+    gold: TokenBatch | None = None
+    """A third answer to each prompt, better than both; None: not asked for."""
     unit = "pair"
 
     def counts(self) -> dict[str, float]:
-        return {"pairs": float(self.chosen.tokens.shape[0]), "chosen_tokens": self.chosen.counts()["tokens"]}
+        counts = {"pairs": float(self.chosen.tokens.shape[0]), "chosen_tokens": self.chosen.counts()["tokens"]}
+        if self.gold is not None:
+            counts["gold_tokens"] = self.gold.counts()["tokens"]
+        return counts
 
 
 @dataclass(frozen=True)

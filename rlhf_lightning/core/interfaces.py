@@ -13,9 +13,10 @@ from torch import Tensor
 from rlhf_lightning.core.batches import Batch, Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 
-BatchFormat = Literal["tokens", "pairs", "ranked", "rated", "unpaired", "mismatched", "steps", "prompts"]
-"""What a stage wants to be fed; the datamodule reads and collates accordingly. `mismatched` is `unpaired`, and each
-prompt a second time with a completion that belongs to another one."""
+BatchFormat = Literal["tokens", "pairs", "triples", "ranked", "rated", "unpaired", "mismatched", "steps", "prompts"]
+"""What a stage wants to be fed; the datamodule reads and collates accordingly. `triples` is `pairs`, and a gold answer
+to each prompt; `mismatched` is `unpaired`, and each prompt a second time with a completion that belongs to another
+one."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ class PairScores:
     """Means that the loss asked for (`step_means`), over the whole optimiser step that these pairs belong to."""
     own: Bool[Tensor, "pairs 2"] | None = None
     """Of sampled pairs: True where the policy itself drew the answer (chosen, rejected); None: nobody knows."""
+    gold: CompletionScores | None = None
+    """A third answer to each prompt, better than both, under the policy alone; None: not asked for."""
 
     @property
     def log_ratio(self) -> Float[Tensor, " pairs"]:
@@ -236,14 +239,16 @@ class PreferenceLossOutput:
     rejected_rewards: Float[Tensor, " pairs"]
     per_chosen_token: Float[Tensor, "pairs time"] | None = None
     """A second term, 0 off the mask: averaged over the chosen tokens of the whole optimiser step. None: no such."""
+    per_gold_token: Float[Tensor, "pairs gold_time"] | None = None
+    """A third term, likewise, over the gold tokens."""
     statistics: Mapping[str, Float[Tensor, " pairs"]] = field(default_factory=dict)
     """Numbers whose means the loss wants back: over steps in `PairScores.running`, over this step in `.step`."""
 
 
-Need = Literal["reference", "ref_kl", "log_collision", "opponent", "whole_batch", "drawn_pairs"]
+Need = Literal["reference", "ref_kl", "log_collision", "opponent", "whole_batch", "drawn_pairs", "gold"]
 """What a preference loss reads beyond the policy's own log-probabilities; `opponent`: pairs of an answer that the
 policy drew and one that it did not; `whole_batch`: its value depends on which pairs share a micro-batch; `drawn_pairs`:
-a part of each step's pairs is drawn, and the others are left out."""
+a part of each step's pairs is drawn, and the others are left out; `gold`: a third answer to each prompt."""
 
 
 class PreferenceLoss(ABC):

@@ -135,7 +135,7 @@ class _Builder:
         for (row,) in self._fit([encoded], prompt_length, place):
             yield TokenItem(row)
 
-    def _pairs(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
+    def _pairs(self, place: str, record: Mapping[str, Any], gold: Any = None) -> Iterator[Item]:
         prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
         if chosen == rejected:
             self.report.leave_out("chosen equals rejected", place)
@@ -144,13 +144,17 @@ class _Builder:
             prompt, chosen, rejected = split_prompt(chosen, rejected)
             if not (chosen and rejected):
                 raise UserError(f"{place}: one of chosen and rejected is empty behind the prompt they share")
-        both = [self._pair(record, prompt, answer) for answer in (chosen, rejected)]
-        for rows in self._fit(both, min(map(prompt_length_of, both)), place):
+            gold = None if gold is None else _behind(prompt, gold, place)
+        answers = [self._pair(record, prompt, it) for it in (chosen, rejected, gold) if it is not None]
+        for rows in self._fit(answers, min(map(prompt_length_of, answers)), place):
             if list(rows[0].ids) == list(rows[1].ids):
                 self.report.leave_out("chosen equals rejected once both are cut to max_length", place)
                 return
             margin = record.get("margin")
-            yield PairItem(rows[0], rows[1], None if margin is None else float(margin))
+            yield PairItem(rows[0], rows[1], None if margin is None else float(margin), *rows[2:])
+
+    def _triples(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
+        yield from self._pairs(place, record, record["gold"])
 
     def _ranked(self, place: str, record: Mapping[str, Any]) -> Iterator[Item]:
         if len(set(record["ranks"])) == 1:
@@ -267,6 +271,17 @@ class _Builder:
         if prefix and list(ids[: len(prefix)]) == prefix:
             return len(prefix)
         return int(len(ids) > 0 and ids[0] == self.encoding.tokenizer.bos_token_id)
+
+
+def _behind(prompt: Any, gold: Any, place: str) -> Any:
+    """The gold answer without the prompt that chosen and rejected share."""
+    rest = gold[len(prompt) :]
+    if gold[: len(prompt)] != prompt or not (rest.strip() if isinstance(rest, str) else rest):
+        raise UserError(
+            f"{place}: gold does not go on from the prompt that chosen and rejected share, {prompt!r:.60}: let it "
+            "begin with that too, or give prompt as a column of its own and the three answers without it"
+        )
+    return rest
 
 
 def _tools(record: Mapping[str, Any]) -> Any:

@@ -39,9 +39,11 @@ class PairItem:
     chosen: Encoded
     rejected: Encoded
     margin: float | None
+    gold: Encoded | None = None
+    """A third one, if it was asked for."""
 
     def rows(self) -> list[Encoded]:
-        return [self.chosen, self.rejected]
+        return [self.chosen, self.rejected] if self.gold is None else [self.chosen, self.rejected, self.gold]
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,15 @@ class Collator:
     def _pairs(self, items: Sequence[PairItem]) -> PairBatch:
         margins = [item.margin for item in items]
         known = any(margin is not None for margin in margins)
+        gold = [item.gold for item in items if item.gold is not None]
         return PairBatch(
             self._rows([item.chosen for item in items]),
             self._rows([item.rejected for item in items]),
             torch.tensor([margin or 0.0 for margin in margins]) if known else None,
+            self._rows(gold) if gold else None,
         )
+
+    _triples = _pairs
 
     def _ranked(self, items: Sequence[RankedItem]) -> RankedBatch:
         return RankedBatch(

@@ -127,7 +127,7 @@ def _show_item(encoding: Encoding, full: Item, kept: Item | None) -> Iterator[Re
 def _row_names(item: Item) -> list[str]:
     if isinstance(item, PairItem):
         margin = "" if item.margin is None else f", margin {item.margin:g}"
-        return [f"chosen{margin}", "rejected"]
+        return [f"chosen{margin}", "rejected", "gold"][: len(item.rows())]
     if isinstance(item, RankedItem):
         return [f"rank {rank:g}" for rank in item.ranks]
     if isinstance(item, UnpairedItem):

@@ -12,6 +12,7 @@ from rlhf_lightning.data.templates import Messages
 KINDS: dict[BatchFormat, tuple[tuple[str, ...], ...]] = {
     "tokens": (("messages",), ("prompt", "completion"), ("text",)),
     "pairs": (("chosen", "rejected"),),
+    "triples": (("chosen", "rejected", "gold"),),
     "ranked": (("prompt", "completions", "ranks"),),
     "rated": (("prompt", "completion", "rating"),),
     "unpaired": (("prompt", "completion", "label"),),
@@ -181,6 +182,7 @@ _CHECKS = {
     "completion": _completion,
     "chosen": _completion,
     "rejected": _completion,
+    "gold": _completion,
     "completions": _completions,
     "ranks": _ranks,
     "labels": _labels,

@@ -21,7 +21,7 @@ from rlhf_lightning.losses.preference_batch import AOT, AOTUnpaired, BetaDPO
 from rlhf_lightning.losses.preference_free import CPO, ORPO, AlphaPO, ChosenNLL, SimPO
 from rlhf_lightning.losses.preference_guarded import DPOP, TDPO, ChiPO
 from rlhf_lightning.losses.preference_length import LDDPO, RDPO
-from rlhf_lightning.losses.preference_mixed import RPO, WPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_mixed import RPO, TPO, WPO, WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_online import XPO, NashMD
 from rlhf_lightning.losses.preference_pointwise import APODown, APOZero, BCOPair, NCAPair, SPPOHard
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
@@ -54,6 +54,7 @@ __all__ = [
     "RDPO",
     "RPO",
     "TDPO",
+    "TPO",
     "WPO",
     "XPO",
     "AOTUnpaired",

@@ -184,7 +184,7 @@ class CPO(PreferenceLoss):
             case "ipo":
                 loss = identity_preference(chosen - rejected, beta=self.beta)
         chosen, rejected = self.beta * chosen, self.beta * rejected
-        per_token = chosen_nll(pairs.chosen, self.nll_coef) if self.nll_coef else None
+        per_token = answer_nll(pairs.chosen, self.nll_coef) if self.nll_coef else None
         return PreferenceLossOutput(loss, chosen.detach(), rejected.detach(), per_token)
 
 
@@ -217,7 +217,7 @@ class ORPO(PreferenceLoss):
         chosen, rejected = pairs.chosen.mean, pairs.rejected.mean
         loss = -self.odds_coef * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
         rewards = self.odds_coef * chosen.detach(), self.odds_coef * rejected.detach()
-        return PreferenceLossOutput(loss, *rewards, chosen_nll(pairs.chosen, 1.0))
+        return PreferenceLossOutput(loss, *rewards, answer_nll(pairs.chosen, 1.0))
 
 
 @dataclass(frozen=True)
@@ -246,12 +246,12 @@ class ChosenNLL(PreferenceLoss):
         # nothing of the rejected answers is trained; 0 times them keeps every weight in the graph
         if self.average == "sequence_mean":
             return PreferenceLossOutput(-pairs.chosen.mean, *rewards)
-        return PreferenceLossOutput(0.0 * pairs.chosen.total, *rewards, chosen_nll(pairs.chosen, 1.0))
+        return PreferenceLossOutput(0.0 * pairs.chosen.total, *rewards, answer_nll(pairs.chosen, 1.0))
 
 
-def chosen_nll(chosen: CompletionScores, weight: float) -> Float[Tensor, "pairs time"]:
-    """weight times the negative log-likelihood of the chosen answers, per token; 0 off their mask."""
-    return weight * token_nll(chosen.logprobs)
+def answer_nll(answers: CompletionScores, weight: float) -> Float[Tensor, "pairs time"]:
+    """weight times the negative log-likelihood of answers, per token; 0 off their mask."""
+    return weight * token_nll(answers.logprobs)
 
 
 def target_margin(beta: float, gamma: float | None, gamma_over_beta: float | None) -> float:

@@ -1,6 +1,6 @@
-"""Preference losses made of others: weighted sums (MPO, RPO), and pairs weighted by their probability (WPO)."""
+"""Preference losses made of others: weighted sums (MPO, RPO, TPO), and pairs weighted by their probability (WPO)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import CompletionScores, Need, PairScores, PreferenceLoss, PreferenceLossOutput
 from rlhf_lightning.losses.preference import DPO, LossAroundAnother, check_beta
-from rlhf_lightning.losses.preference_free import ChosenNLL, NLLAverage
+from rlhf_lightning.losses.preference_free import CPO, ChosenNLL, NLLAverage, answer_nll
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,22 @@ class WeightedLosses(PreferenceLoss):
     def __call__(self, pairs: PairScores) -> PreferenceLossOutput:
         outputs = [each.loss(pairs) for each in self.losses]
         weights = [each.weight for each in self.losses]
-        per_pair = torch.stack([weight * out.per_pair for weight, out in zip(weights, outputs, strict=True)]).sum(0)
-        per_token = [
-            weight * out.per_chosen_token
-            for weight, out in zip(weights, outputs, strict=True)
-            if out.per_chosen_token is not None
-        ]
+        per_pair = _weighted_sum(weights, [out.per_pair for out in outputs])
+        assert per_pair is not None
         return PreferenceLossOutput(
             per_pair,
             outputs[0].chosen_rewards,
             outputs[0].rejected_rewards,
-            torch.stack(per_token).sum(0) if per_token else None,
-            {name: value for out in outputs for name, value in out.statistics.items()},
+            per_chosen_token=_weighted_sum(weights, [out.per_chosen_token for out in outputs]),
+            per_gold_token=_weighted_sum(weights, [out.per_gold_token for out in outputs]),
+            statistics={name: value for out in outputs for name, value in out.statistics.items()},
         )
+
+
+def _weighted_sum(weights: Sequence[float], terms: Sequence[Tensor | None]) -> Tensor | None:
+    """Over the terms that are there; None: none is."""
+    there = [weight * term for weight, term in zip(weights, terms, strict=True) if term is not None]
+    return torch.stack(there).sum(0) if there else None
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,50 @@ class RPO(LossAroundAnother):
 
 
 @dataclass(frozen=True)
+class TPO(LossAroundAnother):
+    """Triple preference optimisation: a preference loss, and the likelihood of a third answer, the gold one.
+
+        loss = preference loss + nll_coef mean over the gold tokens of the step of -log pi
+
+    The gold answer (the column `gold`) is better than both: what is imitated need not be what was preferred. Around a
+    loss without a reference one stage does what SFT and DPO do. TPO-L is the same around SimPO.
+
+    Args:
+        loss: the preference loss; CPO without its own likelihood, or SimPO for TPO-L.
+        nll_coef: the paper's alpha (TRL: 1).
+
+    References:
+        Saeidi et al., Triple Preference Optimization: Achieving Better Alignment using a Single Step Optimization,
+        2024. arXiv:2405.16681
+    """
+
+    loss: PreferenceLoss = CPO(beta=0.01, nll_coef=0.0)
+    nll_coef: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_beta(self.nll_coef, "nll_coef")
+        if "gold" in self.loss.needs:
+            raise UserError(f"TPO around {type(self.loss).__name__} would train on the gold answers twice: use one")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        gold: frozenset[Need] = frozenset({"gold"})
+        return super().needs | gold
+
+    def __call__(self, pairs: PairScores) -> PreferenceLossOutput:
+        if pairs.gold is None:
+            raise UserError("TPO reads a gold answer to each prompt, and these pairs have none: use DPOModule")
+        return replace(self.loss(pairs), per_gold_token=answer_nll(pairs.gold, self.nll_coef))
+
+
+@dataclass(frozen=True)
 class WPO(LossAroundAnother):
     """Pairs weighted by how probable the policy finds them now: off-policy data counts as if the policy had drawn it.
 
         w(y) = exp(mean over t of (log pi_t(y_t) - c_t)),   loss = w(y_w) w(y_l) times the loss of the pair
 
     with c_t = log sum_v pi_t(v)^2, the log-probability expected of a token that the policy itself draws (`sampled`), or
-    0 (`none`). The weights carry no gradient.
+    0 (`none`). The weights carry no gradient. The likelihood of gold answers is not of the pair, and not weighed.
 
     Args:
         loss: the loss that is weighted.

@@ -17,6 +17,8 @@ USABLE = 0.9
 """Share of the memory that is planned with: an allocator loses some to fragments, and the driver takes its own."""
 MOST = 65536
 """No larger batch is looked for."""
+SEVERAL_ROWS = ("pairs", "triples", "ranked", "mismatched")
+"""Formats whose records are more than one row each."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -162,13 +164,13 @@ def _largest(usual: Simulation, sizes: Sizes, budget: int, module: Any, notes: l
 def sizes_of(module: Any, data: RLHFDataModule, run: Run, lengths: Lengths) -> Sizes:
     """What the options say is computed at a time."""
     options = data.options
-    unit = {"pairs": "pair", "ranked": "ranking"}.get(module.batch_format, "sequence")
+    unit = {"pairs": "pair", "triples": "pair", "ranked": "ranking"}.get(module.batch_format, "sequence")
     if module.batch_format != "prompts":
         size = options["batch_size"]
         if options["tokens_per_batch"]:
-            cells = lengths.row * (lengths.rows if module.batch_format in ("pairs", "ranked", "mismatched") else 1)
+            cells = lengths.row * (lengths.rows if module.batch_format in SEVERAL_ROWS else 1)
             size = max(options["tokens_per_batch"] // cells, 1)
-        measured = size if module.batch_format in ("pairs", "ranked", "mismatched") else None
+        measured = size if module.batch_format in SEVERAL_ROWS else None
         return Sizes(size, size * run.accumulate, unit, measure=measured)
     rows = options["batch_size"] * module.generation.num_samples
     pairs = module.rollout_kind is PairRollouts

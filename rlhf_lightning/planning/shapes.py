@@ -123,6 +123,7 @@ def _records(module: Any, units: int, lengths: Lengths) -> Batch:
     makers: dict[str, Callable[[], Batch]] = {
         "tokens": lambda: batch,
         "pairs": lambda: PairBatch(batch, _like(batch), numbers),
+        "triples": lambda: PairBatch(batch, _like(batch), numbers, _like(batch)),
         "rated": lambda: RatedBatch(batch, numbers),
         "steps": lambda: StepBatch(batch, torch.zeros(units, lengths.row)),
         "unpaired": lambda: UnpairedBatch(batch, labels),

@@ -100,8 +100,10 @@ class DPOModule(RLHFModule):
 
     @property
     def batch_format(self) -> Any:  # type: ignore[override]
-        """Pairs, or rankings if the loss reads these."""
-        return "ranked" if isinstance(self.loss, RankedPreferenceLoss) else "pairs"
+        """Pairs, with a gold answer if the loss reads one, or rankings if it reads these."""
+        if isinstance(self.loss, RankedPreferenceLoss):
+            return "ranked"
+        return "triples" if "gold" in self.loss.needs else "pairs"
 
     @property
     def needs_reference(self) -> bool:

@@ -143,6 +143,10 @@ class OnlineDPOModule(OnPolicyModule):
             raise UserError(
                 f"keep_frac below 1 of {type(loss).__name__} draws among records: set keep_frac: 1, or use DPOModule"
             )
+        if "gold" in loss.needs:
+            raise UserError(
+                f"{type(loss).__name__} reads a gold answer to each prompt, and sampled pairs have none: use DPOModule"
+            )
         if "opponent" in loss.needs and opponent is None:
             raise UserError(
                 f"{type(loss).__name__} compares the policy's answers with another model's, and there is no opponent: "

@@ -17,7 +17,7 @@ from rlhf_lightning.core.seeding import pair_names, row_names, uniforms
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.stages.step_means import StepMeans
 
-_PAIRS, _TOKENS = "loss per pair", "loss per chosen token"
+_PAIRS, _TOKENS, _GOLD = "loss per pair", "loss per chosen token", "loss per gold token"
 
 
 class PairObjective:
@@ -141,19 +141,20 @@ class PairObjective:
         Args:
             counts: True for pairs that count [pairs]; None: all.
         """
-        per_pair, per_token = output.per_pair, output.per_chosen_token
-        if counts is not None:
-            per_pair = torch.where(counts, per_pair, 0.0)
-            per_token = None if per_token is None else torch.where(counts[:, None], per_token, 0.0)
+        per_pair = output.per_pair if counts is None else torch.where(counts, output.per_pair, 0.0)
         loss = per_pair.sum() / batch.total("pairs")
-        return loss if per_token is None else loss + per_token.sum() / batch.total("chosen_tokens")
+        for name, per_token in (("chosen_tokens", output.per_chosen_token), ("gold_tokens", output.per_gold_token)):
+            if per_token is not None:
+                kept = per_token if counts is None else torch.where(counts[:, None], per_token, 0.0)
+                loss = loss + kept.sum() / batch.total(name)
+        return loss
 
     # ---- means -----------------------------------------------------------------------------------------------------
 
     def count(
         self, means: StepMeans, pairs: PairScores, output: PreferenceLossOutput, counts: Tensor | None = None
     ) -> None:
-        """Add a batch's metrics: each pair, and each chosen token, with equal weight."""
+        """Add a batch's metrics: each pair, each chosen and each gold token, with equal weight."""
         margins = output.chosen_rewards - output.rejected_rewards
         counts = torch.ones_like(margins, dtype=torch.bool) if counts is None else counts
         per_pair = {
@@ -171,6 +172,9 @@ class PairObjective:
         if output.per_chosen_token is not None:
             per_token[_TOKENS] = output.per_chosen_token
         means.add(per_token, pairs.chosen.mask & counts[:, None])
+        if pairs.gold is not None and output.per_gold_token is not None:
+            per_token = {"logps/gold_nll": token_nll(pairs.gold.logprobs), _GOLD: output.per_gold_token}
+            means.add(per_token, pairs.gold.mask & counts[:, None])
 
     def count_statistics(self, output: PreferenceLossOutput, counts: Tensor | None = None) -> None:
         """Remember what the loss keeps running means of."""
@@ -206,11 +210,11 @@ def loss_per_pair(values: Tensor) -> dict[str, Tensor]:
 
 
 def summed_loss(metrics: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Both terms of the loss as one."""
+    """All terms of the loss as one."""
     if not metrics:
         return {}
-    per_pair, per_token = metrics.pop(_PAIRS), metrics.pop(_TOKENS, 0.0)
-    return {name: per_pair + per_token, **metrics}
+    loss = metrics.pop(_PAIRS) + metrics.pop(_TOKENS, 0.0) + metrics.pop(_GOLD, 0.0)
+    return {name: loss, **metrics}
 
 
 def _displacement(chosen: CompletionScores, rejected: CompletionScores) -> dict[str, Tensor]:

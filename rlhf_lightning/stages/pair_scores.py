@@ -90,19 +90,23 @@ def measure_pairs(
     running: Mapping[str, float | Tensor] | None = None,
     share_prompts: bool = False,
 ) -> tuple[PairScores, Measured]:
-    """Chosen and rejected completions scored in one forward pass of each model.
+    """Chosen and rejected completions scored in one forward pass of each model; gold ones in another of the policy.
 
     Args:
         reference, needs, share_prompts: see `measure`.
         pad_id: written where one side is shorter than the other.
         running: the loss's running means.
     Returns:
-        The pairs, and all their completions as they were measured: chosen ones first.
+        The pairs, and their two completions as they were measured: chosen ones first.
     """
     rows = concatenate_rows((batch.chosen, batch.rejected), pad_id=pad_id)
     measured = measure(policy, reference, rows, needs, share_prompts=share_prompts)
     chosen, rejected = halves(measured.scores)
-    return PairScores(chosen, rejected, batch.margins, running or {}), measured
+    pairs = PairScores(chosen, rejected, batch.margins, running or {})
+    if "gold" in needs:
+        assert batch.gold is not None, "read for losses that need it"
+        pairs = replace(pairs, gold=measure(policy, None, batch.gold, frozenset()).scores)
+    return pairs, measured
 
 
 def halves(scores: CompletionScores) -> tuple[CompletionScores, CompletionScores]:

@@ -56,6 +56,7 @@ def test_rollouts_and_validation_are_not_training_time():
 def test_padding_is_no_token():
     assert int(num_real_tokens(batch(3, 1))) == 4
     assert int(num_real_tokens(PairBatch(batch(3, 1), batch(2, 2)))) == 8
+    assert int(num_real_tokens(PairBatch(batch(3, 1), batch(2, 2), gold=batch(5, 4)))) == 17
     assert num_real_tokens({"x": 1}) is None
     prompts = PromptBatch(torch.ones(1, 1).long(), torch.ones(1, 1).bool(), ["a"], [{}], torch.zeros(1).long())
     assert num_real_tokens(prompts) is None

@@ -41,6 +41,19 @@ KINDS = {
         "pairs",
         {"prompt": "x", "chosen": [USER, *says("Paris.")], "rejected": [USER, *says("Two.")]},
     ),
+    "triples": ("triples", {"prompt": "What?", "chosen": " Paris.", "rejected": " Two.", "gold": " Paris, of course."}),
+    "triples-implicit": (
+        "triples",
+        {"chosen": "What? Paris.", "rejected": "What? Two.", "gold": "What? Paris, of course."},
+    ),
+    "triples-implicit-chat": (
+        "triples",
+        {
+            "chosen": [USER, *says("Paris.")],
+            "rejected": [USER, *says("Two.")],
+            "gold": [USER, *says("Paris, of course.")],
+        },
+    ),
     "ranked": ("ranked", {"prompt": "What?", "completions": [" Two.", " Paris."], "ranks": [2, 1]}),
     "ranked-chat": ("ranked", {"prompt": [USER], "completions": [says("Two."), says("Paris.")], "ranks": [2, 1]}),
     "rated": ("rated", {"prompt": "What?", "completion": " Paris.", "rating": 4.5}),
@@ -60,10 +73,12 @@ def test_every_record_kind(make_tokenizer, write, name):
     good, bad = ("Paris.<|im_end|>", "Two.<|im_end|>") if chat else (" Paris.</s>", " Two.</s>")
     if batch_format == "tokens":
         assert trained(tokenizer, batch) == ["Paris.</s>" if name == "text" else good]
-    elif batch_format == "pairs":
+    elif batch_format in ("pairs", "triples"):
         assert trained(tokenizer, batch.chosen) == [good]
         assert trained(tokenizer, batch.rejected) == [bad]
         assert (batch.margins is None) == ("margin" not in record)
+        gold = [] if batch.gold is None else trained(tokenizer, batch.gold)
+        assert gold == ([good.replace("Paris", "Paris, of course")] if batch_format == "triples" else [])
     elif batch_format == "ranked":
         assert trained(tokenizer, batch.completions) == [bad, good]
         assert (batch.ranks.tolist(), batch.groups.tolist()) == ([2, 1], [0, 0])
@@ -210,6 +225,9 @@ BAD = [
     ),
     ("steps", [{"prompt": "a", "completions": ["b"], "labels": [None]}], "none of its 1 records.*no step is labelled"),
     ("pairs", [{"chosen": [USER], "rejected": [USER, *says("a")]}], "there is no assistant's message to train on"),
+    ("triples", [{"chosen": "a b", "rejected": "a c"}], "missing column gold: this stage reads triples"),
+    ("triples", [{"chosen": "a b", "rejected": "a c", "gold": "d e"}], "line 1: gold does not go on from the prompt"),
+    ("triples", [{"chosen": "a b", "rejected": "a c", "gold": "a "}], "line 1: gold does not go on from the prompt"),
 ]
 
 

@@ -45,6 +45,10 @@ def test_preview_of_pairs_and_prompts(tokenizer, write):
     assert "pairs.jsonl, line 3" not in text
     assert "chosen, margin 2" in text
     assert "<s>What? Paris.</s>" in text
+    assert "gold" not in text
+    triples = write([{"prompt": "What?", "chosen": " Paris.", "rejected": " Two.", "gold": " Rome."}], "triples.jsonl")
+    text = render(RLHFDataModule(triples), "triples", tokenizer=tokenizer)
+    assert [name in text for name in ("chosen (", "rejected (", "gold (", "<s>What? Rome.</s>")] == [True] * 4
     same = write([{"prompt": "What?", "chosen": "a", "rejected": "a"}], "same.jsonl")
     assert "left out: chosen equals rejected" in render(RLHFDataModule(same), "pairs", tokenizer=tokenizer)
     prompts = write([{"prompt": "What is it?"}], "prompts.jsonl")

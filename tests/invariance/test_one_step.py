@@ -31,7 +31,7 @@ CASES = [("sft", name, how) for name, how in CUTS.items()]
 CASES += [("reward", name, how) for name, how in CUTS.items()]
 CASES += [("kto", name, how) for name, how in CUTS.items()]
 CASES += [("dpo", name, how) for name, how in CUTS.items()]
-OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, drawn pairs", "dpo, ranked", "reward, steps")
+OTHERS = ("kto, cached", "bco", "dpo, cached", "dpo, drawn pairs", "dpo, ranked", "dpo, triples", "reward, steps")
 CASES += [(stage, "micro-batches of 5, 5 and 2", CUTS["micro-batches of 5, 5 and 2"]) for stage in OTHERS]
 CASES += [(stage, "reversed order", {"reverse": True}) for stage in OTHERS]
 CASES += [
@@ -119,7 +119,8 @@ def test_the_cut_does_not_matter(stage, name, how, whole, tiny_model, tmp_path):
 @pytest.mark.slow
 # those left out share what the ranks of kto, dpo and reward do
 @pytest.mark.parametrize(
-    "stage", [stage for stage in LOSS if stage not in ("bco", "dpo, cached", "dpo, ranked", "reward, steps")]
+    "stage",
+    [stage for stage in LOSS if stage not in ("bco", "dpo, cached", "dpo, ranked", "dpo, triples", "reward, steps")],
 )
 def test_two_processes_take_the_same_step_as_one(stage, whole, tiny_model, tmp_path):
     path, *expected = whole[stage]

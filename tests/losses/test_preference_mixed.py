@@ -1,6 +1,7 @@
 """Losses made of others: sums by hand, weights by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from jaxtyping import TypeCheckError
@@ -12,7 +13,7 @@ from rlhf_lightning.losses.preference import DPO, Hinge
 from rlhf_lightning.losses.preference_batch import AOT, BetaDPO
 from rlhf_lightning.losses.preference_free import CPO, ChosenNLL, SimPO
 from rlhf_lightning.losses.preference_guarded import TDPO
-from rlhf_lightning.losses.preference_mixed import RPO, WPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_mixed import RPO, TPO, WPO, WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_pointwise import BCOPair
 
 PAIR = {"chosen": [-4.0], "rejected": [-10.0], "ref_chosen": [-5.0], "ref_rejected": [-8.0]}
@@ -46,6 +47,39 @@ def test_rpo_is_dpo_and_the_likelihood_of_the_chosen_answer(average):
         assert out.per_pair.item() == pytest.approx(dpo)
         assert out.per_chosen_token.tolist() == [[1.0, 1.0]]
     assert RPO().needs == {"reference"}
+
+
+GOLD = [[-1.0, -2.0, -6.0]]
+
+
+def test_tpo_is_a_preference_loss_and_the_likelihood_of_a_third_answer():
+    scored = replace(pairs(**PAIR), gold=completions(GOLD))
+    tpo = TPO(CPO(beta=0.5, nll_coef=0.0), nll_coef=2.0)(scored)
+    assert tpo.per_pair.item() == pytest.approx(math.log1p(math.exp(-0.5 * 6)))
+    assert tpo.per_gold_token.tolist() == [[2.0, 4.0, 12.0]]
+    assert tpo.per_chosen_token is None
+    tpo_l = TPO(SimPO(beta=2.0, gamma=0.5))(scored)
+    assert tpo_l.per_pair.item() == pytest.approx(math.log1p(math.exp(-(2.0 * 0.5 - 0.5))))
+    assert (TPO().needs, TPO(DPO()).needs) == ({"gold"}, {"gold", "reference"})
+
+
+def test_losses_around_tpo_keep_its_term():
+    scored = replace(collided(), gold=completions(GOLD))
+    both = RPO(TPO(nll_coef=3.0), nll_coef=0.5, average="token_mean")(scored)
+    assert both.per_gold_token.tolist() == [[3.0, 6.0, 18.0]]
+    assert both.per_chosen_token.tolist() == [[0.5, 1.5]]
+    twice = WeightedLosses([WeightedLoss(TPO(), 0.5), WeightedLoss(DPO()), WeightedLoss(TPO(), 2.0)])
+    assert twice(scored).per_gold_token.tolist() == [[2.5, 5.0, 15.0]]
+    assert WPO(TPO())(scored).per_gold_token.tolist() == [[1.0, 2.0, 6.0]]
+
+
+def test_what_tpo_refuses():
+    with pytest.raises(UserError, match=r"TPO reads a gold answer to each prompt, and these pairs have none"):
+        TPO()(pairs(**PAIR))
+    with pytest.raises(UserError, match=r"TPO around RPO would train on the gold answers twice: use one"):
+        TPO(RPO(TPO()))
+    with pytest.raises(UserError, match=r"nll_coef=0.0 would not prefer"):
+        TPO(nll_coef=0.0)
 
 
 def collided():

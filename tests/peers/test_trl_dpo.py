@@ -14,17 +14,15 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlhf-light
 import torch
 from datasets import Dataset
 from fits import fit
-from lightning.pytorch.callbacks import LambdaCallback
 from one_step import another
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl_peers import options
+from trl_peers import assert_same_loss_and_gradients, options, our_loss, twenty_steps
 
 from rlhf_lightning.core.batches import PairBatch, concatenate_rows
-from rlhf_lightning.core.interfaces import PreferenceLoss
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.divergence import AlphaDivergence, ForwardKL, JensenShannon
 from rlhf_lightning.losses.preference import (
@@ -108,28 +106,6 @@ def set_up(theirs: DPOTrainer, loss_type: str | list[str], **more: Any) -> None:
     theirs.args.discopop_tau = more.pop("discopop_tau", 0.05)
     for name, value in (PLAIN | {"loss_weights": [1.0] * len(theirs.loss_types)} | more).items():
         setattr(theirs, name, value)
-
-
-def our_loss(module: DPOModule, loss: PreferenceLoss, batch: PairBatch) -> Tensor:
-    """What `training_step` minimises."""
-    module.loss = loss
-    output = module.pair_loss(batch, module(batch))
-    total = output.per_pair.sum() / batch.total("pairs")
-    if output.per_chosen_token is not None:
-        total = total + output.per_chosen_token.sum() / batch.total("chosen_tokens")
-    return total
-
-
-def assert_same_loss_and_gradients(ours: Tensor, theirs: Tensor, policy: Any, model: Any) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    names = [name for name, _ in policy.causal_lm.named_parameters()]
-    assert names == [name for name, _ in model.named_parameters()]
-    mine = torch.autograd.grad(ours, list(policy.causal_lm.parameters()))
-    other = torch.autograd.grad(theirs, list(model.parameters()))
-    largest = max(float(gradient.abs().max()) for gradient in other)
-    assert largest > 1e-4, "a comparison of zeros shows nothing"
-    for name, a, b in zip(names, mine, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * largest, msg=name)
 
 
 def test_both_read_the_same_tokens(beside):
@@ -230,25 +206,6 @@ def test_twenty_steps(tiny_model, tmp_path, write_jsonl, loss, settings):
     )
     ours = DPOModule(ModelSpec(path=str(tiny_model)), loss, reference=another(str(tiny_model)), optimizer=adamw)
     twenty_steps(ours, theirs, tmp_path, write_jsonl("pairs.jsonl", PAIRS))
-
-
-def twenty_steps(ours: DPOModule, theirs: Any, folder: Any, records: str) -> None:
-    """Both trained for as long; asserts that losses and weights are the same, and that something was learnt."""
-    losses = []
-    compute = theirs.compute_loss
-    theirs.compute_loss = lambda *args, **more: losses.append(compute(*args, **more)) or losses[-1]
-    theirs.train()
-
-    logged = []
-    keep = LambdaCallback(on_train_batch_end=lambda t, *_: logged.append(t.callback_metrics["train/loss"].item()))
-    data = {"train": records, "batch_size": 4, "max_length": 64}
-    fit(ours, folder, data=data, max_epochs=20, gradient_clip_val=1.0, callbacks=[keep])
-
-    assert len(logged) == len(losses) == 20
-    assert logged == pytest.approx([loss.item() for loss in losses], abs=1e-4)
-    assert logged[-1] < logged[0] - 0.05
-    for (name, mine), other in zip(ours.policy.causal_lm.named_parameters(), theirs.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4, msg=name)
 
 
 # --- CPOTrainer and ORPOTrainer

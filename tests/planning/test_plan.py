@@ -11,6 +11,7 @@ from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.correction import SamplerCorrection
 from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.losses.preference_batch import BetaDPO
+from rlhf_lightning.losses.preference_mixed import TPO
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
 from rlhf_lightning.losses.reward_model import PlackettLuce, Regression
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
@@ -52,6 +53,7 @@ def stages(spec):
         "dpo, means": DPOModule(spec, BetaDPO()),
         "dpo, drawn pairs": DPOModule(spec, BetaDPO(keep_frac=0.5)),
         "dpo, ranked": DPOModule(spec, ListwiseDPO()),
+        "dpo, triples": DPOModule(spec, TPO(DPO())),
         "kto": KTOModule(spec),
         "ppo": PPOModule(spec, rewards, **sampling),
         "grpo": GRPOModule(spec, rewards, **sampling),

@@ -16,7 +16,7 @@ from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.losses.preference_batch import AOT, BetaDPO
 from rlhf_lightning.losses.preference_free import ORPO, SimPO
 from rlhf_lightning.losses.preference_guarded import TDPO
-from rlhf_lightning.losses.preference_mixed import RPO
+from rlhf_lightning.losses.preference_mixed import RPO, TPO
 from rlhf_lightning.losses.preference_pointwise import BCOPair
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
 from rlhf_lightning.models.loading import load_policy
@@ -150,6 +150,26 @@ def test_rankings_by_hand(tiny_model, write_jsonl, tmp_path):
         assert metrics[name].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
     assert metrics["rewards/accuracies"].item() == pytest.approx(torch.stack(right).mean().item())
     assert dpo.predict_step(batch, 0).tolist() == pytest.approx(rewards.tolist(), rel=1e-4)
+
+
+def test_a_gold_answer_by_hand(tiny_model, write_jsonl, tmp_path):
+    """TPO: the mean over all gold tokens of the step, whatever the micro-batches."""
+    path = write_jsonl("triples.jsonl", records("dpo, triples"))
+    dpo = module(tiny_model, TPO(DPO(beta=0.5), nll_coef=0.3), reference=another(str(tiny_model)))
+    trainer = fit(dpo, tmp_path, data={"train": path, "val": path, "batch_size": 5}, accumulate_grad_batches=3)
+    [batch] = RLHFDataModule(path, batch_size=12).setup_for("triples", str(tiny_model)).train_dataloader()
+    policy, reference = ModelSpec(path=str(tiny_model)), another(str(tiny_model))
+    chosen, rejected = (
+        by_hand(policy, side)[1].sum(-1) - by_hand(reference, side)[1].sum(-1)
+        for side in (batch.chosen, batch.rejected)
+    )
+    nll = -by_hand(policy, batch.gold)[1].sum().item() / batch.gold.mask.sum().item()
+    loss = torch.log1p(torch.exp(-0.5 * (chosen - rejected))).mean().item() + 0.3 * nll
+    metrics = trainer.callback_metrics
+    for name, value in (("loss", loss), ("logps_gold_nll", nll)):
+        in_training = "train/loss" if name == "loss" else "logps/gold_nll"
+        assert metrics[in_training].item() == pytest.approx(value, rel=1e-4), name
+        assert metrics[f"val/{name}"].item() == pytest.approx(value, rel=1e-4), name
 
 
 # --- references

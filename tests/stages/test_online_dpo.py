@@ -12,7 +12,7 @@ from one_step import another, records
 from rlhf_lightning.advantages.pairs import PairRule
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn
-from rlhf_lightning.losses import DPO, IPO, XPO, BetaDPO, NashMD, SimPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses import DPO, IPO, TPO, XPO, BetaDPO, NashMD, SimPO, WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_free import ChosenNLL
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
@@ -338,6 +338,7 @@ def test_the_opponents_answers_are_drawn_from_the_reference(tiny_model, write_js
             {"generation": GenerationSpec(num_samples=3), "opponent": Opponent()},
             r"generation.num_samples=3 cannot be shared between the policy and its opponent.*give an even number",
         ),
+        ({"loss": TPO()}, r"TPO reads a gold answer to each prompt, and sampled pairs have none: use DPOModule"),
         ({"loss": XPO()}, r"XPO compares the policy's answers with another model's.*set opponent"),
         ({"loss": NashMD()}, r"NashMD compares the policy's answers with another model's.*set opponent"),
     ],

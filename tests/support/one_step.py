@@ -22,7 +22,7 @@ from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_free import ChosenNLL
 from rlhf_lightning.losses.preference_guarded import TDPO
 from rlhf_lightning.losses.preference_length import LDDPO
-from rlhf_lightning.losses.preference_mixed import WPO, WeightedLoss, WeightedLosses
+from rlhf_lightning.losses.preference_mixed import TPO, WPO, WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_ranked import ListwiseDPO
 from rlhf_lightning.losses.reward_model import BradleyTerry, StepCorrectness
 from rlhf_lightning.losses.unpaired import BCO, KTO
@@ -64,6 +64,7 @@ PREFERENCES = {
     "dpo, cached": DPO_WITH_OFFSET,
     "dpo, drawn pairs": BetaDPO(beta=0.5, keep_frac=0.5),
     "dpo, ranked": ListwiseDPO(beta=0.5),
+    "dpo, triples": TPO(DPO(beta=0.5), nll_coef=0.5),
 }
 
 
@@ -89,6 +90,8 @@ def records(stage: str) -> list[dict[str, Any]]:
             made.append(
                 {"prompt": prompt, "chosen": words(n, i + 1), "rejected": words(10 - n, i + 2), "margin": 0.1 * i}
             )
+            if stage == "dpo, triples":
+                made[-1]["gold"] = words(1 + n // 2, i + 3)
         elif stage in UNPAIRED:
             made.append({"prompt": prompt, "completion": words(n, i + 1), "label": i % 3 != 1})
         else:
