@@ -1,7 +1,7 @@
 """Which implementation an op runs: the Triton kernels where they can, the plain-torch reference elsewhere, and why.
 
-Every op asks `use_triton(name, tensor)` once per call. The answer and its reason are remembered for `backend_report()`,
-and a fallback on an accelerator is logged once.
+Every op asks `use_triton(name, tensor)` when it runs. The answer and its reason are remembered for `backend_report()`,
+and a fallback on an accelerator, or where `triton` was asked for, is logged once.
 """
 
 import functools
@@ -26,6 +26,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Asked once, here: `choose` may be traced by torch.compile, which cannot follow the question."""
 
 _choices: dict[str, "BackendChoice"] = {}
+_said: set[tuple[str, "BackendChoice"]] = set()
 _Inputs = ParamSpec("_Inputs")
 _Output = TypeVar("_Output")
 
@@ -64,8 +65,10 @@ def choose(x: Tensor) -> BackendChoice:
 def use_triton(op: str, x: Tensor) -> bool:
     """Whether `op` should launch its kernel for tensors like `x`; remembered for the report."""
     choice = choose(x)
-    if choice.backend == "reference" and choice.device not in ("cpu", "meta") and _choices.get(op) != choice:
+    expected = choice.device not in ("cpu", "meta") or os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
+    if choice.backend == "reference" and expected and (op, choice) not in _said:
         _log.warning("rlhf_kernels.%s runs the plain-torch reference on %s: %s", op, choice.device, choice.reason)
+        _said.add((op, choice))
     _choices[op] = choice
     return choice.backend == "triton"
 

@@ -1,5 +1,6 @@
 """What is refused before any arithmetic, with the value and the remedy in the message."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,23 +89,44 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
         check_per_token(f"{prefix}bias", bias, f"{prefix}weight {tuple(weight.shape)}", weight, weight.shape[:1])
 
 
-def check_temperature(temperature: float | Tensor, shape: Sequence[int]) -> None:
+def check_number(name: str, x: float) -> None:
+    if isinstance(x, Tensor):
+        raise ValueError(f"{name} is a tensor of shape {tuple(x.shape)}: give one number for all rows")
+    if not -math.inf < x < math.inf:  # torch.compile follows a comparison, not isfinite
+        raise ValueError(f"{name}={x} must be finite")
+
+
+def check_transform(
+    temperature: float | Tensor, shape: Sequence[int], softcap: float | None, logit_scale: float
+) -> None:
+    """What becomes of the logits before the softmax."""
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature requires a gradient, and none is computed: detach it")
+        if temperature.dtype not in (*_FLOATS, *_INTEGERS):
+            raise ValueError(f"temperature has dtype {temperature.dtype}: give positive numbers, float32")
         if temperature.numel() != 1:
             check_shape("temperature", temperature, "tokens", shape)
     elif not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive; for greedy choices use is_argmax")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be positive and finite; None switches it off")
+    check_number("logit_scale", logit_scale)
 
 
-def check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive; None switches it off")
+def check_row_temperature(temperature: Tensor | None, mask: Tensor | None) -> None:
+    """Reads it, so only on the CPU."""
+    if temperature is None or temperature.device.type != "cpu":
+        return
+    bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        value = float(temperature[tuple(where)])
+        raise ValueError(f"temperature={value} at {where} must be positive; for greedy choices use is_argmax")
 
 
 def check_token_range(tokens: Tensor, mask: Tensor | None, vocab: int) -> None:
-    """Reads the ids, so only on the CPU; on a GPU the kernels read no id out of range and give NaN for that row."""
+    """Reads the ids, so only on the CPU; on a GPU no id out of range is read, and its row is NaN."""
     if tokens.device.type != "cpu" or tokens.numel() == 0:
         return
     low, high = torch.aminmax(tokens)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
-from rlhf_kernels.checks import check_float, check_mask, check_per_token, check_some
+from rlhf_kernels.checks import check_float, check_mask, check_number, check_per_token, check_some
 from rlhf_kernels.rows import pieces, take_rows, work_dtype
 from rlhf_kernels.scaling import scaled
 
@@ -61,6 +61,7 @@ def check_kl(
         check_mask(mask, name, like, like.shape[:-1])
     if weights is not None:
         check_per_token("weights", weights, name, like, like.shape[:-1])
+    check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
     if direction not in ("forward", "reverse"):
@@ -121,7 +122,7 @@ def kl_rows(
         grads = None if flat_out is None else torch.empty_like(some)
         kl[rows] = _kl_block(some, ref_some, None if weights is None else weights[rows], temperature, forward, grads)
         if flat_out is not None and grads is not None:
-            flat_out[rows] = grads
+            flat_out[rows] = grads.to(flat_out.dtype)
     return kl
 
 
@@ -159,7 +160,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, d_kl: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_kl is None:
         return (None,) * 7
-    return scaled(ctx.saved_tensors[0], d_kl), *(None,) * 6
+    return scaled("exact_kl", ctx.saved_tensors[0], d_kl), *(None,) * 6
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.arithmetic import torch_kl_term
 from rlhf_kernels.backend import use_triton
-from rlhf_kernels.checks import check_device, check_float, check_mask, check_per_token, check_some
+from rlhf_kernels.checks import check_device, check_float, check_mask, check_number, check_per_token, check_some
 from rlhf_kernels.spec import ESTIMATORS
 
 
@@ -95,6 +95,7 @@ def kl_shaped_gae(
     if scores.shape not in (values.shape, values.shape[:1]):
         raise ValueError(f"scores has shape {tuple(scores.shape)}: give one per row {tuple(values.shape[:1])}, or "
                          f"one per token {tuple(values.shape)}")  # fmt: skip
+    check_number("kl_coef", kl_coef)
     if kl_estimator not in ESTIMATORS:
         raise ValueError(f"kl_estimator={kl_estimator!r}: use {', '.join(ESTIMATORS)}")
     per_row = scores.ndim == 1
@@ -113,6 +114,7 @@ def _check(values: Tensor, mask: Tensor, others: dict[str, Tensor], **fractions:
     for name, x in others.items():
         check_per_token(name, x, "values", values, values.shape)
     for name, number in fractions.items():
+        check_number(name, number)
         if not 0 <= number <= 1:
             raise ValueError(f"{name}={number} must be in [0, 1]")
 
@@ -132,7 +134,7 @@ def _op(
     critic_lam: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = (rewards, scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, gamma, lam, critic_lam)
-    if use_triton("gae", values):
+    if use_triton("gae" if logprobs is None else "kl_shaped_gae", values):
         from rlhf_kernels.triton_gae import gae_triton
 
         return gae_triton(*arguments)
@@ -164,7 +166,7 @@ def gae_reference(
     shaped = torch.zeros(values.shape, dtype=torch.float64, device=values.device)
     kl = torch.zeros_like(shaped)
     if logprobs is not None and ref_logprobs is not None:
-        kl = torch_kl_term(torch.where(mask, logprobs - ref_logprobs, 0.0).double(), estimator)[0]
+        kl = torch_kl_term(torch.where(mask, logprobs.double() - ref_logprobs.double(), 0.0), estimator)[0]
         shaped = -kl_coef * kl
     if rewards is not None:
         shaped = shaped + torch.where(mask, rewards, 0.0)

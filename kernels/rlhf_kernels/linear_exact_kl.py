@@ -91,10 +91,10 @@ def _chunks(
             logits = head.logits(states[rows], buffer[: end - start])
             ref_logits = ref_head.logits(ref_states[rows], ref_buffer[: end - start])
             factor = None if d_kl is None else d_kl[rows]
-            out = None if sums is None else logits
+            out = None if sums is None else head.room_for_grads(logits)
             kl[rows] = kl_rows(_NAME, logits, ref_logits.to(head.dtype), None, factor, temperature, forward, out)
-            if sums is not None:
-                sums.add(rows, states[rows], logits)
+            if sums is not None and out is not None:
+                sums.add(rows, states[rows], out)
     return kl
 
 

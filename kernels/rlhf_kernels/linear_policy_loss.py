@@ -10,10 +10,29 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
-from rlhf_kernels.checks import check_head, check_rows, check_softcap, check_temperature, check_token_range
+from rlhf_kernels.checks import check_head, check_row_temperature, check_rows, check_token_range, check_transform
 from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, plain
-from rlhf_kernels.policy_loss import as_divisor, check_policy, decode, encode, fake_outputs, output, weighted
-from rlhf_kernels.rows import RowStats, Transform, coefficients, pieces, row_grads, row_stats, take_stats, work_dtype
+from rlhf_kernels.policy_loss import (
+    as_divisor,
+    check_divisor,
+    check_policy,
+    decode,
+    encode,
+    fake_outputs,
+    output,
+    weighted,
+)
+from rlhf_kernels.rows import (
+    RowStats,
+    Transform,
+    coefficients,
+    known,
+    pieces,
+    row_grads,
+    row_stats,
+    take_stats,
+    work_dtype,
+)
 from rlhf_kernels.scaling import scaled
 from rlhf_kernels.spec import PolicyLossOutput, PolicyLossSpec, policy_terms
 from rlhf_kernels.token_logprobs import split_temperature
@@ -60,9 +79,8 @@ def linear_policy_loss(
     """
     check_rows(hidden, tokens, mask, name="hidden")
     check_head(hidden, weight, bias)
-    check_temperature(temperature, tokens.shape)
-    check_softcap(softcap)
-    per_token = check_policy(tokens, old_logprobs, advantages, ref_logprobs, weights, loss)
+    check_transform(temperature, tokens.shape, softcap, logit_scale)
+    per_token = check_policy(tokens, mask, old_logprobs, advantages, ref_logprobs, weights, loss)
     weight, bias = plain(weight), None if bias is None else plain(bias)
     number, per_row = split_temperature(temperature, tokens)
     numbers = [number, softcap or 0.0, logit_scale, *loss.numbers()]
@@ -189,6 +207,8 @@ def _op(
     processes: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_token_range(tokens, mask, vocab)
+    check_row_temperature(row_temperature, mask)
+    check_divisor(denominator)
     use_triton(_NAME, hidden)
     transform, spec = decode(numbers, form, estimator, ratio, dual)
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
@@ -206,7 +226,8 @@ def _op(
                 logits = head.logits(states[rows], buffer[: len(rows)])
                 here = (_NAME, logits, ids[rows], transform.take(rows))
                 if processes:
-                    stats = stats_of_all(sums_of_part(*here, with_entropy=with_entropy), processes)
+                    sums_here = sums_of_part(*here, with_entropy=with_entropy)
+                    stats = stats_of_all(sums_here, known(ids[rows] + first, vocab), processes)
                 else:
                     stats = row_stats(*here, with_entropy=with_entropy)
                 results.put_stats(rows, stats)
@@ -249,8 +270,9 @@ def _add_chunk(
             stats = take_stats(stats, moving)
             rows, logits, a, b = rows[moving], logits[moving], a[moving], b[moving]
     if len(rows):
-        row_grads(_NAME, logits, ids[rows], stats, a, b, c, transform.take(rows), out=logits)
-        sums.add(rows, states[rows], logits)
+        grads = sums.head.room_for_grads(logits)
+        row_grads(_NAME, logits, ids[rows], stats, a, b, c, transform.take(rows), out=grads)
+        sums.add(rows, states[rows], grads)
 
 
 @_op.register_fake
@@ -279,7 +301,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if factor is None:
         return (None,) * 22
     needed = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    return *(scaled(d, factor) if need else None for d, need in needed), *(None,) * 19
+    return *(scaled(_NAME, d, factor) if need else None for d, need in needed), *(None,) * 19
 
 
 _op.register_autograd(_backward, setup_context=_setup)

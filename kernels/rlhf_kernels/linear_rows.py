@@ -19,19 +19,24 @@ KEEP_BLOCKS = {"cpu": (8, 128 << 20), "cuda": (1, 1 << 30)}
 """Logits kept from forward to backward, as blocks of so many bytes; the rest are computed twice."""
 TILE_ROWS, TILE_BYTES = 2048, 64 << 20
 """Logits alive at a time where some columns of many rows are enough."""
+_PRODUCT_ROWS = 128
+"""Rows that a GPU multiplies together: of a last tile that is not full the rest is multiplied for nothing."""
 _VOCAB_SLICE = 8192
 """Rows of the weight per product where slices save memory."""
 
 
 def check_chunk_rows(chunk_rows: int | None) -> None:
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows} must be at least 1; None chooses by a memory budget")
+    if chunk_rows is not None and (chunk_rows < 1 or chunk_rows % 1):
+        raise ValueError(f"chunk_rows={chunk_rows} must be a whole number, 1 or more; None: as a memory budget allows")
 
 
 def chunk_rows_for(vocab: int, device: torch.device, chunk_rows: int | None, element_size: int = 4) -> int:
     """Rows of logits that fit in the budget, at least 1."""
     check_chunk_rows(chunk_rows)
-    return chunk_rows or max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * element_size))
+    rows = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (vocab * element_size))
+    if device.type == "cuda" and rows > _PRODUCT_ROWS:
+        rows -= rows % _PRODUCT_ROWS
+    return chunk_rows or rows
 
 
 def keep_for(num_rows: int, vocab: int, device: torch.device, element_size: int = 4) -> list[int]:
@@ -144,6 +149,11 @@ def float32_products() -> Iterator[None]:
         setattr(matmul, switch, before)
 
 
+def has_tensor_cores(weight: Tensor) -> bool:
+    """Whether torch multiplies 16-bit operands into float32 where `weight` is."""
+    return weight.is_cuda
+
+
 class Head:
     """The last linear map, prepared for many chunks: z = h W^T + b in float32 (float64 for float64)."""
 
@@ -152,7 +162,8 @@ class Head:
         self.dtype = work_dtype(hidden.new_empty(0, dtype=promoted))
         self.vocab = weight.shape[0]
         # Tensor cores multiply 16-bit operands exactly and add in float32: only the output type must not be 16-bit.
-        self.mixed = weight.is_cuda and hidden.dtype == weight.dtype and promoted in (torch.bfloat16, torch.float16)
+        sixteen_bits = hidden.dtype == weight.dtype and promoted in (torch.bfloat16, torch.float16)
+        self.mixed = sixteen_bits and has_tensor_cores(weight)
         self.slice = _VOCAB_SLICE if weight.device.type == "cpu" or weight.dtype != self.dtype else self.vocab
         self.weight = weight
         self.bias = None if bias is None else bias.to(self.dtype)
@@ -168,12 +179,16 @@ class Head:
                 torch.mm(x, part.t(), out=out[:, here])
         return out if self.bias is None else out.add_(self.bias[columns.start : columns.stop])
 
+    def room_for_grads(self, logits: Tensor) -> Tensor:
+        """Where the gradient in `logits` goes: over them, or rounded at once to what the products take."""
+        return torch.empty(logits.shape, dtype=self.weight.dtype, device=logits.device) if self.mixed else logits
+
     def hidden_grad(self, total: Tensor | None, grads: Tensor, columns: range | None = None) -> Tensor:
         """total [rows, H] + grads @ W, of the columns that `grads` has."""
         columns = columns or range(self.vocab)
         if self.mixed:
             weight = self.weight[columns.start : columns.stop]
-            product = torch.mm(grads.to(self.weight.dtype), weight, out_dtype=self.dtype)
+            product = torch.mm(grads, weight, out_dtype=self.dtype)
             return product if total is None else total.add_(product)
         total = grads.new_zeros((len(grads), self.weight.shape[1])) if total is None else total
         for here, part in self._slices(columns):
@@ -184,7 +199,7 @@ class Head:
         """total[columns] += grads^T @ hidden, or = if `first`; accumulated in float32 whatever the operands are."""
         if self.mixed:
             part = total[columns.start : columns.stop]
-            product = (grads.to(self.weight.dtype).t(), hidden)
+            product = (grads.t(), hidden)
             if first:
                 torch.mm(*product, out_dtype=self.dtype, out=part)
             else:
@@ -221,6 +236,8 @@ class HeadGrads:
     def add(self, rows: Tensor | slice, hidden: Tensor, grads: Tensor, columns: range | None = None) -> None:
         """The share of one tile: its row numbers, hidden states [rows, H], gradients in its logits [rows, columns].
 
+        The gradients lie where `Head.room_for_grads` said.
+
         The columns of the same rows come one after another, from the first to the last.
         """
         columns = columns or range(self.head.vocab)
@@ -231,12 +248,12 @@ class HeadGrads:
                 self.hidden_sum = None
         if self.needs[1]:
             if self.weight is None:
-                self.weight = grads.new_empty(self.head.weight.shape, dtype=self.head.dtype)
+                self.weight = torch.empty(self.head.weight.shape, dtype=self.head.dtype, device=grads.device)
             first = columns.start >= self.num_written
             self.head.add_weight_grad(self.weight, grads, hidden, columns, first=first)
             self.num_written = max(self.num_written, columns.stop)
         if self.bias is not None:
-            self.bias[columns.start : columns.stop] += grads.sum(0)
+            self.bias[columns.start : columns.stop] += grads.sum(0, dtype=self.head.dtype)
 
     def results(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in the dtypes of the inputs; an empty tensor for one that was not asked for."""

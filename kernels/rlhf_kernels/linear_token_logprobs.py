@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backend import choose, use_triton
-from rlhf_kernels.checks import check_head, check_rows, check_softcap, check_temperature, check_token_range
+from rlhf_kernels.checks import check_head, check_row_temperature, check_rows, check_token_range, check_transform
 from rlhf_kernels.linear_rows import Head, HeadGrads, Tiles, check_chunk_rows, exact, keep_for, plain, tile_for
 from rlhf_kernels.rows import (
     Rows,
@@ -15,6 +15,7 @@ from rlhf_kernels.rows import (
     Transform,
     coefficients,
     finished,
+    known,
     merged,
     row_grads,
     row_stats,
@@ -76,8 +77,7 @@ def linear_token_logprobs(
     """
     check_rows(hidden, tokens, mask, name="hidden")
     check_head(hidden, weight, bias)
-    check_temperature(temperature, tokens.shape)
-    check_softcap(softcap)
+    check_transform(temperature, tokens.shape, softcap, logit_scale)
     weight, bias = plain(weight), None if bias is None else plain(bias)
     number, per_row = split_temperature(temperature, tokens)
     place = check_shard(shard, weight)
@@ -134,11 +134,13 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     # release: the backward pass may free the kept logits, because the caller does not hold on to them
     check_token_range(tokens, mask, vocab)
+    check_row_temperature(row_temperature, mask)
     kernels = use_triton(_NAME, hidden)
     ids, states = tokens.reshape(-1).long() - first, hidden.reshape(-1, hidden.shape[-1])
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = Transform(temperature, row_temperature, softcap, logit_scale)
     counting = Rows(mask, ids.numel())
+    is_known = known(ids + first, vocab)
     head = Head(hidden, weight, bias)
     kept = [hidden.new_empty(size, dtype=head.dtype) for size in keep]
     budget = (hidden.device, chunk_rows, kept[0].element_size())
@@ -146,10 +148,10 @@ def _op(
     tiles = Tiles(kept, counting, head.vocab, size)
     parts: list[RowStats] = []
     shares: list[RowSums] = []
+    every = slice(None) if counting.numbers is None else counting.numbers
     if fused and counting.count:
         from rlhf_kernels.triton_linear import linear_stats_triton
 
-        every = slice(None) if counting.numbers is None else counting.numbers
         inputs = (states[every], weight, bias, ids[every], transform.take(every))
         parts.append(linear_stats_triton(*inputs, with_entropy=with_entropy))
     with exact(hidden.device):
@@ -168,11 +170,13 @@ def _op(
             if sums is not None and group:
                 shares.append(sums)
             elif sums is not None:
-                parts.append(finished(sums))
+                parts.append(finished(sums, is_known[rows]))
     if shares:  # once for all chunks
-        parts = [stats_of_all(RowSums(*(torch.cat(field) for field in zip(*shares, strict=True))), group)]
+        together = RowSums(*(torch.cat(field) for field in zip(*shares, strict=True)))
+        parts = [stats_of_all(together, is_known[every], group)]
     logprobs, entropy, maximum, log_sum, miss, is_argmax = _gather(parts, counting, tokens, with_entropy, head.dtype)
-    return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss, torch.tensor(size), kept
+    tile_size = torch.tensor(size, device="cpu")
+    return logprobs, entropy, maximum + log_sum, is_argmax, maximum, log_sum, miss, tile_size, kept
 
 
 def _gather(
@@ -247,7 +251,9 @@ def _grad(
             for columns, tile, is_kept in some:
                 if not is_kept:
                     head.logits(states[rows], tile, columns)
-                out = tiles.spare((tile.shape[0], tile.shape[1])) if is_kept and not release else tile
+                out = head.room_for_grads(tile)
+                if out is tile and is_kept and not release:
+                    out = tiles.spare((tile.shape[0], tile.shape[1]))
                 chunk = (ids[rows] - columns.start, take_stats(flat, rows), a[rows], b[rows])
                 c_rows = None if c is None else c[rows]
                 row_grads(_NAME, tile, *chunk, c_rows, transform.take(rows), out=out)

@@ -8,10 +8,11 @@ from torch import Tensor
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import (
     check_per_token,
+    check_row_temperature,
     check_rows,
-    check_softcap,
-    check_temperature,
+    check_tensor,
     check_token_range,
+    check_transform,
 )
 from rlhf_kernels.rows import Transform, coefficients, row_grads, row_stats, work_dtype
 from rlhf_kernels.scaling import scaled
@@ -59,9 +60,8 @@ def policy_loss(
         with_entropy: return the entropy even if the loss has none.
     """
     check_rows(logits, tokens, mask)
-    check_temperature(temperature, tokens.shape)
-    check_softcap(softcap)
-    per_token = check_policy(tokens, old_logprobs, advantages, ref_logprobs, weights, loss)
+    check_transform(temperature, tokens.shape, softcap, logit_scale)
+    per_token = check_policy(tokens, mask, old_logprobs, advantages, ref_logprobs, weights, loss)
     number, per_row = split_temperature(temperature, tokens)
     numbers = [number, softcap or 0.0, logit_scale, *loss.numbers()]
     learns = logits.requires_grad and torch.is_grad_enabled()
@@ -74,6 +74,7 @@ def policy_loss(
 
 def check_policy(
     tokens: Tensor,
+    mask: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
@@ -81,6 +82,9 @@ def check_policy(
     spec: PolicyLossSpec,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The per-token inputs, checked and without gradient."""
+    check_tensor("mask", mask)
+    if not isinstance(spec, PolicyLossSpec):
+        raise ValueError(f"loss is a {type(spec).__name__}: give a PolicyLossSpec")
     if spec.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef={spec.kl_coef} needs ref_logprobs: log-probabilities of the tokens, reference model")
     if spec.ratio == "sequence" and tokens.ndim < 2:
@@ -108,6 +112,12 @@ def as_divisor(denominator: float | Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"denominator={denominator} must be positive: the number of tokens (or sequences) of the step")
     # filled there: a copy from here would make the host wait, and cannot be a part of a CUDA graph
     return torch.full((), denominator, dtype=work_dtype(like), device=like.device)
+
+
+def check_divisor(denominator: Tensor) -> None:
+    """Reads it, so only on the CPU."""
+    if denominator.device.type == "cpu" and not bool(denominator > 0):
+        raise ValueError(f"denominator={float(denominator)} must be positive: no token of the step counts, skip it")
 
 
 def encode(spec: PolicyLossSpec) -> tuple[str, str, str, bool]:
@@ -154,6 +164,8 @@ def _op(
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_token_range(tokens, mask, logits.shape[-1])
+    check_row_temperature(row_temperature, mask)
+    check_divisor(denominator)
     transform, spec = decode(numbers, form, estimator, ratio, dual)
     row_temperature = None if row_temperature is None else row_temperature.reshape(-1)
     transform = transform._replace(row_temperature=row_temperature)
@@ -220,7 +232,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grads[0] is None:
         return (None,) * 16
-    return scaled(ctx.saved_tensors[0], grads[0]), *(None,) * 15
+    return scaled("policy_loss", ctx.saved_tensors[0], grads[0]), *(None,) * 15
 
 
 _op.register_autograd(_backward, setup_context=_setup)

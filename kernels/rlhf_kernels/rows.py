@@ -75,6 +75,8 @@ def pieces(rows: Tensor, size: int) -> list[Tensor]:
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of [..., V] by number, as [len(rows), V]; x may have any strides, and only those rows are copied."""
+    if x.ndim == 1:
+        x = x[None]
     return x[torch.unravel_index(rows, x.shape[:-1])] if x.ndim > 2 else x[rows]
 
 
@@ -147,7 +149,7 @@ class RowSums(NamedTuple):
 
 def _located(tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Whether each token is one of `width` columns, and its index among them as [N, 1] (0 where it is not)."""
-    inside = (tokens >= 0) & (tokens < width)
+    inside = known(tokens, width)
     return inside, torch.where(inside, tokens, 0)[:, None]
 
 
@@ -200,9 +202,14 @@ def merged(first: RowSums, second: RowSums) -> RowSums:
     return RowSums(maximum, others, torch.maximum(first.chosen, second.chosen), weighted)
 
 
-def finished(sums: RowSums) -> RowStats:
-    """Statistics of whole rows."""
-    d = sums.chosen - sums.maximum
+def known(tokens: Tensor, vocab: int) -> Tensor:
+    """Whether an id is one of the vocabulary."""
+    return (tokens >= 0) & (tokens < vocab)
+
+
+def finished(sums: RowSums, is_known: Tensor) -> RowStats:
+    """Statistics of whole rows; NaN where the token's id is not one of the vocabulary."""
+    d = torch.where(is_known, sums.chosen, torch.nan) - sums.maximum
     total = sums.others + d.exp()
     is_argmax = d == 0
     log_sum = torch.where(is_argmax, torch.log1p(sums.others), torch.log(total))
@@ -211,8 +218,9 @@ def finished(sums: RowSums) -> RowStats:
 
 
 def row_stats_reference(logits: Tensor, tokens: Tensor, transform: Transform, *, with_entropy: bool) -> RowStats:
-    """The definition. logits [N, V]; tokens [N] int64 within [0, V)."""
-    return finished(row_sums(logits, tokens, transform, with_entropy=with_entropy))
+    """The definition. logits [N, V]; tokens [N] int64."""
+    sums = row_sums(logits, tokens, transform, with_entropy=with_entropy)
+    return finished(sums, known(tokens, logits.shape[-1]))
 
 
 def _grads_block(

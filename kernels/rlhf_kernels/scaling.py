@@ -6,6 +6,15 @@ from torch import Tensor
 from rlhf_kernels.backend import use_triton
 
 
+def refuse_second_derivative(op: str) -> None:
+    """In a backward pass: a stored gradient would pass for a constant, and a second derivative be wrong in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the gradient of {op} has no gradient of its own, which create_graph=True asks for: "
+            "leave that out, or compute this loss with plain torch"
+        )
+
+
 def last_use(saved: Tensor) -> bool:
     """Whether a backward pass may overwrite or free what was saved for it: nobody reads it again.
 
@@ -15,19 +24,20 @@ def last_use(saved: Tensor) -> bool:
     return not (traced or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def scaled(grads: Tensor, factor: Tensor) -> Tensor:
+def scaled(op: str, grads: Tensor, factor: Tensor) -> Tensor:
     """grads * factor, written over `grads`; where factor is 1, the usual case, nothing is read or written.
 
-    Called in a backward pass. One that keeps its graph may come again, so it gets a copy.
+    Called in the backward pass of `op`. One that keeps its graph may come again, so it gets a copy.
 
     Args:
+        op: named where a second derivative is refused.
         grads: [..., n].
         factor: a scalar, or [...]: one per row.
     """
+    refuse_second_derivative(op)
     if not last_use(grads):
         return grads * (factor if factor.ndim == 0 else factor[..., None]).to(grads.dtype)
-    with torch.no_grad():
-        _scale(grads, factor)
+    _scale(grads, factor)
     return grads
 
 

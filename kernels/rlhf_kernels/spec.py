@@ -1,5 +1,6 @@
 """Which policy loss: the options of `policy_loss` and `linear_policy_loss`, and what they return."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -52,12 +53,14 @@ class PolicyLossSpec:
             raise ValueError(f"kl_estimator={self.kl_estimator!r}: use {', '.join(ESTIMATORS)}")
         if self.ratio not in ("token", "sequence"):
             raise ValueError(f"ratio={self.ratio!r}: use token or sequence")
-        if self.clip_low < 0 or self.clip_high < 0:
+        if not (self.clip_low >= 0 and self.clip_high >= 0):
             raise ValueError(f"clip_low={self.clip_low}, clip_high={self.clip_high}: give distances from 1, not signed")
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip={self.dual_clip} must be above 1 (3 is usual); None switches it off")
-        if self.sapo_tau_up <= 0 or self.sapo_tau_down <= 0:
+        if not (self.sapo_tau_up > 0 and self.sapo_tau_down > 0):
             raise ValueError(f"sapo_tau_up={self.sapo_tau_up}, sapo_tau_down={self.sapo_tau_down} must be positive")
+        if not all(-math.inf < coef < math.inf for coef in (self.kl_coef, self.entropy_coef)):
+            raise ValueError(f"kl_coef={self.kl_coef}, entropy_coef={self.entropy_coef} must be finite; 0 switches off")
 
     def numbers(self) -> tuple[float, ...]:
         """The options a kernel reads at run time, in its order."""

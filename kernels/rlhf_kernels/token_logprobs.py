@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_kernels.checks import check_rows, check_softcap, check_temperature, check_token_range
+from rlhf_kernels.checks import check_row_temperature, check_rows, check_token_range, check_transform
 from rlhf_kernels.rows import RowStats, Transform, coefficients, row_grads, row_stats, work_dtype
+from rlhf_kernels.scaling import refuse_second_derivative
 
 
 class TokenLogprobs(NamedTuple):
@@ -43,16 +44,15 @@ def token_logprobs(
         logits: [..., V]; strided views are read in place.
         tokens: [...] integer ids; ignored where `mask` is False.
         mask: [...] True = wanted; rows with False are not read, and get gradient 0.
-        temperature: of all rows, or one per row [...]; no gradient.
+        temperature: positive; of all rows, or one per row [...]; no gradient.
         softcap: bound on the logits (Gemma 2), or None.
         logit_scale: factor on the logits before the cap.
         with_entropy: also the entropy.
         inplace_backward: the backward pass writes the gradient over the logits: no second [..., V] tensor, but nothing
-            else may need the logits after it.
+            else may need the logits after it. Without effect under torch.compile, which plans memory itself.
     """
     check_rows(logits, tokens, mask)
-    check_temperature(temperature, tokens.shape)
-    check_softcap(softcap)
+    check_transform(temperature, tokens.shape, softcap, logit_scale)
     number, per_row = split_temperature(temperature, tokens)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logprobs, entropy, logsumexp, is_argmax, *_ = _op(
@@ -65,7 +65,8 @@ def split_temperature(temperature: float | Tensor, tokens: Tensor) -> tuple[floa
     """A number for all rows, or a tensor with one per row."""
     if not isinstance(temperature, Tensor):
         return float(temperature), None
-    return 1.0, temperature.detach().to(tokens.device).expand(tokens.shape).float()
+    temperature = temperature.detach().to(tokens.device, torch.float32)
+    return 1.0, temperature if temperature.shape == tokens.shape else temperature.reshape(()).expand(tokens.shape)
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -85,6 +86,7 @@ def _op(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_token_range(tokens, mask, logits.shape[-1])
+    check_row_temperature(row_temperature, mask)
     transform = Transform(temperature, _flat(row_temperature), softcap, logit_scale)
     ids = tokens.reshape(-1).long()
     stats = row_stats("token_logprobs", logits, ids, transform, with_entropy=with_entropy, mask=_flat(mask))
@@ -177,8 +179,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     d_entropy = d_entropy if ctx.with_entropy else None
     arguments = (tokens, mask, row_temperature, stats, d_logprob, d_entropy, d_logsumexp, ctx.numbers)
     if ctx.inplace:
-        with torch.no_grad():
-            _grad_inplace(logits, *arguments)
+        refuse_second_derivative("token_logprobs(inplace_backward=True)")
+        _grad_inplace(logits, *arguments)
         return logits, *(None,) * 8
     return _grad(logits, *arguments), *(None,) * 8
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.rows import RowStats, RowSums, Transform, finished, merged, row_stats
+from rlhf_kernels.rows import RowStats, RowSums, Transform, finished, known, merged, row_stats
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def sums_of_part(op: str, logits: Tensor, ids: Tensor, transform: Transform, *, 
 
     Runs the kernel where there is one, with any token in place of those that others have.
     """
-    inside = (ids >= 0) & (ids < logits.shape[-1])
+    inside = known(ids, logits.shape[-1])
     stats = row_stats(op, logits, torch.where(inside, ids, 0), transform, with_entropy=with_entropy)
     gone = stats.maximum == -torch.inf  # none of these tokens can be said: nothing to add
     total = stats.log_sum.exp().masked_fill(gone, 0.0)
@@ -86,12 +86,12 @@ def sums_of_part(op: str, logits: Tensor, ids: Tensor, transform: Transform, *, 
     return RowSums(stats.maximum, others, chosen, weighted)
 
 
-def stats_of_all(sums: RowSums, group: str) -> RowStats:
+def stats_of_all(sums: RowSums, is_known: Tensor, group: str) -> RowStats:
     """Statistics of whole rows from each process's sums; the same bits on all of them."""
     import torch.distributed as distributed
 
     if not sums.maximum.numel():  # no row, on no process
-        return finished(sums)
+        return finished(sums, is_known)
     here = torch.stack([field for field in sums if field.numel()])
     processes = _process_group(group)
     everywhere = [torch.empty_like(here) for _ in range(processes.size())]
@@ -101,7 +101,7 @@ def stats_of_all(sums: RowSums, group: str) -> RowStats:
         part = RowSums(maximum, others, chosen, weighted[0] if weighted else maximum.new_empty(0))
         total = part if total is None else merged(total, part)
     assert total is not None
-    return finished(total)
+    return finished(total, is_known)
 
 
 def add_over_group(x: Tensor, group: str) -> Tensor:

@@ -24,9 +24,10 @@ def test_every_op_is_in_the_report(monkeypatch):
     rlhf_kernels.policy_loss(x, ids, per_token, per_token, **options)
     rlhf_kernels.linear_policy_loss(x, x, ids, per_token, per_token, **options)
     rlhf_kernels.gae(x, x, x == 0, gamma=1.0, lam=1.0)
+    rlhf_kernels.kl_shaped_gae(x[:, 0], x, x, x, x == 0, kl_coef=0.1, gamma=1.0, lam=1.0)
     rlhf_kernels.masked_whiten(x, x == 0)
     expected = {"token_logprobs", "linear_token_logprobs", "exact_kl", "linear_exact_kl", "policy_loss",
-                "linear_policy_loss", "gae", "masked_whiten"}  # fmt: skip
+                "linear_policy_loss", "gae", "kl_shaped_gae", "masked_whiten"}  # fmt: skip
     assert set(backend_report()) == expected
     assert {choice.backend for choice in backend_report().values()} == {"reference"}
 
@@ -55,7 +56,23 @@ def test_a_fallback_on_an_accelerator_is_logged_once(monkeypatch, caplog):
         for _ in range(3):
             assert not backend.use_triton("y", OnAccelerator())
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["rlhf_kernels.y runs the plain-torch reference on cuda: the kernels do not take torch.float64"]
+    expected = ["rlhf_kernels.y runs the plain-torch reference on cuda: the kernels do not take torch.float64"]
+    assert messages == expected
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "reference")
+    assert not backend.use_triton("y", OnAccelerator())
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE)
+    assert not backend.use_triton("y", OnAccelerator())  # said before, though another reason came between
+    assert [record.getMessage() for record in caplog.records][:1] == expected
+    assert len(caplog.records) == 2
+
+
+def test_kernels_that_were_asked_for_and_do_not_run_are_not_missed_in_silence(monkeypatch, caplog):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setattr(backend, "_said", set())
+    for _ in range(2):
+        token_logprobs(torch.zeros(1, 2), torch.tensor([0]))
+    expected = "rlhf_kernels.token_logprobs runs the plain-torch reference on cpu: no Triton kernels for cpu tensors"
+    assert [record.getMessage() for record in caplog.records] == [expected]
 
 
 def test_a_call_on_the_cpu_logs_nothing(caplog):

@@ -26,6 +26,11 @@ def loss(**changes):
     return policy_loss(LOGITS, TOKENS, PER_TOKEN, PER_TOKEN, **arguments)
 
 
+def shaped(**changes):
+    arguments = {"kl_coef": 0.1, "gamma": 1.0, "lam": 1.0, **changes}
+    return kl_shaped_gae(PER_TOKEN, *[ONES.float()] * 3, ONES, **arguments)
+
+
 CASES = [
     (lambda: token_logprobs(LOGITS, torch.zeros(3).long()), r"tokens has shape \(3,\) but logits has shape \(2, 5\)"),
     (lambda: token_logprobs(LOGITS, torch.zeros(2)), r"tokens has dtype torch.float32: give integer"),
@@ -37,13 +42,26 @@ CASES = [
     (lambda: token_logprobs(LOGITS, TOKENS, mask=FLAGS[:1]), r"mask has shape \(1,\) but tokens asks for \(2,\)"),
     (lambda: token_logprobs(LOGITS, TOKENS, temperature=0.0), r"temperature=0.0 must be positive"),
     (lambda: token_logprobs(LOGITS, TOKENS, temperature=torch.ones(3)), r"temperature has shape \(3,\)"),
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=torch.tensor([1.0, 0.0])),
+     r"temperature=0.0 at \[1\] must be positive"),
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=torch.tensor(-1.0)), r"temperature=-1.0 at \[0\] must be posi"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, temperature=torch.zeros(2)), r"temperature=0.0 at \[0\]"),
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=torch.ones(2) > 0), r"temperature has dtype torch.bool"),
+    (lambda: exact_kl(LOGITS, LOGITS, temperature=torch.ones(2)),
+     r"temperature is a tensor of shape \(2,\): give one number for all rows"),
+    (lambda: exact_kl(LOGITS, LOGITS, temperature=-1.0), r"temperature=-1.0 must be positive"),
+    (lambda: exact_kl(LOGITS[0, 0], LOGITS[0, 0]), r"logits has shape \(\): give \[..., vocab\]"),
+    (lambda: linear_exact_kl(HIDDEN[0, 0], WEIGHT, HIDDEN[0, 0], WEIGHT), r"hidden has shape \(\): give \[..., hidden"),
     (lambda: token_logprobs(LOGITS, TOKENS, softcap=-1.0), r"softcap=-1.0 must be positive"),
+    (lambda: token_logprobs(LOGITS, TOKENS, softcap=float("inf")), r"softcap=inf must be positive and finite"),
+    (lambda: token_logprobs(LOGITS, TOKENS, logit_scale=float("nan")), r"logit_scale=nan must be finite"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT.T, TOKENS),
      r"weight has shape \(3, 5\) but hidden has shape \(2, 3\)"),
     (lambda: linear_token_logprobs(HIDDEN, torch.nn.Linear(3, 5), TOKENS),
      r"weight is a Linear: give its weight tensor"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, bias=torch.zeros(4)), r"bias has shape \(4,\)"),
-    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, chunk_rows=0), r"chunk_rows=0 must be at least 1"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, chunk_rows=0), r"chunk_rows=0 must be a whole number, 1 or"),
+    (lambda: linear_exact_kl(HIDDEN, WEIGHT, HIDDEN, WEIGHT, chunk_rows=2.5), r"chunk_rows=2.5 must be a whole number"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, method="fast"),
      r"method='fast': use auto, chunked or fused"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, TOKENS, method="fused"),
@@ -53,6 +71,11 @@ CASES = [
     (lambda: exact_kl(LOGITS, LOGITS, direction="both"), r"direction='both': use forward"),
     (lambda: linear_exact_kl(HIDDEN, WEIGHT, HIDDEN, WEIGHT[:4]), r"ref_weight\[:, 0\] has shape \(4,\)"),
     (lambda: loss(denominator=0.0), r"denominator=0.0 must be positive"),
+    (lambda: loss(denominator=torch.tensor(0.0)), r"denominator=0.0 must be positive: no token of the step counts"),
+    (lambda: loss(denominator=torch.ones(2)), r"denominator has shape \(2,\): give one number for the whole step"),
+    (lambda: loss(mask=None), r"mask is a NoneType: give a tensor"),
+    (lambda: loss(loss={"form": "clipped"}), r"loss is a dict: give a PolicyLossSpec"),
+    (lambda: loss(loss=PolicyLossSpec(kl_coef=0.1), ref_logprobs=torch.zeros(3)), r"ref_logprobs has shape \(3,\)"),
     (lambda: loss(loss=PolicyLossSpec(kl_coef=0.1)), r"kl_coef=0.1 needs ref_logprobs"),
     (lambda: loss(loss=PolicyLossSpec(ratio="sequence")), r"ratio 'sequence' needs tokens \[sequences, time\]"),
     (lambda: loss(weights=torch.ones(3)), r"weights has shape \(3,\) but tokens asks for \(2,\)"),
@@ -61,8 +84,18 @@ CASES = [
     (lambda: PolicyLossSpec("ppo"), r"form='ppo': use clipped, reinforce, cispo, sapo"),
     (lambda: PolicyLossSpec(dual_clip=0.5), r"dual_clip=0.5 must be above 1"),
     (lambda: PolicyLossSpec(clip_low=-0.2), r"give distances from 1, not signed"),
+    (lambda: PolicyLossSpec(clip_high=float("nan")), r"clip_high=nan: give distances from 1"),
+    (lambda: PolicyLossSpec(kl_estimator="k4"), r"kl_estimator='k4': use k1, k2, k3"),
+    (lambda: PolicyLossSpec(ratio="row"), r"ratio='row': use token or sequence"),
+    (lambda: PolicyLossSpec(sapo_tau_up=0.0), r"sapo_tau_up=0.0, sapo_tau_down=1.05 must be positive"),
+    (lambda: PolicyLossSpec(entropy_coef=float("nan")), r"entropy_coef=nan must be finite"),
     (lambda: gae(ONES.float(), ONES.float()[:, :2], ONES[:, :2], gamma=1.0, lam=1.0), r"rewards has shape \(2, 3\)"),
     (lambda: gae(ONES.float(), ONES.float(), ONES, gamma=1.5, lam=1.0), r"gamma=1.5 must be in \[0, 1\]"),
+    (lambda: gae(ONES.float(), ONES.float(), ONES, gamma=1.0, lam=torch.ones(2)),
+     r"lam is a tensor of shape \(2,\): give one number"),
+    (lambda: shaped(kl_coef=float("nan")), r"kl_coef=nan must be finite"),
+    (lambda: shaped(kl_estimator="k0"), r"kl_estimator='k0': use k1, k2, k3"),
+    (lambda: shaped(critic_lam=2.0), r"critic_lam=2.0 must be in \[0, 1\]"),
     (lambda: gae(PER_TOKEN, PER_TOKEN, FLAGS, gamma=1.0, lam=1.0), r"give \[batch, time\]"),
     (lambda: kl_shaped_gae(torch.ones(3), *[ONES.float()] * 3, ONES, kl_coef=0.1, gamma=1.0, lam=1.0),
      r"scores has shape \(3,\): give one per row \(2,\)"),
@@ -79,6 +112,19 @@ def test_says_what_is_wrong(call, message):
 def test_an_id_that_does_not_count_may_be_anything():
     result = token_logprobs(LOGITS, torch.tensor([0, -100]), mask=torch.tensor([True, False]))
     assert result.logprobs[1] == 0
+
+
+def test_a_temperature_of_a_row_that_does_not_count_may_be_anything():
+    mask = torch.tensor([True, False])
+    result = token_logprobs(LOGITS, TOKENS, mask=mask, temperature=torch.tensor([1.0, 0.0]))
+    assert result.logprobs.isfinite().all()
+
+
+def test_one_temperature_may_come_in_any_shape():
+    expected = token_logprobs(LOGITS, TOKENS, temperature=2.0).logprobs
+    for shape in ((), (1,), (1, 1)):
+        ours = token_logprobs(LOGITS, TOKENS, temperature=torch.full(shape, 2.0)).logprobs
+        torch.testing.assert_close(ours, expected)
 
 
 def test_a_temperature_that_wants_a_gradient_is_refused():

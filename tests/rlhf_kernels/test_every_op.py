@@ -135,6 +135,34 @@ def test_tensors_without_memory_give_the_shapes_of_the_answers(name):
         assert torch.autograd.grad(ours[0].sum(), grads)[0].shape == grads[0].shape
 
 
+LOSSES = [name for name in OPS if name not in ("gae", "kl_shaped_gae", "masked_whiten")]
+"""Those with a gradient."""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_derivative_is_refused_never_wrong(name):
+    inputs = {
+        key: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for key, x in arguments(name).items()
+    }
+    x = inputs[FIRST[name]].requires_grad_()
+    total = as_tuple(OPS[name][0](**inputs))[0].sum()
+
+    def second():
+        (grad,) = torch.autograd.grad(total.square(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum() + x.sum(), x)
+
+    with pytest.raises(RuntimeError, match=rf"{name}\b.*create_graph=True asks for|{name}_grad.*no autograd formula"):
+        second()
+
+
+def test_a_gradient_written_over_the_logits_has_no_second_derivative():
+    logits = torch.randn(2, 5, requires_grad=True)
+    total = token_logprobs(logits * 1.0, torch.tensor([1, 2]), inplace_backward=True).logprobs.sum()
+    with pytest.raises(RuntimeError, match=r"token_logprobs\(inplace_backward=True\) has no gradient of its own"):
+        torch.autograd.grad(total.square(), logits, create_graph=True)
+
+
 def as_tuple(result):
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 

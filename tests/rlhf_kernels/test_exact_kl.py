@@ -72,6 +72,13 @@ def test_nan_stays_in_its_row_and_masked_rows_are_not_read():
     assert exact_kl(logits, ref, mask=torch.tensor([True, False, True])).isfinite().all()
 
 
+def test_one_row_alone(logits):
+    x, ref = logits
+    torch.testing.assert_close(exact_kl(x[0, 1], ref[0, 1]), exact_kl(x, ref)[0, 1])
+    (grad,) = torch.autograd.grad(exact_kl(x[0, 1], ref[0, 1]), x)
+    torch.testing.assert_close(grad[0, 1], torch.autograd.grad(exact_kl(x, ref)[0, 1], x)[0][0, 1])
+
+
 def test_views(logits):
     x, ref = logits
     turned = exact_kl(x.transpose(0, 1), ref.transpose(0, 1))

@@ -79,6 +79,14 @@ def test_shaped_rewards_by_hand(estimator, kl):
     assert result.kl.tolist() == [pytest.approx([kl, kl, 0.0])]
 
 
+def test_sixteen_bits_are_subtracted_in_full():
+    # 10 - 0.0304 is 9.97, and 10 in bfloat16
+    logprobs, ref = torch.tensor([[10.0]]).bfloat16(), torch.tensor([[0.0304]]).bfloat16()
+    values, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    result = kl_shaped_gae(torch.zeros(1), logprobs, ref, values, mask, kl_coef=1.0, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(result.kl, (logprobs.double() - ref.double()).float())
+
+
 def test_shaped_gae_is_gae_of_the_shaped_rewards_and_its_moments_whiten():
     rewards, values, mask = problem(4, 30)
     result = kl_shaped_gae(

@@ -132,6 +132,30 @@ def samples():
     }
 
 
+def gradient_samples():
+    t = {key: x.detach() for key, x in tensors().items()}
+    logits, hidden, weight, tokens, mask, a = (t[key] for key in ("logits", "hidden", "weight", "tokens", "mask", "a"))
+    stats = [a.clone() for _ in range(5)]
+    slopes = (a.clone(), None, a.clone())
+    head = (hidden, weight, torch.randn(V))
+    return {
+        "token_logprobs_grad": (logits, tokens, mask, None, stats, *slopes, [1.0, 0.0, 1.0]),
+        "token_logprobs_grad_": (logits.clone(), tokens, mask, None, stats, *slopes, [1.0, 0.0, 1.0]),
+        "linear_token_logprobs_grad": (
+            *head, tokens, mask, None, stats, [torch.zeros(0)], torch.tensor([4, V]), *slopes, [1.0, 0.0, 1.0],
+            [True, False, True], False, 0, "",
+        ),
+        "linear_exact_kl_grad": (*head, *head, mask, a, 1.0, True, 2, [True, True, False]),
+        "scale_rows_": (logits.clone(), a.clone()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", gradient_samples())
+def test_opcheck_of_the_gradients(name):
+    op = getattr(torch.ops.rlhf_kernels, name).default
+    torch.library.opcheck(op, gradient_samples()[name], test_utils=TESTS)
+
+
 @pytest.mark.parametrize("name", samples())
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.rlhf_kernels, name).default, samples()[name], test_utils=TESTS)

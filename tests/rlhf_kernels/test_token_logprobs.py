@@ -116,6 +116,15 @@ def test_inplace_backward_overwrites_the_logits_with_their_gradient():
     torch.testing.assert_close(grad, expected, atol=0, rtol=0)
 
 
+def test_an_id_that_nobody_looked_at_makes_its_row_nan():
+    # on a GPU reading the ids would make the host wait, so the reference answers as the kernels do
+    from rlhf_kernels.rows import Transform, row_stats
+
+    stats = row_stats("test", torch.zeros(3, 5), torch.tensor([1, 5, -1]), Transform(), with_entropy=True)
+    for field in (stats.logprobs, stats.log_sum, stats.entropy):
+        assert field.isnan().tolist() == [False, True, True]
+
+
 def test_rows_in_blocks_are_the_rows_alone():
     # more elements than the reference works on at a time
     torch.manual_seed(0)

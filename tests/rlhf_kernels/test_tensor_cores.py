@@ -1,0 +1,113 @@
+"""What a GPU does with 16-bit heads, on a CPU: products of 16-bit operands into float32, under the rules of CUDA's."""
+
+import pytest
+import torch
+from rlhf_kernels import PolicyLossSpec, linear_exact_kl, linear_policy_loss, linear_rows, linear_token_logprobs
+
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Sizes of the products; each refuses what CUDA refuses."""
+    mm, addmm, seen = torch.mm, torch.addmm, []
+
+    def into_float32(total, a, b, out):
+        assert a.dtype == b.dtype
+        assert a.dtype in SIXTEEN
+        seen.append((a.shape[0], a.shape[1], b.shape[1]))
+        product = mm(a.float(), b.float())
+        product = product if total is None else total + product
+        return product if out is None else out.copy_(product)
+
+    def new_mm(a, b, out_dtype=None, *, out=None):
+        if out_dtype is None:
+            return mm(a, b) if out is None else mm(a, b, out=out)
+        assert out_dtype == torch.float32
+        assert out is None or out.dtype == torch.float32
+        return into_float32(None, a, b, out)
+
+    def new_addmm(total, a, b, out_dtype=None, *, out=None):
+        if out_dtype is None:
+            return addmm(total, a, b)
+        assert total.dtype == out.dtype == out_dtype == torch.float32
+        return into_float32(total, a, b, out)
+
+    monkeypatch.setattr(linear_rows, "has_tensor_cores", lambda weight: True)
+    monkeypatch.setattr(torch, "mm", new_mm)
+    monkeypatch.setattr(torch, "addmm", new_addmm)
+    return seen
+
+
+def problem(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 32).to(dtype), (torch.randn(300, 32) / 2).to(dtype)
+    return hidden, weight, torch.randn(300).to(dtype), torch.randint(300, (40,)), torch.rand(40) > 0.2
+
+
+def scores(h, w, b, tokens, mask):
+    result = linear_token_logprobs(h, w, tokens, bias=b, mask=mask, with_entropy=True, chunk_rows=16)
+    return result.logprobs, (result.logprobs - result.entropy + result.logsumexp).sum()
+
+
+def policy(h, w, b, tokens, mask):
+    old, ones = torch.full((40,), -6.0), torch.ones(40)
+    spec = PolicyLossSpec("reinforce", kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
+    result = linear_policy_loss(
+        h, w, tokens, old, ones, bias=b, mask=mask, denominator=9.0, ref_logprobs=old, loss=spec, chunk_rows=16
+    )
+    return result.logprobs, result.loss
+
+
+def kl(h, w, b, tokens, mask):
+    result = linear_exact_kl(h, w, h.detach().flip(0), w.detach(), bias=b, mask=mask, chunk_rows=16)
+    return result, result.sum()
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("use", [scores, policy, kl])
+@pytest.mark.parametrize("kept_graph", [False, True])
+def test_heads_of_sixteen_bits(products, use, dtype, kept_graph):
+    hidden, weight, bias, tokens, mask = problem(dtype)
+    results = []
+    for kind in (dtype, torch.float64):
+        inputs = [x.to(kind).requires_grad_() for x in (hidden, weight, bias)]
+        numbers, total = use(*inputs, tokens, mask)
+        grads = torch.autograd.grad(total, inputs, retain_graph=kept_graph)
+        assert [g.dtype for g in grads] == [kind] * 3
+        results.append((numbers.double(), [g.double() for g in grads]))
+        if kept_graph:  # a stored gradient and kept logits are whole still
+            torch.testing.assert_close(torch.autograd.grad(total, inputs), grads, atol=0, rtol=0)
+    (ours, grads), (exact, exact_grads) = results
+    # products of 16-bit numbers are exact in float32, and logits of about 10 are summed to 1e-6
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+    for x, y in zip(grads, exact_grads, strict=True):
+        # the gradient in the logits is rounded once, and each result once more: 2^-9 each at most, half of it squared
+        assert (x - y).norm() / y.norm() < 3e-3
+        if x.ndim == 2:
+            # but for rows that hardly move
+            worth = y.norm(dim=1) > 1e-2 * y.norm(dim=1).max()
+            assert ((x - y).norm(dim=1) / y.norm(dim=1))[worth].max() < 1e-2
+    # every product was of 16-bit operands: logits, gradient in hidden states, gradient in the weight
+    assert {size[1:] for size in products} >= {(32, 300), (300, 32)}
+
+
+def test_gradients_in_logits_are_rounded_once_and_not_copied(products, monkeypatch):
+    made = []
+    room = linear_rows.Head.room_for_grads
+    monkeypatch.setattr(linear_rows.Head, "room_for_grads", lambda self, x: made.append(room(self, x)) or made[-1])
+    hidden, weight, _, tokens, mask = problem(torch.bfloat16)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    scores(h, w, None, tokens, mask)[1].backward()
+    assert {x.dtype for x in made} == {torch.bfloat16}
+    made.clear()
+    scores(h.detach().float().requires_grad_(), w.detach().float(), None, tokens, mask)[1].backward()
+    assert {x.dtype for x in made} == {torch.float32}
+
+
+def test_chunks_on_a_gpu_are_whole_tiles_of_a_product():
+    cuda = torch.device("cuda")
+    assert linear_rows.chunk_rows_for(128256, cuda, None) == 2048  # 2093 rows would fit, and fill 17 tiles of 128
+    assert linear_rows.chunk_rows_for(128256, cuda, 2093) == 2093  # as asked
+    assert linear_rows.chunk_rows_for(10**8, cuda, None) == 2
+    assert linear_rows.chunk_rows_for(128256, torch.device("cpu"), None) == (256 << 20) // (128256 * 4)
