@@ -26,6 +26,7 @@ from rlhf_lightning.advantages.shaping import (
     scale_scores,
     soft_overlong_punishment,
 )
+from rlhf_lightning.advantages.token_baseline import OptimalTokenBaseline
 
 __all__ = [
     "AdaptiveKL",
@@ -41,6 +42,7 @@ __all__ = [
     "LeaveOneOut",
     "MaxRl",
     "Opo",
+    "OptimalTokenBaseline",
     "PairRule",
     "Pairs",
     "PassAtK",

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Bool, Float, Int
 from rlhf_kernels import gae
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, on_one_rank
+from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Gae(Credit):
         Yue et al., VAPO, 2025. arXiv:2504.05118
     """
 
-    baseline: ClassVar[Literal["none", "critic", "greedy"]] = "critic"
+    baseline: ClassVar[CreditBaseline] = "critic"
 
     gamma: float = 1.0
     lam: float = 0.95

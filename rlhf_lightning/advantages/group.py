@@ -16,7 +16,7 @@ from rlhf_kernels import gae
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, on_one_rank
+from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
 from rlhf_lightning.core.masked import masked_moments, masked_whiten
 
 
@@ -458,7 +458,7 @@ class ReMax(Credit):
         arXiv:2310.10505
     """
 
-    baseline: ClassVar[Literal["none", "critic", "greedy"]] = "greedy"
+    baseline: ClassVar[CreditBaseline] = "greedy"
 
     def __call__(
         self,

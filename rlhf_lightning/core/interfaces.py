@@ -69,14 +69,19 @@ def on_one_rank(x: Tensor) -> Tensor:
     return x
 
 
+CreditBaseline = Literal["none", "critic", "greedy", "variance"]
+"""What a credit compares with."""
+
+
 class Credit(ABC):
     """Turns rewards (and values) into advantages and returns."""
 
     needs_groups: ClassVar[bool] = False
     """Whether an answer is judged against others to the same prompt: one answer per prompt then teaches nothing."""
-    baseline: ClassVar[Literal["none", "critic", "greedy"]] = "none"
+    baseline: ClassVar[CreditBaseline] = "none"
     """What `values` holds. none: zeros; critic: its estimate of what is to come; greedy: the rewards of the greedy
-    answer to the same prompt, spread over the tokens so that they sum to its score."""
+    answer to the same prompt, spread over the tokens so that they sum to its score; variance: 1 - 2 pi(token) +
+    sum_v pi(v)^2, the squared gradient of the token's log-probability with respect to the logits."""
 
     @abstractmethod
     def __call__(

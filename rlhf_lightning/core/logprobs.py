@@ -48,6 +48,22 @@ class TokenScores:
     """Probability of the set that tokens[t] was drawn from, before renormalising; None = the whole vocabulary."""
 
 
+def log_collision(
+    logprobs: Float[Tensor, "batch time"], sharper: Float[Tensor, "batch time"]
+) -> Float[Tensor, "batch time"]:
+    """log sum_v p(v)^2 where a token was predicted, from what is said of the token alone.
+
+        2 log p(y) - log p_{1/2}(y) = log sum_v exp(2 x_v) - 2 log sum_v exp(x_v)
+
+    where p_{1/2} is p at half the temperature: the token's own logit falls out.
+
+    Args:
+        logprobs: of any token under p.
+        sharper: of the same token at half the temperature.
+    """
+    return 2 * logprobs - sharper
+
+
 def about_tokens(per_position: Float[Tensor, "batch time *rest"]) -> Float[Tensor, "batch time *rest"]:
     """Move what is said *at* position t - 1 to index t, the token it is about; nothing is about index 0: it is 0."""
     return torch.cat((torch.zeros_like(per_position[:, :1]), per_position[:, :-1]), dim=1)

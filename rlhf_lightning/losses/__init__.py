@@ -7,6 +7,7 @@ from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
 from rlhf_lightning.losses.policy import Cispo, ClippedSurrogate, Gspo, Reinforce, Sapo, clipped_surrogate
 from rlhf_lightning.losses.policy_covariance import ClipCov, KlCov
 from rlhf_lightning.losses.policy_divergence import Dppo
+from rlhf_lightning.losses.policy_quadratic import Dro
 from rlhf_lightning.losses.policy_sequence import Gmpo, Vespo
 from rlhf_lightning.losses.preference import (
     DPO,
@@ -77,6 +78,7 @@ __all__ = [
     "CorrectionOutput",
     "DiscoPOP",
     "Dppo",
+    "Dro",
     "EXOPair",
     "ForwardKL",
     "Gmpo",

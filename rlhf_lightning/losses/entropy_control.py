@@ -21,7 +21,7 @@ class AdaptiveEntropy:
         delta: step of the coefficient.
         min_coef, max_coef: bounds of the coefficient.
     References:
-        He et al., Skywork Open Reasoner 1 Technical Report, 2025, sec. 3.2.5. arXiv:2505.22312
+        He et al., Skywork Open Reasoner 1 Technical Report, 2025. arXiv:2505.22312
     """
 
     target: float = 0.2

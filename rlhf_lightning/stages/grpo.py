@@ -15,7 +15,7 @@ from rlhf_lightning.advantages.shaping import overlong_mask
 from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, Sample
-from rlhf_lightning.core.logprobs import TokenScores
+from rlhf_lightning.core.logprobs import TokenScores, log_collision
 from rlhf_lightning.core.masked import Reduction
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.losses.correction import SamplerCorrection, off_policy_sequence_mask
@@ -24,6 +24,7 @@ from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
 from rlhf_lightning.losses.policy import ClippedSurrogate
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
+from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
@@ -293,11 +294,31 @@ class GRPOModule(PolicyGradientModule):
         return informative & answered.answers.mask.any(-1)
 
     def values_of(self, answered: Answered) -> Tensor:
-        """The greedy answer's score spread over the tokens, where the credit compares with it; else 0."""
+        """What the credit's `baseline` says: the greedy answer's score spread over the tokens, or how far each token's
+        gradient varies; else 0."""
         mask = answered.answers.mask
+        if self.credit.baseline == "variance":
+            return self._gradient_variance(answered.answers)
         if answered.baseline is None:
             return torch.zeros(mask.shape, device=mask.device)
         return torch.where(mask, (answered.baseline / mask.sum(-1).clamp(min=1))[:, None], 0.0)
+
+    def _gradient_variance(self, answers: Generated) -> Tensor:
+        """1 - 2 pi(token) + sum_v pi(v)^2 at every token of the answers, over what it was sampled from."""
+        policy, temperature = self.policy, self.generation.temperature
+        assert policy is not None
+
+        def variance(part: Generated) -> Tensor:
+            hidden = policy.hidden_states(part.tokens, part.attention_mask, part.positions, answers=self.shared(part))
+            own, sharper = (
+                policy.scores(hidden, part.tokens, part.mask, temperature=at, kept=part.kept).logprobs
+                for at in (temperature, 0.5 * temperature)
+            )
+            return 1 - 2 * own.exp() + log_collision(own, sharper).exp()
+
+        with torch.no_grad(), gathered_once(policy):  # ranks may have different numbers of parts
+            parts = self.measured(answers, variance)
+        return torch.where(answers.mask, torch.cat(parts).float(), 0.0)
 
     def choose(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
         """Which tokens carry the loss, and which groups stand in for which."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_lightning.core.batches import PairBatch, TokenBatch, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import CompletionScores, Need, PairScores
-from rlhf_lightning.core.logprobs import token_kl
+from rlhf_lightning.core.logprobs import log_collision, token_kl
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import MeasuredReference, Reference
 
@@ -70,14 +70,9 @@ def measure(
 
 @torch.no_grad()
 def _log_collision(policy: Policy, hidden: Tensor, rows: TokenBatch, scores: CompletionScores) -> Tensor:
-    """log sum_v pi(v)^2 at every token that counts, without logits.
-
-        2 log pi(y) - log pi_{1/2}(y) = log sum_v exp(2 x_v) - 2 log sum_v exp(x_v)
-
-    where pi_{1/2} is the policy at temperature 1/2: the token's own logit falls out.
-    """
+    """log sum_v pi(v)^2 at every token that counts, without logits."""
     sharper = policy.scores(hidden, rows.tokens, scores.mask, temperature=0.5).logprobs
-    return 2 * scores.logprobs.detach() - sharper
+    return log_collision(scores.logprobs.detach(), sharper)
 
 
 def measure_pairs(

@@ -135,10 +135,10 @@ class PPOModule(PolicyGradientModule):
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")
         if critic_warmup_steps < 0:
             raise UserError(f"critic_warmup_steps={critic_warmup_steps}: give 0 (none) or more")
-        if credit.baseline == "greedy":
+        if credit.baseline not in ("critic", "none"):
             raise UserError(
-                f"credit={type(credit).__name__} compares with the greedy answer, and PPOModule with its critic: use "
-                "GRPOModule, or credit=Gae"
+                f"credit={type(credit).__name__} compares with something else than PPOModule's critic: use GRPOModule, "
+                "or credit=Gae"
             )
         self.save_hyperparameters()
         self.critic_spec = critic

@@ -12,6 +12,7 @@ from rlhf_lightning.losses import (
     ClipCov,
     ClippedSurrogate,
     Dppo,
+    Dro,
     Gmpo,
     Gspo,
     KlCov,
@@ -36,6 +37,7 @@ EXACT = [
     Vespo(),
     Dppo(),
     Dppo(divergence="kl", limit_low=0.05, limit_high=0.05),
+    Dro(),
 ]
 ALL = [*EXACT, ClipCov(frac=0.2, cov_low=0.1), KlCov(frac=0.2)]
 
@@ -290,3 +292,17 @@ def test_clip_cov_draws_every_candidate_alike():
 def test_impossible_options_are_named(build, message):
     with pytest.raises(UserError, match=message):
         build()
+
+
+def test_dro_pulls_back_by_the_log_ratio_and_stops_at_advantage_over_beta():
+    """-A log p + beta/2 (log p/q)^2; the gradient is -A + beta log p/q."""
+    loss, gradient, clipped = one_token(Dro(beta=0.5), 0.4, 0.2, 2.0)
+    assert loss == pytest.approx(-2 * math.log(0.4) + 0.25 * math.log(2) ** 2)
+    assert gradient == pytest.approx(-2 + 0.5 * math.log(2))
+    assert not clipped
+    assert one_token(Dro(beta=2.0), 0.2 * math.exp(0.5), 0.2, 1.0)[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_dro_without_a_pull_is_refused():
+    with pytest.raises(UserError, match=r"beta=0\.0 would not hold the policy.*give 0\.1, or Reinforce"):
+        Dro(beta=0.0)

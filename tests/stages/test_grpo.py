@@ -8,7 +8,15 @@ import torch
 from fits import fit
 from one_step import another, records
 
-from rlhf_lightning.advantages import BatchNormalised, Centred, FixedKL, Gae, LeaveOneOut, ReMax
+from rlhf_lightning.advantages import (
+    BatchNormalised,
+    Centred,
+    FixedKL,
+    Gae,
+    LeaveOneOut,
+    OptimalTokenBaseline,
+    ReMax,
+)
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn
 from rlhf_lightning.losses import SamplerCorrection
@@ -429,6 +437,34 @@ def test_remax_compares_with_the_score_of_the_greedy_answer(tiny_model, write_js
     # the reward comes at the end: every token of an answer has the same lead over the greedy one
     lead = (rollouts.scores - baseline)[:, None].expand_as(rollouts.mask)
     torch.testing.assert_close(rollouts.advantages[rollouts.mask], lead[rollouts.mask])
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_the_token_baseline_is_told_how_far_gradients_vary(truncated, tiny_model, write_jsonl, tmp_path):
+    """1 - 2 p + sum p^2 of the logits themselves, over what the tokens were sampled from."""
+    generation = GenerationSpec(max_new_tokens=4, num_samples=4, temperature=0.7, top_k=5 if truncated else 0)
+    options = {"kl": NO_KL, "generation": generation, "optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
+    module = grpo(tiny_model, FirstToken(*range(4, 12)), credit=OptimalTokenBaseline(), **options)
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    [rollouts] = keep.rollouts
+    with torch.no_grad():
+        logits = module.policy.causal_lm(
+            input_ids=rollouts.tokens,
+            attention_mask=rollouts.attention_mask.long(),
+            position_ids=rollouts.positions,
+        ).logits[:, :-1]
+    logits = logits / 0.7
+    if truncated:
+        logits = logits.masked_fill(logits < logits.topk(5).values[..., -1:], -torch.inf)
+    probs = logits.softmax(-1)
+    variance = 1 - 2 * probs.gather(-1, rollouts.tokens[:, 1:, None])[..., 0] + probs.square().sum(-1)
+    mask = rollouts.mask[:, 1:]
+    torch.testing.assert_close(rollouts.values[:, 1:][mask], variance[mask], atol=1e-5, rtol=1e-4)
+    assert variance[mask].max() > 0.5
+    expected, _ = OptimalTokenBaseline()(rollouts.rewards, rollouts.values, rollouts.mask, rollouts.groups)
+    torch.testing.assert_close(rollouts.advantages, expected)
+    assert rollouts.advantages.any()
 
 
 @pytest.mark.parametrize(("others_short", "batches"), [(0, 1), (2, 3)])

@@ -398,7 +398,10 @@ def test_options_that_cannot_work_say_what_to_do(tiny_model, tiny_config, tiny_t
         ppo(tiny_model, generation=GenerationSpec(temperature=0.0))
     with pytest.raises(UserError, match=r"rewards is empty: name at least one"):
         PPOModule(ModelSpec(path=str(tiny_model)), [])
-    with pytest.raises(UserError, match=r"credit=ReMax compares with the greedy answer.*use GRPOModule, or credit=Gae"):
+    with pytest.raises(
+        UserError,
+        match=r"credit=ReMax compares with something else.*: use GRPOModule, or credit=Gae",
+    ):
         ppo(tiny_model, credit=ReMax())
     with pytest.raises(UserError, match=r"critic.model is given but critic.kind is shared"):
         CriticSpec(kind="shared", model=ModelSpec(path="x"))
