@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rlhf_lightning.core.failpoints import failpoint
+from rlhf_lightning.models.sharded import is_sharded
 
 
 class HFExport(Callback):
@@ -49,7 +49,6 @@ class HFExport(Callback):
 
 def export(trainer: Trainer, module: LightningModule, folder: Path) -> None:
     """Has the module write `folder`: by the first process, or by all where each holds only a part of the weights."""
-    is_sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
-    if is_sharded or trainer.is_global_zero:
+    if is_sharded(module) or trainer.is_global_zero:
         module.export(folder)
     trainer.strategy.barrier("export")

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -216,6 +216,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         # not strict: a parameter that has had no gradient yet has no state
         options = StateDictOptions(full_state_dict=True, strict=False)
         set_optimizer_state_dict(module, optimizer, dict(state), options=options)
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise for strategies of Lightning that share weights out and that stages, exports and checkpoints do not know."""
+    if isinstance(strategy, FSDPStrategy):
+        what = "(FSDP1) flattens weights into units that sampling, exports and checkpoints do not know"
+    elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
+        what = "leaves it to the module to share out weights: nothing would be, and no gradient be added"
+    elif isinstance(strategy, DeepSpeedStrategy):
+        what = "steps, clips and shares out weights by itself, which stages, exports and checkpoints do not know"
+    else:
+        return
+    raise UserError(
+        f"trainer.strategy: {type(strategy).__name__} {what}: use strategy: fsdp2 for models that one device has no "
+        "room for, or ddp"
+    )
 
 
 def _dtype(name: Dtype | None) -> torch.dtype | None:

@@ -1,9 +1,11 @@
 """Sharded over processes, a stage takes the steps of one process; nothing is gathered or kept beyond need."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from parallel_fits import (
     SPECS,
     STAGES,
@@ -19,7 +21,9 @@ from safetensors.torch import load_file
 from sharded_cases import SHARDED, following_reference, shared_critic, tied
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy
+from rlhf_lightning.stages import SFTModule
 
 IN_CI = [name for name in SHARDED if not name.endswith(", replicas")]
 EXACT = [name for name in IN_CI if name.split(", ")[1] in ("fsdp2", "ddp", "not resharded", "asked in between", *SPECS)]
@@ -202,6 +206,21 @@ def test_what_cannot_work_is_said(folder):
     assert "temperature is trained outside every sharded unit" in loose
     assert "use strategy: ddp" in loose
     assert "2 processes cannot be shared out over num_replicas=3 groups" in groups
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (FSDPStrategy, "FSDP1"),
+        (ModelParallelStrategy, "nothing would be, and no gradient be added"),
+        (DeepSpeedStrategy, "steps, clips and shares out weights by itself"),
+    ],
+)
+def test_other_ways_to_share_out_weights_are_refused(strategy, why, tiny_model):
+    module = SFTModule(ModelSpec(path=str(tiny_model)))
+    module._trainer = SimpleNamespace(strategy=object.__new__(strategy))
+    with pytest.raises(UserError, match=f"trainer.strategy: {strategy.__name__} .*{why}.*: use strategy: fsdp2"):
+        module.setup("fit")
 
 
 @pytest.mark.parametrize(
