@@ -235,8 +235,15 @@ def _from_pretrained(spec: ModelSpec, auto: Any, options: dict[str, Any]) -> Pre
 
 def check_finite(spec: ModelSpec, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Refuses weights that are NaN or infinite, of a run that went wrong or of a cast: every answer would be NaN."""
-    if not spec.check_finite:
-        return
+    if spec.check_finite and (bad := not_finite(weights)):
+        raise UserError(
+            f"{_name(spec)} has weights that are NaN or infinite: {bad}. Take another copy or an earlier checkpoint; "
+            "float16 overflows where bfloat16 does not (dtype). check_finite: false does not look"
+        )
+
+
+def not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Names of weights that are NaN or infinite, the first few; "" if there are none."""
     # the largest entry: a norm that needs no second tensor of this size
     bad = [
         name
@@ -246,12 +253,7 @@ def check_finite(spec: ModelSpec, weights: Iterable[tuple[str, torch.Tensor]]) -
         and not weight.is_meta
         and not bool(torch.linalg.vector_norm(weight.detach(), torch.inf).isfinite())
     ]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(
-            f"{_name(spec)} has weights that are NaN or infinite: {', '.join(bad[:3])}{more}. Take another copy or an "
-            "earlier checkpoint; float16 overflows where bfloat16 does not (dtype). check_finite: false does not look"
-        )
+    return ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
 
 
 @contextmanager

@@ -22,11 +22,12 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
-from rlhf_lightning.models.loading import context_length, load_tokenizer
+from rlhf_lightning.models.loading import context_length, load_tokenizer, not_finite
 from rlhf_lightning.models.quantized import check_trainable
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
 from rlhf_lightning.parallel.sharded_checkpoint import guard
+from rlhf_lightning.parallel.strategy import check_strategy
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.splitting import Splitter
 from rlhf_lightning.stages.step_loader import StepLoader
@@ -88,6 +89,7 @@ class RLHFModule(L.LightningModule, ABC):
         return self._tokenizer
 
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
         guard(self.trainer.strategy)
 
     @abstractmethod
@@ -258,6 +260,7 @@ class RLHFModule(L.LightningModule, ABC):
             checkpoint["hyper_parameters"] = plain
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_finite(checkpoint.get("state_dict", {}))
         of_ranks = checkpoint.get("loader_progress")
         if of_ranks is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -274,6 +277,15 @@ class RLHFModule(L.LightningModule, ABC):
                 "exported model"
             )
         self._saved_progress = of_ranks[self.trainer.global_rank]
+
+    def _check_finite(self, state: Mapping[str, Tensor]) -> None:
+        """Raise for a checkpoint of a run that went wrong before it was written."""
+        names = {name for name, _ in self.named_parameters()}  # buffers may hold what they like
+        if self.model_spec.check_finite and (bad := not_finite((n, x) for n, x in state.items() if n in names)):
+            raise UserError(
+                f"the checkpoint has weights that are NaN or infinite: {bad}. Go on from an earlier one (--resume "
+                "PATH), with a lower learning rate or gradient_clip_val; check_finite: false of the model does not look"
+            )
 
     def _of_all_ranks(self, value: Any) -> list[Any]:
         if self.trainer.world_size == 1:

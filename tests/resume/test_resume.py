@@ -1,6 +1,7 @@
 """A run that is stopped anywhere and resumed ends with the same bits as one that was not."""
 
 import warnings
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -12,6 +13,7 @@ from one_step import another, records
 
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.callbacks import LastCheckpoint
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses import AdaptiveEntropy, SamplerCorrection
 from rlhf_lightning.losses.preference_batch import BetaDPO
@@ -267,6 +269,23 @@ def test_another_number_of_processes_is_refused(tiny_model, write_jsonl, tmp_pat
         module.on_load_checkpoint({"loader_progress": [{"given": 0, "loader": None}]})
     module._trainer.state = TrainerState(fn=TrainerFn.VALIDATING)  # weights are all it wants
     module.on_load_checkpoint({"loader_progress": [{"given": 0, "loader": None}]})
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_checkpoint_whose_weights_are_not_numbers_is_refused(stage, tiny_model, write_jsonl, tmp_path):
+    keep = LastCheckpoint(dirpath=tmp_path)
+    fit(stage, tiny_model, write_jsonl, tmp_path, callbacks=[keep], max_epochs=1)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    next(iter(saved["state_dict"].values()))[0] = float("nan")
+    torch.save(saved, tmp_path / "broken.ckpt")
+    with pytest.raises(
+        UserError, match=r"has weights that are NaN or infinite: policy.*embed_tokens.weight. Go on from"
+    ):
+        fit(stage, tiny_model, write_jsonl, tmp_path, ckpt_path=str(tmp_path / "broken.ckpt"))
+    module = module_for(stage, tiny_model)
+    module.model_spec = replace(module.model_spec, check_finite=False)
+    module.configure_model()
+    module.on_load_checkpoint({"state_dict": saved["state_dict"]})
 
 
 @pytest.mark.parametrize("schedule", [Schedule(), Schedule("linear", final_frac=0.5)])
