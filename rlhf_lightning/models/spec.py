@@ -70,6 +70,7 @@ class ModelSpec:
             and the special token ids default to the tokenizer's.
         tokenizer: folder or hub id of the tokenizer; null: `path`.
         chat_template: a Jinja chat template, or a file holding one; null: the tokenizer's own.
+        chat_template_kwargs: values of its variables, as {enable_thinking: false}; kept in the template on export.
         revision: branch, tag or commit of a hub id.
         dtype: of the weights: float32, bfloat16, float16, or auto (as stored).
         attn_implementation: sdpa, eager, flash_attention_2 (needs flash-attn) or flex_attention.
@@ -92,6 +93,7 @@ class ModelSpec:
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, str | bool | int | float | None] | None = None
     revision: str | None = None
     dtype: str = "float32"
     attn_implementation: str = "sdpa"

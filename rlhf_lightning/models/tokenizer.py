@@ -1,12 +1,15 @@
 """The tokenizer of a model: its end token, its padding token and its chat template."""
 
+import json
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jinja2
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.errors import UserError
@@ -51,6 +54,13 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         say_once(f"the tokenizer {name!r} has no padding token: padding with {tokenizer.pad_token!r}")
     if spec.chat_template is not None:
         tokenizer.chat_template = read_chat_template(spec.chat_template)
+    if spec.chat_template_kwargs:
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError(
+                f"chat_template_kwargs={spec.chat_template_kwargs} are for a chat template, and the tokenizer {name!r} "
+                "has none, or several: give chat_template"
+            )
+        tokenizer.chat_template = with_values(tokenizer.chat_template, spec.chat_template_kwargs)
     return tokenizer
 
 
@@ -76,10 +86,29 @@ def read_chat_template(template: str) -> str:
             raise UserError(f"chat_template {template!r} is neither a file nor a Jinja template (nothing in {{}})")
         template, origin = file.read_text(encoding="utf-8"), f"chat template {file}"
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(template)
+        _parsed(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{origin}, line {error.lineno}: {error.message}") from error
     return template
+
+
+def with_values(template: str, values: Mapping[str, str | bool | int | float | None]) -> str:
+    """The same chat template with values for some of its variables, which whoever renders it need not give any more."""
+    known = find_undeclared_variables(_parsed(template)) - _GIVEN
+    for name in values:
+        if name not in known:
+            there = f"those that it has: {', '.join(sorted(known))}" if known else "it has none to be given"
+            raise UserError(f"chat_template_kwargs.{name}: the chat template has no such variable; {there}")
+    literals = {name: "none" if value is None else json.dumps(value) for name, value in values.items()}
+    return "".join(f"{{% set {name} = {literal} %}}" for name, literal in literals.items()) + template
+
+
+def _parsed(template: str) -> jinja2.nodes.Template:
+    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(template)
+
+
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+"""What transformers gives a template, beside special tokens."""
 
 
 class _GenerationTag(Extension):

@@ -86,3 +86,35 @@ def test_a_chat_template_is_a_string_or_a_file(tiny_tokenizer, tmp_path):
 def test_a_chat_template_that_cannot_work_is_refused(tiny_tokenizer, template, message):
     with pytest.raises(UserError, match=message):
         load_tokenizer(ModelSpec(tokenizer=str(tiny_tokenizer), chat_template=template))
+
+
+THINKING = (
+    "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{% if think %}!{% endif %}{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{{ '+' if think is defined and think else '-' }}{% endfor %}"
+    "{{ style | default('plain') }}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, "<user>good-plain"),
+        ({"think": True}, "<user>good!+plain"),
+        ({"think": False, "style": 'a "quoted" {{ word }}'}, '<user>good-a "quoted" {{ word }}'),
+        ({"think": None, "style": "é"}, "<user>good-é"),
+    ],
+)
+def test_variables_of_a_chat_template_have_values_in_the_export_too(tiny_tokenizer, tmp_path, values, expected):
+    spec = ModelSpec(tokenizer=str(tiny_tokenizer), chat_template=THINKING, chat_template_kwargs=values)
+    tokenizer = load_tokenizer(spec)
+    tokenizer.save_pretrained(tmp_path)
+    for either in (tokenizer, load_tokenizer(ModelSpec(tokenizer=str(tmp_path)))):
+        assert either.apply_chat_template([{"role": "user", "content": "good"}], tokenize=False) == expected
+
+
+def test_a_value_for_what_is_no_variable_of_the_template_is_refused(tiny_tokenizer):
+    spec = ModelSpec(tokenizer=str(tiny_tokenizer), chat_template=THINKING, chat_template_kwargs={"thinking": True})
+    with pytest.raises(UserError, match=r"chat_template_kwargs\.thinking: .* no such variable; .*: style, think$"):
+        load_tokenizer(spec)
+    with pytest.raises(UserError, match=r"'think': True.* are for a chat template, and the tokenizer .* has none"):
+        load_tokenizer(ModelSpec(tokenizer=str(tiny_tokenizer), chat_template_kwargs={"think": True}))
