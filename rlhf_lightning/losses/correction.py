@@ -44,7 +44,8 @@ class SamplerCorrection:
     | MIS, sequence (TRL's default, sequence_mask) | sequence | null | sequence | null, 3 |
     | IcePop (OpenRLHF icepop) | token | null | token | 0.5, 5 |
     | sequence mask with token weights (OpenRLHF seq-mask-tis) | token | null | geometric | 0.5, 5 |
-    | masks alone | none | | token, sequence or geometric | |
+    | veto: an answer with one such token goes (verl's token veto) | token | 2 | every | 1e-4, null |
+    | masks alone | none | | token, sequence, geometric or every | |
 
     A token that the sampler gave no number for (NaN) counts as sampled by the trainer: its ratio is 1.
 
@@ -52,7 +53,8 @@ class SamplerCorrection:
         weight: which ratio the loss is multiplied by; none = 1.
         cap: largest weight; null = no bound.
         floor: smallest weight of a token that is kept; null = no bound.
-        keep: which ratio decides whether a token is kept at all; all = every token is.
+        keep: which ratio decides whether a token is kept at all; every = those of all tokens of its answer; all = no
+            token is dropped.
         low: a token whose `keep` ratio is below gets weight 0; null = no bound.
         high: the same above.
     References:
@@ -64,7 +66,7 @@ class SamplerCorrection:
     weight: Literal["none", "token", "sequence"] = "token"
     cap: float | None = 2.0
     floor: float | None = None
-    keep: Literal["all", "token", "sequence", "geometric"] = "all"
+    keep: Literal["all", "token", "sequence", "geometric", "every"] = "all"
     low: float | None = None
     high: float | None = None
 
@@ -82,7 +84,7 @@ class SamplerCorrection:
         if self.keep == "all" and bounds:
             raise UserError(
                 f"correction.low={self.low}, high={self.high} bound nothing while keep is 'all': say of which ratio, "
-                "keep: token, sequence or geometric"
+                "keep: token, sequence, geometric or every"
             )
 
     def __call__(
@@ -109,10 +111,13 @@ class SamplerCorrection:
         bounded = weights if self.floor is None and self.cap is None else weights.clamp(self.floor, self.cap)
         kept = mask
         if self.keep != "all":
-            judged = bounded_exp(logs[self.keep])
-            kept = kept & (judged >= (self.low or 0.0))
+            judged = bounded_exp(logs["token" if self.keep == "every" else self.keep])
+            within = judged >= (self.low or 0.0)
             if self.high is not None:
-                kept = kept & (judged <= self.high)
+                within &= judged <= self.high
+            if self.keep == "every":
+                within = (within | ~mask).all(-1, keepdim=True)
+            kept = kept & within
         metrics = {
             "ratio": bounded_exp(difference),
             "kept_frac": kept.to(difference),

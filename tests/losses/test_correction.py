@@ -24,6 +24,8 @@ SAMPLER = torch.where(MASK, OLD - RATIOS.log(), math.inf)
         (SamplerCorrection(cap=None, keep="token", low=0.5, high=5.0), [[4.0, 0.0, 1.5], [3.0, 3.0]]),
         (SamplerCorrection(weight="sequence", cap=None, keep="sequence", high=3.5), [[1.5] * 3, [0.0] * 2]),
         (SamplerCorrection(cap=None, keep="geometric", low=0.5, high=2.0), [[4.0, 0.25, 1.5], [0.0] * 2]),
+        (SamplerCorrection(cap=None, keep="every", low=0.3), [[0.0] * 3, [3.0, 3.0]]),
+        (SamplerCorrection(cap=None, keep="every", low=0.2, high=3.5), [[0.0] * 3, [3.0, 3.0]]),
         (SamplerCorrection(weight="none", keep="token", high=3.5), [[0.0, 1.0, 1.0], [1.0, 1.0]]),
         (SamplerCorrection(cap=2.0, keep="token", low=0.5), [[2.0, 0.0, 1.5], [2.0, 2.0]]),
     ],
