@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from rlhf_lightning.core.batches import PromptBatch
 from rlhf_lightning.core.errors import UserError
@@ -121,6 +122,29 @@ def test_prompts_of_like_length_share_a_batch(lab):
 def test_a_static_cache_gives_the_same_greedy_answers(lab):
     policy, prompts = lab.policy("llama"), asked(lab, 6, 4)
     same(answer(policy, prompts, temperature=0.0, cache="static"), answer(policy, prompts, temperature=0.0))
+
+
+def test_a_static_cache_lets_transformers_compile_a_step(lab, monkeypatch):
+    """As it does on a GPU, by CUDA graphs; here what it compiles is noted, and run as it is."""
+    policy, prompts = lab.policy("llama"), asked(lab, 6, 4)
+    expected = answer(policy, prompts, temperature=0.0)
+    steps, made = [], HFGenerate._config
+
+    def anywhere(engine, eos):
+        config = made(engine, eos)
+        config.compile_config = CompileConfig()
+        config.compile_config._compile_all_devices = True
+        return config
+
+    def compiled(model, config):
+        assert config.mode == "reduce-overhead"
+        return lambda **inputs: steps.append(inputs["input_ids"].shape) or model(**inputs)
+
+    monkeypatch.setattr(HFGenerate, "_config", anywhere)
+    monkeypatch.setattr(type(policy.causal_lm), "get_compiled_call", compiled)
+    same(answer(policy, prompts, temperature=0.0, cache="static"), expected)
+    assert len(steps) > 1
+    assert set(steps) == {(6, 1)}, "every step of one shape"
 
 
 def test_a_model_with_another_cache_goes_through_transformers_and_it_is_said_once(lab, caplog):
