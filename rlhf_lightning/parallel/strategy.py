@@ -20,7 +20,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.models.compiled import is_compiled
 from rlhf_lightning.models.quantized import is_quantized
 from rlhf_lightning.models.sharded import load_whole_state_dict, reshard
 from rlhf_lightning.models.vocab_parallel import VocabParallelHead
@@ -123,11 +122,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                 raise UserError(
                     "strategy fsdp2 cannot share out weights that bitsandbytes has quantised: leave quantization out, "
                     "or use strategy: ddp, under which each process holds them all"
-                )
-            if is_compiled(model):
-                raise UserError(
-                    "strategy fsdp2 does not know compiled layers: leave compile out, or use strategy: ddp, under "
-                    "which each process holds the whole model"
                 )
             shard_model(
                 model,

@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 import torch
-from fits import fit
-from one_step import records
 from torch._dynamo.utils import counters
 
 from rlhf_lightning.core.errors import UserError
@@ -13,7 +11,6 @@ from rlhf_lightning.models.compiled import compile_layers, is_compiled, not_comp
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.reference import make_reference
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.stages import SFTModule
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -82,13 +79,6 @@ def test_every_kind_of_model_takes_the_option(lab, traced, tiny_model):
     with not_compiled(policy):
         assert not is_compiled(policy)
     assert policy.state_dict().keys() == lab.policy("llama").state_dict().keys()
-
-
-def test_compiled_layers_are_not_sharded(traced, tiny_model, write_jsonl, tmp_path):
-    data = {"train": write_jsonl("records.jsonl", records("sft")), "batch_size": 4}
-    module = SFTModule(ModelSpec(path=str(tiny_model), compile="layers"))
-    with pytest.raises(UserError, match=r"strategy fsdp2 does not know compiled layers: leave compile out"):
-        fit(module, tmp_path, data=data, strategy="fsdp2")
 
 
 def test_a_model_without_named_layers_is_refused(lab, monkeypatch):

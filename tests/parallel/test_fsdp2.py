@@ -109,6 +109,13 @@ def test_a_head_that_is_the_embedding_stays_one(folder, tiny_model):
 
 
 @pytest.mark.slow
+def test_compiled_layers_share_their_graphs_when_sharded(folder, alone):
+    found = result(folder, "sft, compiled")
+    assert_same(found, alone("sft"))
+    assert 0 < found["graphs"] <= 4, "two layers, five steps, batches of other lengths, with padding and without"
+
+
+@pytest.mark.slow
 def test_a_value_head_is_a_unit_of_its_own(folder, tiny_model):
     assert_same(result(folder, "ppo, shared critic"), shared_critic(str(tiny_model), folder, 1))
 

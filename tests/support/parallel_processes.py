@@ -16,7 +16,7 @@ from sharded_cases import SHARDED
 from tensor_parallel_cases import IN_PARTS
 
 
-def in_processes(cases: Sequence[str], model: str, folder: Path, *, count: int = 2, timeout: float = 240) -> None:
+def in_processes(cases: Sequence[str], model: str, folder: Path, *, count: int = 2, timeout: float = 280) -> None:
     """Run cases in `count` processes; an error, with what they said, if one of them fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

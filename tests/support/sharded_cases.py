@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +37,8 @@ from rlhf_lightning.callbacks.hf_export import export
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.preference_online import NashMD
+from rlhf_lightning.models import loading
+from rlhf_lightning.models.compiled import compile_layers
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import ReferenceSync
@@ -69,6 +72,19 @@ def short_of_memory(stage: str) -> Case:
             return of_stage(stage, model, folder, devices=world, strategy="ddp") | {"sizes": sizes}
 
     return case
+
+
+def compiled(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """Layers compiled one by one, as far as to graphs; and how many there were."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    with mock.patch.object(loading, "compile_layers", partial(compile_layers, backend=backend)):
+        found = of_stage("sft", model, folder, devices=world, strategy="fsdp2", spec={"compile": "layers"})
+    return found | {"graphs": len(graphs)}
 
 
 def shared_critic(model: str, folder: Path, world: int) -> dict[str, Any]:
@@ -244,6 +260,7 @@ SHARDED |= {
     "sft, bf16-mixed": compared("sft", named("fsdp2"), precision="bf16-mixed"),
     **{f"{stage}, short of memory": short_of_memory(stage) for stage in ("sft", "dpo", "ppo")},
     "sft, asked in between": asked_in_between,
+    "sft, compiled": compiled,
     "sft, tied": tied,
     "sft, replicas": compared("sft", lambda: FSDP2Strategy(num_replicas=2)),
     "ppo, replicas": compared("ppo", lambda: FSDP2Strategy(num_replicas=2)),
