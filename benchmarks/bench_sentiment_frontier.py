@@ -1,14 +1,15 @@
 """Our GRPO, RLOO, PPO and DPO beside TRL's GRPO, RLOO and DPO: reward against KL, tokens per second, memory.
 
     python benchmarks/bench_sentiment_frontier.py --data PATH [--seeds 1 2 3] [--more-seeds 4 5 6 7] [--runs FOLDER]
+                                                  [--grpo-seeds 8 9 10]
 
 PATH holds models/stories260k, a pretrained 260k-parameter storyteller. The gold score is the VADER sentiment of the
 answer, and it is what the online methods are rewarded with; DPO learns from 4096 pairs. Both libraries start from the
 same weights and take the same prompts (pairs), seeds, optimiser, learning rates and numbers of steps, one process per
 run, ours and TRL's in turn; all policies are evaluated by the same code. Each library shuffles and samples with its own
 generator, so a seed names neither one order of the pairs nor the same answers: what both have is run with more seeds,
-of which only the distance from the oracle is kept, and DPO once more with the pairs in one order for both. A run that
-is on disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
+of which only the distance from the oracle is kept (GRPO with the most), and DPO once more with the pairs in one order
+for both. A run that is on disk is not run again. Results: benchmarks/results/sentiment/family.json and family.png.
 
 `--speed grpo rloo` runs those alone, with no evaluation, and compares processor seconds from the first step to the
 last: results/sentiment/speed.json, or speed_dpo.json of `--speed dpo dpo_share_prompts`. The second is DPO with each
@@ -50,6 +51,7 @@ COEF = {"grpo": 0.5, "rloo": 0.1, "ppo": 0.1, "dpo": 0.3, IN_FILE_ORDER: 0.3, SH
 RUNS = [("ours", "grpo"), ("trl", "grpo"), ("ours", "rloo"), ("trl", "rloo"), ("ours", "dpo"), ("trl", "dpo")]
 RUNS += [("ours", "ppo")]
 COMPARED = [run for run in RUNS if run[1] != "ppo"]
+GRPO = [run for run in RUNS if run[1] == "grpo"]
 COLOURS = {"ours": "#2563eb", "trl": "#dc2626"}
 MARKERS = {"grpo": "o", "rloo": "s", "ppo": "^", "dpo": "D"}
 
@@ -418,6 +420,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with models/stories260k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--more-seeds", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds of what TRL has too")
+    parser.add_argument("--grpo-seeds", type=int, nargs="*", default=range(8, 21), help="seeds of GRPO alone, besides")
     parser.add_argument(
         "--speed", nargs="+", choices=["grpo", "rloo", "dpo", SHARED], help="run these alone, not evaluated"
     )
@@ -450,6 +453,7 @@ def main() -> None:
         return
     curve: list[dict[str, float]] = []
     planned = [(seed, RUNS) for seed in options.seeds] + [(seed, COMPARED) for seed in options.more_seeds]
+    planned += [(seed, GRPO) for seed in options.grpo_seeds]
     points = [point for seed, runs in planned for point in run_seed(options, model, seed, runs, curve)]
     draw(points, curve)
     result = {"about": described, "oracle": curve, "points": points, "all_below": all(p["below"] for p in points)}
