@@ -49,7 +49,7 @@ from rlhf_lightning.losses import (
     StepCorrectness,
 )
 from rlhf_lightning.losses.divergence import Divergence
-from rlhf_lightning.models.reference import ReferenceSync
+from rlhf_lightning.models.reference import BEMA, ReferenceSync
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.pipelines.chain_spec import read_chain
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -140,7 +140,7 @@ REWARDS = [cls for cls in vars(rewards).values() if isinstance(cls, type) and is
 PROMISES = [
     *((name, cls) for name, cls in STAGE_PAGES.items()),
     *(("docs/reward.md", cls) for cls in (BradleyTerry, PlackettLuce, Regression, StepCorrectness)),
-    *(("docs/dpo.md", cls) for cls in PREFERENCE_LOSSES),
+    *(("docs/dpo.md", cls) for cls in (BEMA, ReferenceSync, *PREFERENCE_LOSSES)),
     *(("docs/ppo.md", cls) for cls in (ClippedSurrogate, ClippedValue, Gae, FixedKL, AdaptiveKL, WeightedReward)),
     *(("docs/ppo.md", cls) for cls in (GenerationSpec, UpdateSpec)),
     *(("docs/grpo.md", cls) for cls in POLICY_LOSSES + CREDITS),

@@ -151,8 +151,7 @@ class DPOModule(RLHFModule):
         if self.needs_reference and self.reference_cache is not None:
             self._frozen["reference"] = MeasuredReference()
         elif self.needs_reference:
-            follows = self.reference_sync is not None
-            self._frozen["reference"] = make_reference(self.policy, self.reference_spec, follows=follows)
+            self._frozen["reference"] = make_reference(self.policy, self.reference_spec, sync=self.reference_sync)
 
     @property
     def reference(self) -> AnyReference | None:

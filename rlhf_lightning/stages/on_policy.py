@@ -180,8 +180,7 @@ class OnPolicyModule(RLHFModule):
                 _refuse_truncation(self.engine, self.generation)
             self.policy = load_policy(self.model_spec)
             if self.use_reference:
-                follows = self.reference_sync is not None
-                self._frozen["reference"] = make_reference(self.policy, self.reference_spec, follows=follows)
+                self._frozen["reference"] = make_reference(self.policy, self.reference_spec, sync=self.reference_sync)
 
     @property
     def reference(self) -> Reference | None:

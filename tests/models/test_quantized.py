@@ -16,7 +16,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.export import export_policy, export_scalar_model
 from rlhf_lightning.models.loading import load_policy, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.quantized import is_quantized
-from rlhf_lightning.models.reference import make_reference
+from rlhf_lightning.models.reference import ReferenceSync, make_reference
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 
 if importlib.util.find_spec("bitsandbytes") is None:
@@ -183,7 +183,7 @@ def test_rows_that_blocks_do_not_divide_are_refused(spec, tiny_model):
 
 def test_a_quantised_reference_cannot_follow(spec):
     with pytest.raises(UserError, match=r"reference_sync moves every weight .*, and quantised ones cannot"):
-        make_reference(load_policy(spec), follows=True)
+        make_reference(load_policy(spec), sync=ReferenceSync())
 
 
 def test_importing_models_says_nothing():

@@ -40,6 +40,7 @@ from rlhf_lightning.losses.preference_length import LDDPO
 from rlhf_lightning.losses.preference_mixed import RPO, WPO, WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_pointwise import APODown, APOZero, BCOPair, NCAPair, SPPOHard
 from rlhf_lightning.models.loading import load_policy
+from rlhf_lightning.models.reference import BEMA, ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages import DPOModule
 
@@ -206,6 +207,44 @@ def test_twenty_steps(tiny_model, tmp_path, write_jsonl, loss, settings):
     )
     ours = DPOModule(ModelSpec(path=str(tiny_model)), loss, reference=another(str(tiny_model)), optimizer=adamw)
     twenty_steps(ours, theirs, tmp_path, write_jsonl("pairs.jsonl", PAIRS))
+
+
+def test_twenty_steps_with_a_reference_that_follows_a_corrected_average(tiny_model, tmp_path, write_jsonl):
+    """TRL's experimental DPOTrainer with its BEMACallback: losses, weights, and the reference's weights."""
+    from trl.experimental.bema_for_ref_model import BEMACallback
+    from trl.experimental.bema_for_ref_model import DPOTrainer as WithFollowing
+
+    def adamw(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+    average = {"ema_power": 0.6, "bias_power": 0.3, "lag": 3, "multiplier": 2.0, "min_ema_multiplier": 0.25}
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model)
+    schedule = {"max_steps": 20, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    theirs = WithFollowing(
+        model=policy,
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_model).eval(),
+        args=options(DPOConfig, tmp_path, rows=4, max_length=64, beta=0.5, **schedule),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        optimizers=(adamw(policy.parameters()), None),
+    )
+    follow = {"update_ref_model": True, "ref_model_update_freq": 6, "ref_model_update_after": 1}
+    theirs.add_callback(BEMACallback(update_freq=3, update_after=1, **average, **follow))
+
+    average["min_share"] = average.pop("min_ema_multiplier")
+    sync = ReferenceSync(every=6, bema=BEMA(every=3, after=1, **average))
+    ours = DPOModule(ModelSpec(path=str(tiny_model)), DPO(beta=0.5), reference_sync=sync, optimizer=adamw)
+    twenty_steps(ours, theirs, tmp_path, write_jsonl("pairs.jsonl", PAIRS))
+    moved, start = 0.0, AutoModelForCausalLM.from_pretrained(tiny_model)
+    for (name, mine), other, before in zip(
+        ours.reference.policy.causal_lm.named_parameters(),
+        theirs.ref_model.parameters(),
+        start.parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4, msg=name)
+        moved = max(moved, float((mine - before).abs().max()))
+    assert moved > 5e-3
 
 
 # --- CPOTrainer and ORPOTrainer

@@ -440,12 +440,38 @@ def test_rloo(tiny_model, tmp_path, policy, beta):
     assert_same(policy, trainer, loss, trainer._compute_loss(trainer.model, batch))
 
 
-def test_gmpo(tiny_model, tmp_path, policy):
+@pytest.fixture(scope="module")
+def gmpo(tiny_model, tmp_path_factory):
     from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
-    trainer = build(GMPOTrainer, GMPOConfig, tiny_model, tmp_path, beta=0.0, epsilon=0.3, epsilon_high=0.5)
-    both = both_losses(trainer, policy, Gmpo(0.3, 0.5), "sequence_mean", CREDITS["group"])
-    assert_same(policy, trainer, *both)
+    bounds = {"epsilon": 0.3, "epsilon_high": 0.5}
+    return build(GMPOTrainer, GMPOConfig, tiny_model, tmp_path_factory.mktemp("gmpo"), beta=0.0, **bounds)
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_gmpo(gmpo, policy, beta):
+    both = both_losses(gmpo, policy, Gmpo(0.3, 0.5), "sequence_mean", CREDITS["group"], beta=beta)
+    assert_same(policy, gmpo, *both)
+
+
+def test_differs_gmpos_mean_is_over_all_tokens_whatever_their_entropy(gmpo, policy, monkeypatch):
+    """With top_entropy_quantile TRL's mean is over the tokens kept; ours is over all, and those kept carry it."""
+    monkeypatch.setattr(gmpo, "top_entropy_quantile", 0.4)
+    r = rollout()
+    kept = top_entropy_mask(policy(r.batch, with_entropy=True).entropy, r.batch.mask, 0.4)
+    held: dict[str, Tensor] = {}
+
+    def loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Any:
+        out = Gmpo(0.3, 0.5)(logprobs, old, advantages, mask)
+        of_kept = Gmpo(0.3, 0.5)(logprobs, old, advantages, kept)
+        first = of_kept.per_token[:, r.prompt]  # the same number at each token of an answer
+        held["theirs"], held["ours"] = first.mean(), (out.per_token[:, r.prompt] * kept.sum(-1) / mask.sum(-1)).mean()
+        return type(out)(out.per_token * kept, out.ratio, out.clipped)
+
+    ours, theirs = both_losses(gmpo, policy, loss, "sequence_mean", CREDITS["group"])
+    torch.testing.assert_close(theirs, held["theirs"], **TOLERANCE)
+    torch.testing.assert_close(ours, held["ours"], **TOLERANCE)
+    assert (ours - theirs).abs() > 1e-3
 
 
 # --- the whole stage

@@ -166,6 +166,13 @@ def test_twenty_steps_take_the_same_path(name, tiny_model, write_jsonl, tmp_path
     assert float(ours["train/loss"]) == pytest.approx(float(last["loss"]), abs=1e-4)
 
 
+def test_the_experimental_trainer_is_the_same():
+    from trl.experimental.kto import KTOTrainer as Experimental
+
+    assert issubclass(Experimental, KTOTrainer)
+    assert [name for name in vars(Experimental) if not name.startswith("__")] == []
+
+
 def test_their_kl_is_that_of_a_micro_batch_and_ours_that_of_the_step(tiny_model, write_jsonl, tmp_path):
     """Eight records in two micro-batches of four: TRL compares each with its own KL, we both with that of all eight."""
     path = write_jsonl("kto.jsonl", LABELLED)

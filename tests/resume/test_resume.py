@@ -21,7 +21,7 @@ from rlhf_lightning.losses.preference_mixed import WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_online import XPO
 from rlhf_lightning.losses.preference_pointwise import BCOPair
 from rlhf_lightning.losses.unpaired import BCO, KTO
-from rlhf_lightning.models.reference import ReferenceSync
+from rlhf_lightning.models.reference import BEMA, ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
@@ -93,7 +93,7 @@ def module_for(stage, model):
             opponent=Opponent(reference_share=0.5),
             generation=GenerationSpec(max_new_tokens=4, num_samples=4),
             updates=UpdateSpec(inner_epochs=2),
-            reference_sync=ReferenceSync(every=2, share=0.6),
+            reference_sync=ReferenceSync(every=2, bema=BEMA(every=1, lag=2.0)),
             **common,
         )
     return PPOModule(
