@@ -12,7 +12,7 @@ from rlhf_lightning.core.errors import Stopped, UserError
 ALLOW_FLAGS = ("--allow_module", "--allow-module")
 
 SUBCOMMANDS = {
-    "fit": "train a stage: SFT, reward model, PPO, or your own",
+    "fit": "train a stage: SFT, reward model, DPO, KTO, PPO, GRPO, online DPO, or your own",
     "validate": "run the validation set once",
     "test": "run the test set once",
     "predict": "run the prediction loop once",

@@ -216,7 +216,21 @@ def test_the_stage_of_another_checkpoint_is_refused(config, tiny_config, tiny_to
     Path("pairs.jsonl").write_text('{"prompt": "the film", "chosen": "good", "rejected": "bad"}\n' * 4)
     config["data"] = {"train": "pairs.jsonl", "batch_size": 2}
     assert fit(config, "--resume", "runs/a/checkpoints/last.ckpt", "--trainer.default_root_dir", "runs/b") == 2
-    assert "last.ckpt does not fit the model of the config" in capsys.readouterr().err
+    assert (
+        "the checkpoint was written by SFTModule and cannot be gone on with by RewardModule" in capsys.readouterr().err
+    )
+
+
+def test_a_stage_of_the_same_weights_does_not_go_on_with_another_ones_run(config, tiny_config, tiny_tokenizer, capsys):
+    assert fit(config, "--trainer.max_steps", "1") == 0
+    model = {"config": tiny_config, "tokenizer": str(tiny_tokenizer)}
+    other = {"class_path": "DPOModule", "init_args": {"policy": model, "loss": "CPO"}}
+    Path("pairs.jsonl").write_text('{"prompt": "the film", "chosen": "good", "rejected": "bad"}\n' * 4)
+    data = {"train": "pairs.jsonl", "batch_size": 2}
+    assert fit({**config, "model": other, "data": data}, "--resume", "auto") == 2
+    assert "the checkpoint was written by SFTModule and cannot be gone on with by DPOModule" in capsys.readouterr().err
+    own = {"class_path": "mine.MySFT", "init_args": config["model"]["init_args"]}
+    assert fit({**config, "model": own}, "--resume", "auto", *ALLOW) == 0  # a kind of it does
 
 
 def test_a_run_that_stopped_before_its_first_step_may_be_started_again(config, capsys):
@@ -317,6 +331,76 @@ def test_a_typo_below_the_class_of_a_kl_controller(config, capsys):
     config["model"]["init_args"]["kl"] = {"control": {"class_path": "FixedKL", "init_args": {"coeff": 0.1}}}
     assert fit(config) == 2
     assert "coeff is not an option of FixedKL; did you mean coef?" in capsys.readouterr().err
+
+
+ELSEWHERE = {
+    "an option of a section": (
+        "--model.lr",
+        "--model.lr is not an option of SFTModule; did you mean model.optimizer.lr?",
+    ),
+    "an option without its section": ("--batch_size", "--batch_size is not a section; did you mean data.batch_size?"),
+    "TRL's name": ("--learning_rate", "TRL's learning_rate is model.optimizer.lr here (docs/from_trl.md)"),
+    "TRL's name in a section": ("--trainer.num_train_epochs", "TRL's num_train_epochs is trainer.max_epochs here"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_option_in_the_wrong_place_is_answered_with_the_right_one(config, capsys, name):
+    option, message = ELSEWHERE[name]
+    assert fit(config, option, "3") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_trls_names_are_those_of_the_page(config):
+    from rlhf_lightning.cli.trl_names import OURS
+
+    rows = [row.split("|") for row in (REPOSITORY / "docs/from_trl.md").read_text().splitlines() if row.startswith("|")]
+    for theirs, ours in OURS.items():
+        if theirs in ("model_name_or_path", "dataset_name"):  # of its scripts, not of its trainers
+            continue
+        answers = [row[2] for row in rows if f"`{theirs}`" in row[1]]
+        assert answers, theirs
+        assert any(ours in answer or ours.rpartition(".")[0] + "`" in answer for answer in answers), theirs
+
+
+def test_a_class_that_the_command_line_names_is_not_looked_for_in_the_file(config, capsys):
+    config["model"]["init_args"]["loss"] = {"class_path": "NLL"}
+    assert fit(config, "--model.loss", "NNLL") == 2
+    assert "command line: --model.loss: NNLL is not a known class; did you mean NLL?" in capsys.readouterr().err
+
+
+def test_options_of_a_stage_without_a_stage(config, capsys):
+    assert main(["fit", "--model.policy.path", "base", "--data.train", "train.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "--model.policy.path is given, but no stage that it could be an option of: give --config FILE" in said
+    assert main(["fit", "--model.policy.path", "base", "--config", write(config)]) == 2
+    said = capsys.readouterr().err
+    assert "--model.policy.path stands before the --config that names the stage: put --config first" in said
+    assert fit(config, "--model", "models/base") == 2
+    assert "models/base is no stage; where the weights are is said by --model.policy.path" in capsys.readouterr().err
+
+
+def test_a_class_whose_module_cannot_be_imported_is_named_with_the_reason(config, capsys):
+    Path("broken.py").write_text("from rlhf_lightning import NoSuchThing\n")
+    config["model"]["class_path"] = "broken.Stage"
+    assert fit(config, "--allow_module", "broken") == 2
+    said = capsys.readouterr().err
+    assert "sft.yaml:10: model.class_path: broken.Stage: cannot import name 'NoSuchThing'" in said
+
+
+def test_a_config_of_any_name_is_looked_through(config, capsys):
+    Path("run.conf").write_text("seed_everything: 1\nseed_everything: 2\n")
+    assert fit(config, "--config", "run.conf") == 2
+    assert "run.conf:2: seed_everything is set twice" in capsys.readouterr().err
+    assert main(["fit", "--config", "train.jsonl"]) == 2
+    assert "train.jsonl" in capsys.readouterr().err
+
+
+def test_a_reward_that_is_not_wrapped_is_answered_with_how(config, capsys):
+    config["model"]["class_path"] = "PPOModule"
+    config["model"]["init_args"]["rewards"] = ["ExactMatch"]
+    assert fit(config) == 2
+    assert "does not fit here; write {reward: {class_path: ExactMatch}}" in capsys.readouterr().err
 
 
 TYPOS = {

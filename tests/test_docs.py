@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -23,9 +23,10 @@ from rlhf_lightning.advantages import AdaptiveKL, FixedKL, Gae
 from rlhf_lightning.advantages.pairs import PairRule
 from rlhf_lightning.cli.app import check_command_line
 from rlhf_lightning.core.interfaces import (
+    CompletionScores,
     Credit,
+    PairScores,
     PolicyLoss,
-    PolicyLossOutput,
     PreferenceLoss,
     RankedPreferenceLoss,
     RewardFn,
@@ -134,7 +135,11 @@ ONLINE_LOSSES = [XPO, NashMD]
 for cls in ONLINE_LOSSES:  # need an opponent: docs/online_dpo.md
     PREFERENCE_LOSSES.remove(cls)
 POLICY_LOSSES = [cls for cls in vars(losses).values() if isinstance(cls, type) and issubclass(cls, PolicyLoss)]
-CREDITS = [cls for cls in vars(advantages).values() if isinstance(cls, type) and issubclass(cls, Credit)]
+CREDITS = [
+    cls
+    for cls in vars(advantages).values()
+    if isinstance(cls, type) and issubclass(cls, Credit) and not inspect.isabstract(cls)
+]
 CREDITS.remove(Gae)  # needs a critic: docs/ppo.md
 REWARDS = [cls for cls in vars(rewards).values() if isinstance(cls, type) and issubclass(cls, RewardFn)]
 PROMISES = [
@@ -385,8 +390,7 @@ def test_the_floor_map_is_the_one_that_is_enforced():
 
 def test_the_snippets_of_the_readme_do_what_they_say(tmp_path):
     function, loss, reward, stage = blocks("README.md", "python")
-    known: dict[str, Any] = {"dataclass": dataclass, "torch": torch, "PolicyLoss": PolicyLoss, "RewardFn": RewardFn}
-    known |= {"PolicyLossOutput": PolicyLossOutput, "PPOModule": PPOModule}
+    known: dict[str, Any] = {"__name__": "mine"}  # nothing but what the snippets import
     for snippet in (loss, reward, stage):
         exec(snippet, known)
     (tmp_path / "my_rewards.py").write_text(function)
@@ -399,3 +403,23 @@ def test_the_snippets_of_the_readme_do_what_they_say(tmp_path):
     # the ratio e^1 weighs the gradient of the log-likelihood
     assert torch.autograd.grad(output.per_token.sum(), logprobs)[0].item() == pytest.approx(-3 * torch.e)
     assert issubclass(known["ShortPPO"], PPOModule)
+
+
+def test_a_credit_and_a_preference_loss_of_ones_own():
+    known: dict[str, Any] = {"__name__": "mine"}
+    for name in ("docs/grpo.md", "docs/dpo.md"):
+        exec(blocks(name, "python")[0], known)
+    rewards, mask, groups = torch.tensor([[1.0], [4.0]]), torch.tensor([[True], [True]]), torch.tensor([0, 0])
+    lead, returns = known["AboveMean"]()(rewards, torch.zeros_like(rewards), mask, groups)
+    assert lead.tolist() == [[-1.0], [1.0]]
+    assert torch.equal(returns, rewards)
+
+    def scored(logprob: float) -> CompletionScores:
+        return CompletionScores(
+            torch.tensor([[logprob]], requires_grad=True), torch.tensor([[True]]), torch.tensor([[-2.0]])
+        )
+
+    # 0.5 (1 + 1) is the margin that it wants
+    output = known["Squared"](beta=0.5)(PairScores(scored(-1.0), scored(-3.0)))
+    assert output.per_pair.tolist() == [0.0]
+    assert output.chosen_rewards.tolist() == [0.5]

@@ -1,10 +1,9 @@
 """Pure credit assignment: from scores to rewards, from rewards to advantages and returns."""
 
+from rlhf_lightning.advantages.answers import Answers, OutcomeCredit, informative_answers
 from rlhf_lightning.advantages.gae import Gae
 from rlhf_lightning.advantages.group import (
-    BatchNormalised,
     Centred,
-    CentredBatchNormalised,
     Gdpo,
     Gpg,
     GroupNormalised,
@@ -12,11 +11,10 @@ from rlhf_lightning.advantages.group import (
     MaxRl,
     Opo,
     PassAtK,
-    ReMax,
-    informative_answers,
 )
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL, KLControl
 from rlhf_lightning.advantages.pairs import PairRule, Pairs
+from rlhf_lightning.advantages.per_token import BatchNormalised, CentredBatchNormalised, ReMax
 from rlhf_lightning.advantages.shaping import (
     RunningMoments,
     clip_scores,
@@ -30,6 +28,7 @@ from rlhf_lightning.advantages.token_baseline import OptimalTokenBaseline
 
 __all__ = [
     "AdaptiveKL",
+    "Answers",
     "BatchNormalised",
     "Centred",
     "CentredBatchNormalised",
@@ -43,6 +42,7 @@ __all__ = [
     "MaxRl",
     "Opo",
     "OptimalTokenBaseline",
+    "OutcomeCredit",
     "PairRule",
     "Pairs",
     "PassAtK",

@@ -1,131 +1,21 @@
-"""Credit without a critic: answers judged against the other answers to the same prompt, or against the whole batch.
+"""Credit without a critic: one number per answer, judged against the other answers to the same prompt.
 
-An answer's score is the sum of its rewards. Most of these credits give one number per answer, the same at each of its
-tokens. Groups may differ in size; an answer that is alone in its group has nothing to be compared with and gets 0.
-Sums are taken in float64, so that a group of equal scores gives exactly 0.
+An answer that is alone in its group has nothing to be compared with and gets 0, and so does a group of equal scores.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
-from rlhf_kernels import gae
+from jaxtyping import Float
 from torch import Tensor
 
+from rlhf_lightning.advantages.answers import Answers, OutcomeCredit
+
+# configs that runs have saved name these here
+from rlhf_lightning.advantages.per_token import BatchNormalised, CentredBatchNormalised, ReMax  # noqa: F401
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
-from rlhf_lightning.core.masked import masked_moments, masked_whiten
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers of a rollout as a credit per answer sees them: this rank's, every group whole."""
-
-    scores: Float[Tensor, " batch"]
-    """Sum of the rewards over the tokens that count, float64."""
-    lengths: Int[Tensor, " batch"]
-    """How many tokens count."""
-    group: Int[Tensor, " batch"]
-    """Which group each belongs to, below the number of answers."""
-    breakdown: Mapping[str, Float[Tensor, " batch"]]
-    """Weighted score from each reward function."""
-    add_over_ranks: Callable[[Tensor], Tensor]
-
-    def group_sum(self, x: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The sum of `x` over each answer's group, at each answer."""
-        return torch.zeros_like(x).index_add(0, self.group, x)[self.group]
-
-    def group_mean(self, x: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        return self.group_sum(x) / self.sizes
-
-    def group_std(self, x: Float[Tensor, " batch"], ddof: int) -> Float[Tensor, " batch"]:
-        """Standard deviation of `x` in each answer's group; 0 in a group of no more than `ddof`."""
-        squares = self.group_sum((x - self.group_mean(x)).square())
-        return (squares / (self.sizes - ddof).clamp(min=1)).sqrt()
-
-    def batch_mean_std(self, x: Float[Tensor, " batch"], ddof: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Mean and standard deviation of `x` over the answers of all ranks."""
-        count, total = self.add_over_ranks(torch.stack((torch.ones_like(x).sum(), x.sum()))).unbind()
-        mean = total / count.clamp(min=1)
-        squares = self.add_over_ranks((x - mean).square().sum())
-        return mean, (squares / (count - ddof).clamp(min=1)).sqrt()
-
-    @property
-    def sizes(self) -> Float[Tensor, " batch"]:
-        """How many answers each one's group has."""
-        return self.group_sum(torch.ones_like(self.scores))
-
-    @property
-    def informative(self) -> Bool[Tensor, " batch"]:
-        """True in groups whose scores are not all equal."""
-        return _varies(self.scores, self.group)
-
-
-class OutcomeCredit(Credit):
-    """One advantage per answer, at each of its tokens; returns are the answer's score at each of its tokens."""
-
-    @abstractmethod
-    def of_answers(self, answers: Answers) -> Float[Tensor, " batch"]:
-        """The advantage of each answer."""
-
-    def __call__(
-        self,
-        rewards: Float[Tensor, "batch time"],
-        values: Float[Tensor, "batch time"],
-        mask: Bool[Tensor, "batch time"],
-        groups: Int[Tensor, " batch"],
-        *,
-        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
-        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        counted = mask.any(-1)  # of an answer that was dropped nothing counts: it must not enter a mean or a deviation
-        # reward functions give their scores on the CPU
-        kept = {name: scores.to(counted.device)[counted] for name, scores in breakdown.items()}
-        answers = answers_of(rewards[counted], mask[counted], groups[counted], kept, add_over_ranks)
-        both = torch.zeros(2, len(counted), dtype=torch.float64, device=rewards.device)
-        both[:, counted] = torch.stack((self.of_answers(answers).double(), answers.scores))
-        return _spread(both[0], mask, rewards), _spread(both[1], mask, rewards)
-
-
-def answers_of(
-    rewards: Float[Tensor, "batch time"],
-    mask: Bool[Tensor, "batch time"],
-    groups: Int[Tensor, " batch"],
-    breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
-    add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
-) -> Answers:
-    """The answers whose rewards these are; `groups` may hold any numbers, in any order."""
-    return Answers(
-        scores=torch.where(mask, rewards, 0.0).sum(-1, dtype=torch.float64),
-        lengths=mask.sum(-1),
-        group=_numbered(groups),
-        breakdown={name: scores.detach().double() for name, scores in breakdown.items()},
-        add_over_ranks=add_over_ranks,
-    )
-
-
-def informative_answers(
-    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], *, at_least: float = 0.0
-) -> Bool[Tensor, " batch"]:
-    """True for the answers that a group credit can learn from: the scores of their group differ.
-
-    With scores of 0 and 1 this is DAPO's condition for keeping a prompt, 0 < number correct < group size. A group of
-    one is never informative.
-
-    Args:
-        scores: of each answer: what is to differ. DAPO looks at correctness alone, without length penalties.
-        groups: names the prompt that each answers.
-        at_least: by how much the best and the worst of a group must differ, at least; 0 = at all.
-    References:
-        Yu et al., DAPO, 2025, eq. 11. arXiv:2503.14476
-    """
-    return _varies(scores, _numbered(groups), at_least)
-
-
-# ---- one advantage per answer --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -380,142 +270,7 @@ class Gdpo(OutcomeCredit):
 # ---- credit per token ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BatchNormalised(Credit):
-    """REINFORCE++: discounted reward to come, normalised over all answer tokens of all ranks. Needs no groups.
-
-        R_t = sum_{s >= t} gamma^(s - t) r_s
-        A_t = (R_t - mean_batch(R)) / sqrt(var_batch(R) + 1e-8)
-
-    The variance is divided by n (verl: by n - 1). Returns are R.
-
-    Args:
-        gamma: discount per token that counts.
-    References:
-        Hu et al., REINFORCE++, 2025. arXiv:2501.03262
-    """
-
-    gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise UserError(f"gamma={self.gamma} is outside of 0 to 1: give a fraction, such as 1")
-
-    def __call__(
-        self,
-        rewards: Float[Tensor, "batch time"],
-        values: Float[Tensor, "batch time"],
-        mask: Bool[Tensor, "batch time"],
-        groups: Int[Tensor, " batch"],
-        *,
-        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
-        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        to_come = rewards_to_come(rewards, mask, gamma=self.gamma)
-        return _whitened(to_come, mask, add_over_ranks), to_come
-
-
-@dataclass(frozen=True)
-class CentredBatchNormalised(Credit):
-    """REINFORCE++-baseline: the score minus its group's mean, normalised over all answer tokens of all ranks.
-
-        a_i = r_i - mean_group(r),     A_i = (a_i - mean_batch(a)) / sqrt(var_batch(a) + 1e-8)
-
-    Mean and variance are over tokens: an answer counts as often as it is long, so the mean is not 0 in general and a
-    group of equal scores gets a small advantage. The variance is divided by n (verl: by n - 1). Returns are scores.
-
-    References:
-        Hu et al., REINFORCE++, 2025. arXiv:2501.03262
-    """
-
-    needs_groups: ClassVar[bool] = True
-
-    def __call__(
-        self,
-        rewards: Float[Tensor, "batch time"],
-        values: Float[Tensor, "batch time"],
-        mask: Bool[Tensor, "batch time"],
-        groups: Int[Tensor, " batch"],
-        *,
-        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
-        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        answers = answers_of(rewards, mask, groups)
-        centred = _spread(answers.scores - answers.group_mean(answers.scores), mask, rewards)
-        return _whitened(centred, mask, add_over_ranks), _spread(answers.scores, mask, rewards)
-
-
-@dataclass(frozen=True)
-class ReMax(Credit):
-    """ReMax: reward to come, minus what the greedy answer to the same prompt scores.
-
-        A_t = sum_{s >= t} r_s - r(greedy answer)
-
-    Needs one more answer per prompt, without sampling, and no groups. Returns are the rewards to come.
-
-    References:
-        Li et al., ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method, 2023, alg. 2.
-        arXiv:2310.10505
-    """
-
-    baseline: ClassVar[CreditBaseline] = "greedy"
-
-    def __call__(
-        self,
-        rewards: Float[Tensor, "batch time"],
-        values: Float[Tensor, "batch time"],
-        mask: Bool[Tensor, "batch time"],
-        groups: Int[Tensor, " batch"],
-        *,
-        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
-        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
-    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        to_come = rewards_to_come(rewards, mask)
-        greedy = torch.where(mask, values, 0.0).sum(-1, keepdim=True)
-        return torch.where(mask, to_come - greedy, 0.0), to_come
-
-
-def rewards_to_come(
-    rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], *, gamma: float = 1.0
-) -> Float[Tensor, "batch time"]:
-    """Discounted sum of the rewards from each counted token on; 0 elsewhere.
-
-    This is generalised advantage estimation with lam 1 and a critic that says 0: the same scan.
-    """
-    to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
-    return torch.where(mask, to_come, 0.0)
-
-
 # ---- helpers -------------------------------------------------------------------------------------------------------
-
-
-def _whitened(
-    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], add_over_ranks: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "batch time"]:
-    return masked_whiten(x, mask, moments=add_over_ranks(masked_moments(x, mask)))
-
-
-def _spread(
-    per_answer: Float[Tensor, " batch"], mask: Bool[Tensor, "batch time"], like: Float[Tensor, "batch time"]
-) -> Float[Tensor, "batch time"]:
-    """One number per answer, at each of its tokens; 0 elsewhere."""
-    return torch.where(mask, per_answer.to(like.dtype).unsqueeze(-1), 0.0)
-
-
-def _numbered(groups: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """The same groups, numbered from 0 without gaps."""
-    numbered: Tensor = torch.unique(groups, return_inverse=True)[1]
-    return numbered
-
-
-def _varies(
-    scores: Float[Tensor, " batch"], group: Int[Tensor, " batch"], at_least: float = 0.0
-) -> Bool[Tensor, " batch"]:
-    """True where the scores of the answer's group differ."""
-    best = torch.zeros_like(scores).scatter_reduce(0, group, scores, "amax", include_self=False)
-    worst = torch.zeros_like(scores).scatter_reduce(0, group, scores, "amin", include_self=False)
-    spread = (best - worst)[group]
-    return (spread > 0) & (spread >= at_least)
 
 
 def _ratio_of_choices(

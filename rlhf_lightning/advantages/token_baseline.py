@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf_lightning.advantages.group import rewards_to_come
+from rlhf_lightning.advantages.per_token import rewards_to_come
 from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.options import class_of, known_classes, valid_children
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
+from rlhf_lightning.cli.trl_names import OURS
 from rlhf_lightning.core import trust
 from rlhf_lightning.core.errors import UserError
 
@@ -28,8 +30,10 @@ WRONG_TYPE_OF_UNION = re.compile(r"Expected (?:a|an) <class '(?P<type>[^']+)'>$"
 LITERAL = re.compile(r"Literal\[(?P<options>.*)\]")
 LITERAL_OF_UNION = re.compile(r"Expected a typing\.Literal\[(?P<options>.*)\]$")
 MISSING = re.compile(r"arguments are required: (?P<key>\S+)")
+NO_STAGE = re.compile(r"Given value: NestedArg\(key='(?P<key>[\w.]+)'")
 UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\S+)$")
 DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed, denied by")
+BROKEN_CLASS = re.compile(r"Problem with given class_path '(?P<path>[\w.]+)':$")
 NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
 
 
@@ -85,11 +89,16 @@ def explain(message: str, sources: ConfigSources, parser: Any) -> str:
     if types and place is not None and place.value:
         return f"{_at(place.key, sources, place)}: {place.value} is not {' or '.join(map(_a_type, types))}"
     if not complaints:
-        return message
+        match = NO_STAGE.search(message)
+        return _no_stage(match["key"], sources) if match else message
     key = complaints[0].key
-    what = "; ".join(dict.fromkeys(c.text for c in complaints if c.key == key))
+    said = dict.fromkeys(c.text for c in complaints if c.key == key)
+    classes = [match[1] for text in said if (match := BROKEN_CLASS.match(text))]
+    what = "; ".join(text for text in said if not BROKEN_CLASS.match(text)) or "; ".join(said)
     if not key:
         return what
+    if classes:
+        return f"{_at(f'{key}.class_path', sources)}: {classes[0]}: {what}"
     return f"{_at(f'{key}.class_path' if 'Import path' in what else key, sources)}: {what}"
 
 
@@ -135,15 +144,35 @@ def _unknown(key: str, sources: ConfigSources, parser: Any) -> str:
             whose = f"an option of {owner}" if owner else (f"an option of {parent}" if parent else "a section")
             beside = get_close_matches(name, ("init_args", "class_path"), n=1, cutoff=0.75)
             beside = beside if owner and name not in beside else []
-            near = f"did you mean {beside[0]}?" if beside else _nearest(name, valid)
+            near = f"did you mean {beside[0]}?" if beside else _meant(name, parent, valid, place, sources, parser)
             return f"{_at(place.key if place else key, sources, place)} is not {whose}; {near}"
     return f"{_at(key, sources)} is not an option"
+
+
+def _meant(name: str, parent: str, valid: set[str], place: Place | None, sources: ConfigSources, parser: Any) -> str:
+    """What somebody wants who writes `name` below `parent`: TRL's word, an option of a section of it, a near name."""
+    if name in OURS:
+        return f"TRL's {name} is {OURS[name]} here (docs/from_trl.md)"
+    sections = sorted(valid) if not get_close_matches(name, valid, n=1, cutoff=0.8) else []
+    owners = [f"{parent}.{section}".lstrip(".") for section in sections]
+    owners = [owner for owner in owners if name in valid_children(owner, place, sources, parser)]
+    return f"did you mean {' or '.join(f'{owner}.{name}' for owner in owners)}?" if owners else _nearest(name, valid)
 
 
 def _no_attribute(key: str, module: str, name: str, sources: ConfigSources) -> str:
     near = get_close_matches(name, dir(import_module(module)), n=1)
     hint = f"; did you mean {module}.{near[0]}?" if near else ""
     return f"{_at(f'{key}.class_path', sources)}: there is no {name} in {module}{hint}"
+
+
+def _no_stage(key: str, sources: ConfigSources) -> str:
+    """An option of a stage, read before anything has said which stage."""
+    if any(place.file and place.key == "model" for place in sources.places):
+        return f"--model.{key} stands before the --config that names the stage: put --config first, options behind it"
+    return (
+        f"--model.{key} is given, but no stage that it could be an option of: give --config FILE (configs/ has one for "
+        "each), or --model SFTModule, before it"
+    )
 
 
 def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
@@ -154,7 +183,10 @@ def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
         )
     if name in known_classes():
         kind = known_classes()[name].__mro__[1].__name__
-        return f"{_at(f'{key}.class_path', sources)}: {name} is a {kind}, which does not fit here"
+        wrapped = f"; write {{reward: {{class_path: {name}}}}}" if kind == "RewardFn" else ""
+        return f"{_at(f'{key}.class_path', sources)}: {name} is a {kind}, which does not fit here{wrapped}"
+    if key == "model" and ("/" in name or Path(name).is_dir()):
+        return f"{_at(key, sources)}: {name} is no stage; where the weights are is said by --model.policy.path {name}"
     return (
         f"{_at(f'{key}.class_path', sources)}: {name} is not a known class; {_nearest(name, known_classes(key), 12)} "
         "(your own needs its module: package.module.Class)"

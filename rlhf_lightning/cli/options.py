@@ -15,6 +15,7 @@ from rlhf_lightning.advantages.kl_control import KLControl
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
 from rlhf_lightning.core import interfaces, trust
 from rlhf_lightning.losses.divergence import Divergence
+from rlhf_lightning.losses.supervised import SupervisedLoss
 
 
 def valid_children(parent: str, place: Place | None, sources: ConfigSources, parser: Any) -> set[str]:
@@ -66,7 +67,7 @@ def known_classes(key: str = "") -> dict[str, type]:
 
     # those that it defines: below ABC itself is half the world
     own = [v for v in vars(interfaces).values() if isinstance(v, type) and v.__module__ == interfaces.__name__]
-    bases: list[type] = [*(cls for cls in own if issubclass(cls, ABC)), KLControl, Divergence]
+    bases: list[type] = [*(cls for cls in own if issubclass(cls, ABC)), KLControl, Divergence, SupervisedLoss]
     by_key: dict[str, list[type]] = {"model": [RLHFModule], "trainer.callbacks": [Callback], "trainer.logger": [Logger]}
     bases = by_key.get(key, [RLHFModule, Callback, Logger, *bases])
     found: dict[str, type] = {}

@@ -53,7 +53,8 @@ class ConfigSources:
             option, equals, value = args[position].partition("=")
             if option.startswith("-") and not equals and position + 1 < len(args):
                 value = args[position + 1]
-            if option in CONFIG_FLAGS and value.endswith((".yaml", ".yml", ".json")):
+            whole = CONFIG_FLAGS.get(option) == "" and _is_file(value)
+            if whole or (option in CONFIG_FLAGS and value.endswith((".yaml", ".yml", ".json"))):
                 sources._read(Path(value), CONFIG_FLAGS[option])
             elif option.startswith("--"):
                 key = option[2:].rstrip("+")
@@ -68,10 +69,12 @@ class ConfigSources:
         init_args and class_path levels may be left out of `key`.
         """
         wanted = short_key(key)
+        owner = wanted.removesuffix(".class_path") if wanted.endswith(".class_path") else None
         for matches in (lambda short: short == wanted, lambda short: short.endswith("." + wanted)):
             best: Place | None = None
             for place in reversed(self.places):
-                if best is None and matches(short_key(place.key)):
+                named = place.value and place.value[0] not in "{["  # --model.loss IPO sets model.loss.class_path
+                if best is None and (matches(short := short_key(place.key)) or (short == owner and named)):
                     best = place
                 elif best is not None and best.key.startswith(place.key + ".") and short_key(place.key) == wanted:
                     best = place  # policy rather than policy.init_args
@@ -194,6 +197,13 @@ class ConfigSources:
             return
         if node.value.lower().lstrip("+-") in (".nan", ".inf"):
             self.problems.append(f"{where}: {node.value} is not a number that anything can be computed with")
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # a whole config, too long to be a name
+        return False
 
 
 def _where(file: str, node: yaml.Node, line: int | None) -> str:

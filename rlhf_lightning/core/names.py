@@ -14,6 +14,15 @@ def hub_id(name: str) -> str | None:
     return name.removeprefix(HUB) if name.startswith(HUB) else None
 
 
+def without_hub(name: str, *, is_data: bool = False) -> str:
+    """What to do about a hub id that could not be read."""
+    kind = " --repo-type dataset" if is_data else ""
+    return (
+        f"; no folder of that name is here. Without a network, fetch it where there is one (hf download{kind} "
+        f"{name.removeprefix(HUB)} --local-dir FOLDER) and give FOLDER"
+    )
+
+
 def looks_like_a_path(name: str) -> bool:
     """Whether a name without a file or folder behind it was meant as one, and not as owner/name on a hub."""
     parts = Path(name).parts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.names import hub_id, looks_like_a_path
+from rlhf_lightning.core.names import hub_id, looks_like_a_path, without_hub
 
 FileFormat = Literal["jsonl", "json", "parquet", "csv"]
 _FORMATS: dict[str, FileFormat] = {
@@ -260,8 +260,7 @@ def _read_hub(source: Source) -> Table:
             data = datasets.load_dataset(name, source.name, split=split)
     except Exception as error:  # network, authentication, a missing split: the library's own words are the best
         raise UserError(
-            f"cannot load {source.path} (split {split}): there is no such file or folder here, and as a hub id it "
-            f"failed: {_root(error)}"
+            f"cannot load {source.path} (split {split}) from the hub: {_root(error)}{without_hub(name, is_data=True)}"
         ) from error
     return Table(f"{source.path}[{split}]", data)
 

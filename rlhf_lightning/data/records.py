@@ -42,11 +42,12 @@ def record_kind(columns: Sequence[str], batch_format: BatchFormat, label: str) -
 
     nearest = min(KINDS[batch_format], key=distance)
     missing = [name for name in nearest if name not in columns]
-    hints = "".join(f"{name}{closest(name, columns)} " for name in missing).strip()
+    hints = ", ".join(f"{name}{closest(name, columns)}" for name in missing)
+    renamed = ", ".join(f"{name}: <name in your data>" for name in missing)
     wanted = " or ".join("+".join(kind) for kind in KINDS[batch_format])
     raise UserError(
-        f"{label}: missing column {hints}: this stage reads {batch_format} ({wanted}), the columns here are "
-        f"{', '.join(columns)}. Rename in the source: {{path: ..., columns: {{{missing[0]}: <name in your data>}}}}"
+        f"{label}: missing column{'s' * (len(missing) > 1)} {hints}: this stage reads {batch_format} ({wanted}), "
+        f"the columns here are {', '.join(columns)}. Rename in the source: {{path: ..., columns: {{{renamed}}}}}"
     )
 
 

@@ -104,15 +104,18 @@ def read_split(
             weights.append(part.source.weight if weighted else 1.0)
     if encoding.batch_format == "mismatched" and items:
         unpaired = [item for item in items if isinstance(item, UnpairedItem)]
-        items = list(
-            with_mismatched(unpaired, encoding.rule, encoding.tokenizer.bos_token_id, f"{name} ({', '.join(files)})")
-        )
+        share = f"val_frac={holdout.fraction} of " if holdout is not None and holdout.is_held_out else ""
+        whence = f"{name} ({share}{', '.join(files)})"
+        items = list(with_mismatched(unpaired, encoding.rule, encoding.tokenizer.bos_token_id, whence))
     if not items:
         reasons = "; ".join(
             f"{count} {reason} (first: {report.examples[reason][0]})" for reason, count in report.left_out.items()
         )
-        hint = f"val_frac={holdout.fraction} left none; change it or give val" if holdout and not report.read else ""
-        raise UserError(f"{name}: none of its {report.read} records can be used: {reasons or hint}")
+        if holdout and not report.read:
+            lower = "holds out all of the records" if name == "train" else "holds out none of the records"
+            remedy = "lower it" if name == "train" else "raise it, give val instead, or 0 to train without validation"
+            raise UserError(f"val_frac={holdout.fraction} {lower} of {', '.join(files)}: {remedy}")
+        raise UserError(f"{name}: none of its {report.read} records can be used: {reasons}")
     report.log()
     return Split(items, tuple(counts), tuple(weights), report, frozenset(seen))
 

@@ -108,8 +108,9 @@ def render(encoder: TextEncoder, messages: Messages, *, tools: Any = None, add_g
     """The text of a conversation by the tokenizer's chat template."""
     if encoder.tokenizer.chat_template is None:
         raise UserError(
-            "the records are conversations (lists of {role, content}) and the tokenizer has no chat template; "
-            "give one (chat_template: a Jinja template or a file holding one) or use prompt and completion as strings"
+            "the records are conversations (lists of {role, content}) and the tokenizer has no chat template; give one "
+            "(chat_template of the model, as model.policy.chat_template: a Jinja template or a file holding one), or "
+            "use strings instead of conversations"
         )
     try:
         return encoder.tokenizer.apply_chat_template(

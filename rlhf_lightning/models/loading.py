@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.names import without_hub
 from rlhf_lightning.models.body import attention_of, dropout_rates
 from rlhf_lightning.models.compiled import compile_layers
 from rlhf_lightning.models.locate import check_code, check_layers, check_model_folder, resolve_path
@@ -185,8 +187,10 @@ def _load(spec: ModelSpec, auto: Any) -> PreTrainedModel:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        trust = "; set trust_remote_code: true if you trust its author" if "custom code" in str(error) else ""
-        raise UserError(f"cannot load {_name(spec)}: {first_line(error)}{trust}") from error
+        remedy = "" if spec.path is None or Path(resolve_path(spec.path)).is_dir() else without_hub(spec.path)
+        if "custom code" in str(error):
+            remedy = "; set trust_remote_code: true if you trust its author"
+        raise UserError(f"cannot load {_name(spec)}: {first_line(error).rstrip('.')}{remedy}") from error
     _check_attention(model, spec)
     return model
 

@@ -13,6 +13,7 @@ from jinja2.meta import find_undeclared_variables
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.names import without_hub
 from rlhf_lightning.models.locate import check_code, resolve_path
 from rlhf_lightning.models.spec import ModelSpec
 
@@ -43,7 +44,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"cannot load the tokenizer {name!r}: {first_line(error)}") from error
+        remedy = "" if Path(path).is_dir() else without_hub(path)
+        raise UserError(f"cannot load the tokenizer {name!r}: {first_line(error).rstrip('.')}{remedy}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {name!r} has no end-of-sequence token, so no answer could ever end: name one of its tokens "

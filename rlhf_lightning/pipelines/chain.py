@@ -255,9 +255,20 @@ def check_chain(spec: ChainSpec, check: Launch | None, options: Sequence[str] = 
             _check_arguments(stage, _step_class(stage))
         else:
             _check_strays(spec, resolved)
-            if check is not None and check([*resolved.command("never", False), *options]) != 0:
-                raise UserError(f"{spec.file}: stages.{stage.name} cannot be read")
+            if check is not None:
+                _check_options(
+                    f"{spec.file}: stages.{stage.name}", check, [*resolved.command("never", False), *options]
+                )
         known |= {f"{stage.name}.{key}": value for key, value in _given(resolved, {}).items()}
+
+
+def _check_options(stage: str, check: Launch, command: list[str]) -> None:
+    try:
+        code = check(command)
+    except UserError as error:
+        raise UserError(f"{stage}: {error}") from error
+    if code != 0:
+        raise UserError(f"{stage} cannot be read")
 
 
 def _check_strays(spec: ChainSpec, stage: ResolvedStage) -> None:

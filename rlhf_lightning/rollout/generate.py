@@ -395,10 +395,15 @@ def check_context(spec: GenerationSpec, policy: Any, prompts: PromptBatch) -> No
     row = int(lengths.argmax())
     length, room = int(lengths[row]), spec.max_new_tokens
     if context is not None and length + room > context:
+        if context - room < 2:  # no prompt is as short as that
+            raise UserError(
+                f"generation.max_new_tokens={room} leaves no room for a prompt in the model's context of {context} "
+                "tokens: lower it"
+            )
         raise UserError(
             f"prompt {int(prompts.indices[row])} ({prompts.texts[row][:60]!r}...) has {length} tokens; with "
             f"generation.max_new_tokens={room} that exceeds the model's context of {context} tokens: lower "
-            f"max_new_tokens, or cut prompts with data.max_prompt_length={max(context - room, 1)}"
+            f"max_new_tokens, or cut prompts with data.max_prompt_length={context - room}"
         )
 
 

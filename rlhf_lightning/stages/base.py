@@ -250,6 +250,7 @@ class RLHFModule(L.LightningModule, ABC):
             loop.epoch_loop.reset_restart_stage()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stages"] = self._stages()
         # every rank's progress travels in rank 0's file
         if self._loader is not None:
             checkpoint["loader_progress"] = self._of_all_ranks(self._loader.progress())
@@ -264,6 +265,12 @@ class RLHFModule(L.LightningModule, ABC):
         of_ranks = checkpoint.get("loader_progress")
         if of_ranks is None or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        saved, ours = checkpoint.get("stages") or self._stages(), self._stages()
+        if ours[0] not in saved and saved[0] not in ours:
+            raise UserError(
+                f"the checkpoint was written by {saved[0]} and cannot be gone on with by {ours[0]}: use a folder of "
+                "its own (--trainer.default_root_dir), and start from the exported model (hf/ of that run)"
+            )
         if len(of_ranks) != self.trainer.world_size:
             raise UserError(
                 f"the checkpoint was written by {len(of_ranks)} processes and is resumed by {self.trainer.world_size}: "
@@ -286,6 +293,10 @@ class RLHFModule(L.LightningModule, ABC):
                 f"the checkpoint has weights that are NaN or infinite: {bad}. Go on from an earlier one (--resume "
                 "PATH), with a lower learning rate or gradient_clip_val; check_finite: false of the model does not look"
             )
+
+    def _stages(self) -> list[str]:
+        """The names of this class and of the stages that it is one of."""
+        return [cls.__name__ for cls in type(self).__mro__ if issubclass(cls, RLHFModule)]
 
     def _of_all_ranks(self, value: Any) -> list[Any]:
         if self.trainer.world_size == 1:

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rlhf_lightning.advantages.group import GroupNormalised, informative_answers
+from rlhf_lightning.advantages.answers import informative_answers
+from rlhf_lightning.advantages.group import GroupNormalised
 from rlhf_lightning.advantages.kl_control import FixedKL
 from rlhf_lightning.advantages.shaping import overlong_mask
 from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, concatenate_rows

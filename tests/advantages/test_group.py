@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.advantages.group import (
+from rlhf_lightning.advantages import (
     BatchNormalised,
     Centred,
     CentredBatchNormalised,
@@ -22,7 +22,6 @@ from rlhf_lightning.advantages.group import (
     PassAtK,
     ReMax,
     informative_answers,
-    rewards_to_come,
 )
 from rlhf_lightning.core.errors import UserError
 
@@ -175,32 +174,6 @@ def test_scores_of_reward_functions_are_taken_to_where_the_answers_are():
 def test_gdpo_says_what_it_lacks(credit, breakdown, message):
     with pytest.raises(UserError, match=message):
         advantages_of(credit, [0.0, 1.0], [0, 0], breakdown=breakdown)
-
-
-def test_remax_subtracts_the_greedy_score_from_the_reward_to_come():
-    rewards = torch.tensor([[9.0, -0.1, -0.2, 5.0, 9.0]])
-    mask = torch.tensor([[False, True, True, True, False]])
-    values = torch.where(mask, 1.0, 7.0)  # the greedy answer scored 3
-    advantages, returns = ReMax()(rewards, values, mask, torch.tensor([0]))
-    close(returns, [[0.0, 4.7, 4.8, 5.0, 0.0]])
-    close(advantages, [[0.0, 1.7, 1.8, 2.0, 0.0]])
-    assert ReMax.baseline == "greedy"
-
-
-def test_discounted_rewards_to_come_step_over_holes():
-    rewards = torch.tensor([[1.0, 100.0, 2.0, 4.0]])
-    mask = torch.tensor([[True, False, True, True]])
-    close(rewards_to_come(rewards, mask, gamma=0.5), [[1 + 1 + 1.0, 0.0, 2 + 2.0, 4.0]])
-
-
-def test_batch_normalisation_is_over_tokens():
-    rewards, mask = rollout([0.0, 3.0], lengths=[1, 3])  # returns 0 | 3 3 3: mean 2.25, variance 1.6875
-    advantages, returns = BatchNormalised()(rewards, torch.zeros_like(rewards), mask, torch.tensor([0, 1]))
-    close(returns[mask], [0.0, 3.0, 3.0, 3.0])
-    close(advantages[mask], [x / 1.6875**0.5 for x in (-2.25, 0.75, 0.75, 0.75)])
-    # centred -1.5 | 1.5 1.5 1.5: the same after normalising
-    centred = advantages_of(CentredBatchNormalised(), [0.0, 3.0], [0, 0], lengths=[1, 3])
-    close(centred, [-2.25 / 1.6875**0.5, 0.75 / 1.6875**0.5])
 
 
 group_lists = st.lists(st.integers(0, 3), min_size=1, max_size=12)

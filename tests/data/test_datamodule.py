@@ -268,8 +268,18 @@ def test_val_frac_is_by_hash_and_adding_records_moves_none(tokenizer, write):
     assert len(held_out) == sizes[1]
     texts = {tokenizer.decode(item.encoded.ids[1:-1]) for item in first.val_dataloader().items}
     assert texts == held_out
-    with pytest.raises(UserError, match=r"val: none of its 0 records can be used: val_frac=0.0001 left none"):
+    with pytest.raises(UserError, match=r"val_frac=0.0001 holds out none of the records of .*: raise it, give val"):
         RLHFDataModule(write(records[:3]), val_frac=0.0001).setup_for("tokens", tokenizer)
+    with pytest.raises(UserError, match=r"val_frac=0.9999 holds out all of the records of .*: lower it"):
+        RLHFDataModule(write(records[:3]), val_frac=0.9999).setup_for("tokens", tokenizer)
+
+
+def test_too_few_records_held_out_for_a_mismatch_say_by_what(tokenizer, write):
+    records = [{"prompt": f"text {i}", "completion": "good", "label": i % 2 == 0} for i in range(6)]
+    least, second = sorted(record_share(record) for record in records)[:2]
+    share = (least + second) / 2  # holds out one record
+    with pytest.raises(UserError, match=r"val \(val_frac=0\.\d+ of .*\): its 1 records share one prompt"):
+        RLHFDataModule(write(records), val_frac=share).setup_for("mismatched", tokenizer)
 
 
 def test_records_in_both_train_and_val_are_warned_of(tokenizer, write, caplog):

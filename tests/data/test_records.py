@@ -23,6 +23,10 @@ def test_a_missing_column_names_itself_those_there_are_and_the_nearest():
         record_kind(["propmt", "completion"], "tokens", "a.jsonl")
     assert "the columns here are prompt, chosen, rejcted" in str(caught.value)
     assert "columns: {rejected: <name in your data>}" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        record_kind(["prompt", "completion"], "pairs", "a.jsonl")
+    assert "missing columns chosen, rejected: " in str(caught.value)
+    assert "columns: {chosen: <name in your data>, rejected: <name in your data>}" in str(caught.value)
     with pytest.raises(UserError, match=r"reads tokens \(messages or prompt\+completion or text\)"):
         record_kind(["question"], "tokens", "a")
 

@@ -110,7 +110,8 @@ def test_a_hub_id_without_a_network_gives_one_readable_message(monkeypatch):
     with pytest.raises(UserError, match="cannot load 'some-owner/some-model'") as caught:
         load_policy(ModelSpec(path="some-owner/some-model"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot load the tokenizer 'some-owner/some-model'"):
+    assert "hf download some-owner/some-model --local-dir FOLDER" in str(caught.value)
+    with pytest.raises(UserError, match=r"cannot load the tokenizer 'some-owner/some-model'.*hf download some-owner"):
         load_tokenizer(ModelSpec(path="some-owner/some-model"))
 
 

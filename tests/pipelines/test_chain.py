@@ -187,6 +187,7 @@ MISTAKES = {
     "missing": ({"data": {"class_path": "steps.Make"}}, "needs out_dir"),
     "folder": ({"sft": {"config": "sft.yaml", "overrides": {"trainer.default_root_dir": "runs/x"}}}, "leave it out"),
     "override": ({"more": {"config": "sft.yaml", "overrides": {"data.batchsize": 3}}}, "did you mean batch_size?"),
+    "whose": ({"more": {"config": "sft.yaml", "overrides": {"data.batchsize": 3}}}, "chain.yaml: stages.more: "),
 }
 
 

@@ -131,6 +131,8 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(policy, tokenizer)
     message = r"prompt 1 .*has 61 tokens; with generation.max_new_tokens=4 .*data.max_prompt_length=60"
     with pytest.raises(UserError, match=message):
         answer(policy, tokenizer, prompts, max_new_tokens=4)
+    with pytest.raises(UserError, match=r"max_new_tokens=63 leaves no room for a prompt in .* of 64 tokens: lower it"):
+        answer(policy, tokenizer, prompts, max_new_tokens=63)
 
 
 @pytest.mark.parametrize(

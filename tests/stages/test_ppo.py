@@ -7,7 +7,7 @@ import torch
 from fits import fit
 from one_step import records
 
-from rlhf_lightning.advantages.group import ReMax
+from rlhf_lightning.advantages import ReMax
 from rlhf_lightning.advantages.kl_control import FixedKL
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError

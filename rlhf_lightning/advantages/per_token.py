@@ -1,0 +1,127 @@
+"""Credit without a critic that differs from token to token, or is normalised over the tokens of the whole batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from rlhf_kernels import gae
+from torch import Tensor
+
+from rlhf_lightning.advantages.answers import answers_of, spread
+from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
+from rlhf_lightning.core.masked import masked_moments, masked_whiten
+
+
+@dataclass(frozen=True)
+class BatchNormalised(Credit):
+    """REINFORCE++: discounted reward to come, normalised over all answer tokens of all ranks. Needs no groups.
+
+        R_t = sum_{s >= t} gamma^(s - t) r_s
+        A_t = (R_t - mean_batch(R)) / sqrt(var_batch(R) + 1e-8)
+
+    The variance is divided by n (verl: by n - 1). Returns are R.
+
+    Args:
+        gamma: discount per token that counts.
+    References:
+        Hu et al., REINFORCE++, 2025. arXiv:2501.03262
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"gamma={self.gamma} is outside of 0 to 1: give a fraction, such as 1")
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "batch time"],
+        values: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        groups: Int[Tensor, " batch"],
+        *,
+        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+        to_come = rewards_to_come(rewards, mask, gamma=self.gamma)
+        return _whitened(to_come, mask, add_over_ranks), to_come
+
+
+@dataclass(frozen=True)
+class CentredBatchNormalised(Credit):
+    """REINFORCE++-baseline: the score minus its group's mean, normalised over all answer tokens of all ranks.
+
+        a_i = r_i - mean_group(r),     A_i = (a_i - mean_batch(a)) / sqrt(var_batch(a) + 1e-8)
+
+    Mean and variance are over tokens: an answer counts as often as it is long, so the mean is not 0 in general and a
+    group of equal scores gets a small advantage. The variance is divided by n (verl: by n - 1). Returns are scores.
+
+    References:
+        Hu et al., REINFORCE++, 2025. arXiv:2501.03262
+    """
+
+    needs_groups: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "batch time"],
+        values: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        groups: Int[Tensor, " batch"],
+        *,
+        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+        answers = answers_of(rewards, mask, groups)
+        centred = spread(answers.scores - answers.group_mean(answers.scores), mask, rewards)
+        return _whitened(centred, mask, add_over_ranks), spread(answers.scores, mask, rewards)
+
+
+@dataclass(frozen=True)
+class ReMax(Credit):
+    """ReMax: reward to come, minus what the greedy answer to the same prompt scores.
+
+        A_t = sum_{s >= t} r_s - r(greedy answer)
+
+    Needs one more answer per prompt, without sampling, and no groups. Returns are the rewards to come.
+
+    References:
+        Li et al., ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method, 2023, alg. 2.
+        arXiv:2310.10505
+    """
+
+    baseline: ClassVar[CreditBaseline] = "greedy"
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "batch time"],
+        values: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        groups: Int[Tensor, " batch"],
+        *,
+        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+        to_come = rewards_to_come(rewards, mask)
+        greedy = torch.where(mask, values, 0.0).sum(-1, keepdim=True)
+        return torch.where(mask, to_come - greedy, 0.0), to_come
+
+
+def rewards_to_come(
+    rewards: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], *, gamma: float = 1.0
+) -> Float[Tensor, "batch time"]:
+    """Discounted sum of the rewards from each counted token on; 0 elsewhere.
+
+    This is generalised advantage estimation with lam 1 and a critic that says 0: the same scan.
+    """
+    to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    return torch.where(mask, to_come, 0.0)
+
+
+def _whitened(
+    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], add_over_ranks: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "batch time"]:
+    return masked_whiten(x, mask, moments=add_over_ranks(masked_moments(x, mask)))
