@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf_lightning.callbacks.atomic_checkpoint import AtomicCheckpointIO
 from rlhf_lightning.callbacks.sample_logger import SampleLogger
 from rlhf_lightning.data.datamodule import RLHFDataModule
-from rlhf_lightning.models.reference import ReferenceSync
+from rlhf_lightning.models.reference import BEMA, ReferenceSync
 from rlhf_lightning.models.sharded import whole_state_dict
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -186,7 +186,8 @@ def resumed(stage: str, strategy: Callable[[], Any] = lambda: "fsdp2") -> Case:
         if stage == "grpo":
             return drawing_grpo(model, "replays")
         if stage == "dpo":
-            return DPOModule(ModelSpec(path=model), reference_sync=ReferenceSync(every=1, share=0.5), optimizer=adamw)
+            sync = ReferenceSync(every=1, bema=BEMA(every=1, lag=2.0))
+            return DPOModule(ModelSpec(path=model), reference_sync=sync, optimizer=adamw)
         return sampling_ppo(model) if stage == "ppo" else SFTModule(ModelSpec(path=model), optimizer=adamw)
 
     def case(model: str, folder: Path, world: int) -> dict[str, Any]:

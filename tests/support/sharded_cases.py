@@ -41,7 +41,7 @@ from rlhf_lightning.models import loading
 from rlhf_lightning.models.compiled import compile_layers
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.policy import Policy
-from rlhf_lightning.models.reference import ReferenceSync
+from rlhf_lightning.models.reference import BEMA, ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -97,7 +97,7 @@ def shared_critic(model: str, folder: Path, world: int) -> dict[str, Any]:
 def following_reference(model: str, folder: Path, world: int) -> dict[str, Any]:
     """A reference that moves with the policy, both sharded."""
     module = module_for("dpo", model)
-    module.reference_sync = ReferenceSync(every=2, share=0.6)
+    module.reference_sync = ReferenceSync(every=2, bema=BEMA(every=1, lag=2.0))
     return outcome(module, fit(module, "dpo", folder, devices=world, strategy="fsdp2" if world > 1 else "auto"))
 
 
