@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_device, check_float, check_head, check_shape, check_some
 from rlhf_kernels.exact_kl import Direction, check_kl, kl_rows
-from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, plain
+from rlhf_kernels.linear_rows import Head, HeadGrads, as_autocast, chunk_rows_for, exact, plain
 from rlhf_kernels.rows import Rows, work_dtype
 
 _NAME = "linear_exact_kl"
@@ -56,6 +56,7 @@ def linear_exact_kl(
     check_kl("hidden", hidden, mask, None, temperature, direction)
     weight, bias = plain(weight), None if bias is None else plain(bias)
     ref_weight, ref_bias = plain(ref_weight).detach(), None if ref_bias is None else plain(ref_bias).detach()
+    (hidden, weight), (ref_hidden, ref_weight) = as_autocast(hidden, weight), as_autocast(ref_hidden, ref_weight)
     chunk = chunk_rows_for(weight.shape[0], hidden.device, chunk_rows, 16 if hidden.dtype == torch.float64 else 8)
     kl: Tensor = _op(
         hidden, weight, bias, ref_hidden.detach(), ref_weight, ref_bias, mask, temperature, direction == "forward",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_head, check_row_temperature, check_rows, check_token_range, check_transform
-from rlhf_kernels.linear_rows import Head, HeadGrads, chunk_rows_for, exact, plain
+from rlhf_kernels.linear_rows import Head, HeadGrads, as_autocast, chunk_rows_for, exact, plain
 from rlhf_kernels.policy_loss import (
     as_divisor,
     check_divisor,
@@ -82,6 +82,7 @@ def linear_policy_loss(
     check_transform(temperature, tokens.shape, softcap, logit_scale)
     per_token = check_policy(tokens, mask, old_logprobs, advantages, ref_logprobs, weights, loss)
     weight, bias = plain(weight), None if bias is None else plain(bias)
+    hidden, weight = as_autocast(hidden, weight)
     number, per_row = split_temperature(temperature, tokens)
     numbers = [number, softcap or 0.0, logit_scale, *loss.numbers()]
     place = check_shard(shard, weight)

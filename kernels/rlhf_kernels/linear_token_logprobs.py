@@ -7,7 +7,17 @@ from torch import Tensor
 
 from rlhf_kernels.backend import choose, use_triton
 from rlhf_kernels.checks import check_head, check_row_temperature, check_rows, check_token_range, check_transform
-from rlhf_kernels.linear_rows import Head, HeadGrads, Tiles, check_chunk_rows, exact, keep_for, plain, tile_for
+from rlhf_kernels.linear_rows import (
+    Head,
+    HeadGrads,
+    Tiles,
+    as_autocast,
+    check_chunk_rows,
+    exact,
+    keep_for,
+    plain,
+    tile_for,
+)
 from rlhf_kernels.rows import (
     Rows,
     RowStats,
@@ -50,7 +60,7 @@ def linear_token_logprobs(
     """`token_logprobs(hidden @ weight.T + bias, tokens)`, exact in float32, a chunk of rows at a time.
 
     Gradients flow from logprobs, entropy and logsumexp to hidden, weight and bias. Logits are float32 sums of the
-    given operands, never rounded to 16 bits.
+    given operands, never rounded to 16 bits; under autocast on a GPU those are cast first, as the head would.
 
         chunked   products of torch, a chunk of rows at a time. Logits are kept for the backward pass up to a budget and
                   computed again beyond it.
@@ -79,6 +89,7 @@ def linear_token_logprobs(
     check_head(hidden, weight, bias)
     check_transform(temperature, tokens.shape, softcap, logit_scale)
     weight, bias = plain(weight), None if bias is None else plain(bias)
+    hidden, weight = as_autocast(hidden, weight)
     number, per_row = split_temperature(temperature, tokens)
     place = check_shard(shard, weight)
     size = 8 if hidden.dtype == torch.float64 else 4

@@ -92,6 +92,31 @@ def test_heads_of_sixteen_bits(products, use, dtype, kept_graph):
     assert {size[1:] for size in products} >= {(32, 300), (300, 32)}
 
 
+@pytest.mark.parametrize("use", [scores, policy, kl])
+def test_a_float32_head_under_autocast_reaches_tensor_cores(products, use):
+    hidden, weight, bias, tokens, mask = (x.float() if x.is_floating_point() else x for x in problem(torch.float32))
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        numbers, total = use(*inputs, tokens, mask)
+    grads = torch.autograd.grad(total, inputs)
+    assert [g.dtype for g in grads] == [torch.float32] * 3  # of the float32 parameters
+    assert len(products) > 2
+    assert numbers.dtype == torch.float32
+    # the operands are rounded, as the head itself would round them; the logits are not
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in inputs[:2]]
+    exact, exact_total = use(*rounded, bias.detach().double(), tokens, mask)
+    torch.testing.assert_close(numbers.double(), exact, atol=1e-5, rtol=1e-5)
+    for x, y in zip(grads, torch.autograd.grad(exact_total, rounded), strict=False):
+        assert (x.double() - y).norm() / y.norm() < 3e-3
+
+
+def test_autocast_casts_nothing_where_there_are_no_tensor_cores():
+    hidden, weight, _, tokens, _ = problem(torch.float32)
+    expected = linear_token_logprobs(hidden, weight, tokens).logprobs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(linear_token_logprobs(hidden, weight, tokens).logprobs, expected, atol=0, rtol=0)
+
+
 def test_gradients_in_logits_are_rounded_once_and_not_copied(products, monkeypatch):
     made = []
     room = linear_rows.Head.room_for_grads
