@@ -1,6 +1,10 @@
 """Check every op of rlhf_kernels, then time it against plain torch and against each peer that is installed.
 
-On a GPU, in pieces of less than ten minutes; a piece that was cut off goes on where it stopped, if it finds its file:
+On a GPU, what matters most first: every check, then the rows that have a target, ours and what it is compared with:
+
+    PYTHONPATH=kernels:. python3 benchmarks/bench_kernels.py --targets --out out/0
+
+Then everything, in pieces of less than ten minutes. What was cut off goes on where it stopped, if it finds its file:
 
     PYTHONPATH=kernels:. python3 benchmarks/bench_kernels.py --part 1 --out out/1  # checks; ops on logits
     PYTHONPATH=kernels:. python3 benchmarks/bench_kernels.py --part 2 --out out/2  # log-probs from hidden states
@@ -14,13 +18,14 @@ Elsewhere:
     python benchmarks/bench_kernels.py --dry-run       # tiny shapes, kernels in the interpreter: nothing is measured
     python benchmarks/bench_kernels.py --docs          # write docs/kernels.md from the results, measuring nothing
 
-Each op runs in a process of its own (on the CPU: each shape of it), and what a shape gave is on disk before the next
-begins. An implementation is first checked against float64 and reported with its error; an op of ours whose error is
-above its tolerance gets no row and the command fails. A peer that is not installed, needs another device or fails is
-listed by name with the reason (most of them come with `pip install liger-kernel cut-cross-entropy trl`). Timings are
-medians over interleaved rounds on rotated buffers of random numbers; an implementation that has used up its time drops
-out of further rounds. On a GPU the ceilings (copy bandwidth, bfloat16 matrix product) are measured in the same process,
-so that a share of them means something.
+Each op runs in a process of its own (on the CPU: each shape of it; the checks: each its own, all at once on a GPU), and
+what a shape gave is on disk before the next begins. An implementation is first checked against float64 and reported
+with its error; one of ours whose error is above its tolerance gets no row and the command fails. A peer that is not
+installed, needs another device or fails is listed by name with the reason (most of them come with `pip install
+liger-kernel cut-cross-entropy trl`). Timings are medians over interleaved rounds on rotated buffers of random numbers;
+an implementation that has used up its time drops out of further rounds. On a GPU they are times between events with
+the queue filled ahead, so that a launch that waits for the host does not count as work of the kernel; the ceilings
+(copy bandwidth, bfloat16 matrix product) are measured in the same process, so that a share of them means something.
 """
 
 import argparse
@@ -36,12 +41,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_cases import CASES, Case, build
+from kernel_docs import TARGETS, write_docs
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -83,8 +90,28 @@ PARTS = {
     3: ("linear_policy_loss", "gae", "masked_whiten"),
 }
 """What one call of ten minutes does."""
+
+
+def target_rows(name: str) -> dict[str, tuple[list[tuple[int, ...]], list[str]]]:
+    """Of each op that has a target on a GPU: the shapes, and the implementations that the target compares."""
+    rows: dict[str, tuple[list[tuple[int, ...]], list[str]]] = {}
+    for target in TARGETS:
+        if target.report == "cuda":
+            shapes, implementations = rows.setdefault(target.op, ([], ["torch"]))
+            shapes += [s for s in ([target.shape] if name == "cuda" else SHAPES[name][target.op]) if s not in shapes]
+            some = (target.implementation, target.over)
+            implementations += [i for i in some if i and i not in implementations]
+    return rows
+
+
 SECONDS = {"cpu": 600.0, "cuda": 4.0}
 """Time an implementation may take at one shape before it drops out of further rounds; it gets three in any case."""
+
+
+SLEEP_CYCLES = 2_000_000
+"""About a millisecond: a dozen launches from Python take less."""
+CACHE_BYTES = 256 << 20
+"""More than the L2 cache of any GPU: the buffers that are rotated are together larger, or 64."""
 
 
 @dataclass
@@ -123,6 +150,7 @@ def timed(call: Callable[[], Any], device: str) -> float:
     """Milliseconds. On the CPU: of processor time, which other work on the machine does not lengthen."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SLEEP_CYCLES)  # meanwhile the host launches what is timed
         start.record()
         call()
         end.record()
@@ -178,18 +206,17 @@ def both_passes(case: Case, inputs: dict[str, Tensor]) -> Callable[[], None]:
     return run
 
 
-class RedCheckError(Exception):
-    """An implementation of ours is not exact: no speed of it is reported."""
-
-
 def checked(
-    op: str, shape: tuple[int, ...], device: str, inputs: dict[str, Tensor]
-) -> tuple[dict[str, Any], list[str]]:
-    """Each implementation that runs, with its error from float64, and why the others do not."""
+    op: str, shape: tuple[int, ...], device: str, inputs: dict[str, Tensor], only: list[str] | None
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Each implementation that runs, with its error from float64; why others do not; what is wrong with ours."""
     exact = CASES[op](None).exact(inputs)
     found: dict[str, tuple[Case, float | None]] = {}
     problems: list[str] = []
+    failures: list[str] = []
     for name in CASES[op].implementations:
+        if only is not None and name not in only:
+            continue
         if shape == LARGE and device == "cpu" and name not in ("rlhf_kernels (reference)", "torch"):
             continue  # half a minute per pass
         if obstacle := CASES[op].obstacle(name, device):
@@ -204,23 +231,30 @@ def checked(
             if case.leaves:
                 both_passes(case, inputs)()
         except Exception as problem:  # a peer of another version, or out of memory: reported, never timed
-            problems.append(f"{op}, {name}: {type(problem).__name__}: {str(problem).splitlines()[0][:200]}")
+            lines = str(problem).splitlines() or [""]
+            what = f"{name}: {type(problem).__name__}: {lines[0][:200]}"
             if name.startswith("rlhf_kernels"):
-                raise
+                failures.append(f"{op} {shape}, {what}")
+            else:
+                problems.append(f"{op}, {what}")
             continue
         if name.startswith("rlhf_kernels") and not (error <= case.tolerance and len(case.read(result)) == len(exact)):
-            raise RedCheckError(f"{op} {shape}, {name}: error {error:.1e} is above {case.tolerance:.0e}: not timed")
+            failures.append(f"{op} {shape}, {name}: error {error:.1e} is above {case.tolerance:.0e}: not timed")
+            continue
         found[name] = (case, error if error == error else None)
-    return found, problems
+        tell(progress=[f"{op} {shape}: {name} runs, error {error:.0e}"])
+    return found, problems, failures
 
 
 def measure(
-    op: str, shape: tuple[int, ...], device: str, rounds: int, top: dict[str, float]
-) -> tuple[list[Row], list[str]]:
-    """Rows of every implementation that runs, and what went wrong with the others."""
-    copies = 1 if device == "cpu" else 3
-    buffers = [build(op, shape, device, seed) for seed in range(copies)]
-    cases, problems = checked(op, shape, device, buffers[0])
+    op: str, shape: tuple[int, ...], device: str, rounds: int, top: dict[str, float], only: list[str] | None = None
+) -> tuple[list[Row], list[str], list[str]]:
+    """Rows of every implementation that runs (of `only` these), what went wrong with peers, and with ours."""
+    buffers = [build(op, shape, device, seed=0)]
+    size = sum(x.numel() * x.element_size() for x in buffers[0].values())
+    copies = 1 if device == "cpu" else min(64, max(3, CACHE_BYTES // size + 1))
+    buffers += [build(op, shape, device, seed) for seed in range(1, copies)]
+    cases, problems, failures = checked(op, shape, device, buffers[0], only)
     forward: dict[str, list[float]] = {name: [] for name in cases}
     both: dict[str, list[float]] = {name: [] for name in cases}
     peaks = {}
@@ -251,7 +285,7 @@ def measure(
             row.teraflops = case.flops(shape) / total / 1e9
             row.ceiling_share = row.teraflops / top["matmul_tflop_s"] if top else None
         rows.append(row)
-    return rows, problems
+    return rows, problems, failures
 
 
 def describe(device: str, commit: str | None) -> dict[str, Any]:
@@ -284,9 +318,9 @@ def child(argument: str) -> None:
     if request["op"] == "checks":
         from kernel_checks import run as run_checks
 
-        for outcome in run_checks(device):
-            tell(checks=[outcome], failures=[f"{outcome['check']}: {outcome['wrong']}"] if outcome["wrong"] else [])
-        tell(done=["checks"])
+        for outcome in run_checks(device, request["only"]):
+            wrong = [f"{outcome['check']}: {outcome['wrong']}"] if outcome["wrong"] else []
+            tell(checks=[outcome], failures=wrong, done=[] if wrong else [f"check {outcome['check']}"])
         return
     top = ceilings(device)
     for shape in map(tuple, request["shapes"]):
@@ -294,13 +328,19 @@ def child(argument: str) -> None:
             tell(left=[f"{request['op']} {shape}"])
             continue
         try:
-            rows, problems = measure(request["op"], shape, device, request["rounds"], top)
-            tell(rows=[asdict(row) for row in rows], problems=problems, done=[f"{request['op']} {shape}"])
+            rows, problems, failures = measure(request["op"], shape, device, request["rounds"], top, request["only"])
+            done = [] if failures else [key_of(request["op"], shape, request["only"])]
+            tell(rows=[asdict(row) for row in rows], problems=problems, failures=failures, done=done)
         except Exception as problem:
             tell(failures=[f"{request['op']} {shape}: {type(problem).__name__}: {problem}"])
         finally:
             if device == "cuda":
                 torch.cuda.empty_cache()
+
+
+def key_of(op: str, shape: tuple[int, ...], only: list[str] | None) -> str:
+    """What is done when a shape is: all of it, or the implementations that have a target."""
+    return f"{op} {shape}" if only is None else f"{op} {shape}, targets"
 
 
 def tell(**found: list[Any]) -> None:
@@ -315,7 +355,7 @@ class Report:
     """What was found, on disk after every shape; taken up again if the same code on the same device wrote it."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
-        self.path = path
+        self.path, self.lock = path, threading.Lock()
         empty: dict[str, list[Any]] = {key: [] for key in ("rows", "problems", "checks", "failures", "left", "done")}
         self.found = {**about, **empty}
         if path is not None and path.is_file():
@@ -324,39 +364,69 @@ class Report:
                 self.found = {**old, "failures": [], "left": []}
 
     def add(self, more: dict[str, list[Any]]) -> None:
-        for key, some in more.items():
-            self.found[key] += [x for x in some if x not in self.found[key]]
-        self.write()
+        with self.lock:
+            for key, some in more.items():
+                new = [x for x in some if x not in self.found[key]]
+                if key in ("rows", "checks"):  # what was done again counts instead of before
+                    again = {_identity(row) for row in new}
+                    self.found[key] = [row for row in self.found[key] if _identity(row) not in again]
+                self.found[key] += new
+            self.write()
 
     def write(self) -> None:
+        """Whole or not at all, whenever the process is ended."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.found, indent=1) + "\n")
+            part.replace(self.path)
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row.get("check"), row.get("op"), tuple(row.get("shape", ())), row.get("implementation")
 
 
 SAME = ("device", "torch", "triton", "commit")
 
 
-def run(name: str, device: str, rounds: int, ops: list[str], report: Report, seconds: float) -> None:
-    """All shapes of `ops`, as far as `seconds` reach; fills the report."""
+def run(
+    name: str, device: str, rounds: int, ops: list[str], report: Report, seconds: float, *, targets: bool = False
+) -> None:
+    """All shapes of `ops` (of `targets`, those that have one), as far as `seconds` reach; fills the report."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if name == "dry":
         environment["TRITON_INTERPRET"] = "1"
-    deadline = time.time() + seconds
+    began = time.time()
+    deadline = began + seconds
+    common = {"device": device, "rounds": rounds, "deadline": deadline, "began": began}
+    rows = target_rows(name) if targets else {op: (shapes, None) for op, shapes in SHAPES[name].items()}
     for op in ops:
-        shapes = [shape for shape in SHAPES[name].get(op, []) if f"{op} {shape}" not in report.found["done"]]
-        # memory of a process is only comparable while it is fresh; a GPU counts its own
-        groups = [shapes] if device == "cuda" else [[shape] for shape in shapes]
-        for group in ([] if "checks" in report.found["done"] else [[]]) if op == "checks" else groups:
+        if op == "checks":
+            from kernel_checks import CHECKS
+
+            left = [check.__name__ for check in CHECKS if f"check {check.__name__}" not in report.found["done"]]
+            requests = [{**common, "op": op, "shapes": [], "only": [check]} for check in left]
             if time.time() > deadline:
-                report.add({"left": [f"{op} {shape}" for shape in group] or [op]})
-            elif group or op == "checks":
-                request = {"op": op, "shapes": group, "device": device, "rounds": rounds, "deadline": deadline}
-                run_child(request, environment, report)
+                report.add({"left": [f"{op} {check}" for check in left]})
+                continue
+            # most of what they wait for is the compiler, so all at once; on a CPU there is nothing to wait for
+            with ThreadPoolExecutor(len(requests) or 1 if device == "cuda" else 1) as pool:
+                list(pool.map(lambda request: run_child(request, environment, report), requests))
+            continue
+        shapes, only = rows[op]
+        shapes = [shape for shape in shapes if key_of(op, shape, only) not in report.found["done"]]
+        # memory of a process is only comparable while it is fresh; a GPU counts its own
+        for group in [shapes] if device == "cuda" else [[shape] for shape in shapes]:
+            if time.time() > deadline:
+                report.add({"left": [f"{op} {shape}" for shape in group]})
+            elif group:
+                run_child({**common, "op": op, "shapes": group, "only": only}, environment, report)
 
 
 def run_child(request: dict[str, Any], environment: dict[str, str], report: Report) -> None:
     """One process, read line by line; ended a minute after the deadline, whatever it does then."""
+    said = " ".join([request["op"], *map(str, request["shapes"] or request["only"])])
+    print(f"[{time.time() - request['began']:4.0f} s] {said}", flush=True)
     command = [sys.executable, __file__, "--one", json.dumps(request)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
@@ -367,7 +437,10 @@ def run_child(request: dict[str, Any], environment: dict[str, str], report: Repo
             if not line.startswith(LINE):
                 continue
             found = json.loads(line.removeprefix(LINE))
-            report.add(found)
+            for step in found.pop("progress", []):
+                print(f"[{time.time() - request['began']:4.0f} s] {step}", flush=True)
+            if found:
+                report.add(found)
             for row in found.get("rows", []):
                 timing = f"{row['forward_ms']:10.3f} ms forward {row['both_ms'] or 0:10.3f} ms both"
                 shape = str(tuple(row["shape"]))
@@ -382,7 +455,7 @@ def run_child(request: dict[str, Any], environment: dict[str, str], report: Repo
         if code:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"ended with {code}"])[-1]
-            report.add({"failures": [f"{request['op']} {request['shapes']}: {last}"]})
+            report.add({"failures": [f"{said}: {last}"]})
 
 
 def merge(paths: list[Path]) -> None:
@@ -403,8 +476,9 @@ def merge(paths: list[Path]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", type=int, choices=PARTS, help="a piece of less than ten minutes; default: everything")
+    parser.add_argument("--targets", action="store_true", help="the checks, then only the rows that have a target")
     parser.add_argument("--out", type=Path, help="folder for the results, instead of the repository's")
-    parser.add_argument("--seconds", type=float, help="begin nothing after so many (--part: 480)")
+    parser.add_argument("--seconds", type=float, help="begin nothing after so many (--part, --targets: 480)")
     parser.add_argument("--merge", type=Path, nargs="+", help="put the files of several parts together, write the docs")
     parser.add_argument("--commit", help="of the code, where it lies without its history")
     parser.add_argument("--large", action="store_true", help="CPU: only the shape of a 152k vocabulary")
@@ -423,13 +497,19 @@ def main() -> int:
         device = "cuda" if torch.cuda.is_available() and not arguments.dry_run else "cpu"
         name = "dry" if arguments.dry_run else "large" if arguments.large else device
         rounds = arguments.rounds or {"cpu": 5, "large": 3, "cuda": 40, "dry": 1}[name]
-        partial = arguments.dry_run or arguments.op or arguments.part
+        partial = arguments.dry_run or arguments.op or arguments.part or arguments.targets
         folder = arguments.out or (None if partial else RESULTS)
         report = Report(folder and folder / f"{name}.json", describe(device, arguments.commit))
-        ops = [arguments.op] if arguments.op else list(PARTS.get(arguments.part, ("checks", *SHAPES[name])))
+        every = PARTS.get(arguments.part, ("checks", *SHAPES[name]))
+        if arguments.targets:
+            if name not in ("cuda", "dry"):
+                parser.error("--targets are those of a GPU, and there is none: try it with --dry-run")
+            every = ("checks", *target_rows(name))
+        ops = [arguments.op] if arguments.op else list(every)
         if name in ("cpu", "large") and "checks" in ops:
             ops.remove("checks")  # nothing to check: the kernels do not run here
-        run(name, device, rounds, ops, report, arguments.seconds or (480 if arguments.part else math.inf))
+        seconds = arguments.seconds or (480 if arguments.part or arguments.targets else math.inf)
+        run(name, device, rounds, ops, report, seconds, targets=arguments.targets)
         for problem in sorted(set(report.found["problems"])):
             print(f"not timed: {problem}")
         for left in report.found["left"]:
@@ -440,8 +520,6 @@ def main() -> int:
             return 1
         if folder != RESULTS:
             return 0
-    from kernel_docs import write_docs
-
     write_docs(ROOT)
     return 0
 

@@ -104,6 +104,8 @@ def _target_table(reports: dict[str, dict[str, Any]]) -> list[str]:
         if value is not None and value >= 100:
             found[0] = f"{value:.0f}"
         device = "H200" if target.report == "cuda" else "CPU"
+        if value is not None and report is not None and device != "CPU":
+            device = report["device"]
         shape = " x ".join(map(str, target.shape))
         lines.append(f"| {' | '.join([target.op, shape, device, target.words, *found])} |")
     return lines
@@ -168,7 +170,7 @@ def write_docs(root: Path) -> None:
     if "cuda" not in reports:
         lines += [
             "On a GPU: not measured yet. Where there is one, `python benchmarks/bench_kernels.py` fills this in, "
-            "in one go or in three pieces of less than ten minutes.",
+            "in one go or in three pieces of less than ten minutes; with `--targets`, the checks and these rows first.",
             "",
         ]
     for name, report in reports.items():
