@@ -48,7 +48,7 @@ from typing import Any
 
 import torch
 from kernel_cases import CASES, Case, build
-from kernel_docs import TARGETS, write_docs
+from kernel_docs import MINE, TARGETS, write_docs
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def target_rows(name: str) -> dict[str, tuple[list[tuple[int, ...]], list[str]]]
     rows: dict[str, tuple[list[tuple[int, ...]], list[str]]] = {}
     for target in TARGETS:
         if target.report == "cuda":
-            shapes, implementations = rows.setdefault(target.op, ([], ["torch"]))
+            shapes, implementations = rows.setdefault(target.op, ([], ["torch", MINE]))
             shapes += [s for s in ([target.shape] if name == "cuda" else SHAPES[name][target.op]) if s not in shapes]
             some = (target.implementation, target.over)
             implementations += [i for i in some if i and i not in implementations]
