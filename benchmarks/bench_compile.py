@@ -185,8 +185,6 @@ def _type_of(name: str, config: Config) -> str:
         return "*u8"
     if name == "tokens_ptr":
         return "*i64"
-    if name == "last_ptr":
-        return "*i64"
     return "*fp64" if name == "moments_ptr" else "*fp32"
 
 
@@ -198,7 +196,8 @@ def compile_config(config: Config, capability: int) -> Compiled:
         signature[name] = "constexpr" if name in config.constants else _type_of(name, config)
     divisible = {}
     for index, name in enumerate(kernel.arg_names):
-        if signature[name].startswith("*") or (name == "V" and config.vocab % 16 == 0):
+        aligned = not kernel.params[index].do_not_specialize_on_alignment
+        if (signature[name].startswith("*") and aligned) or (name == "V" and config.vocab % 16 == 0):
             divisible[(index,)] = [["tt.divisibility", 16]]
         if name == "H" and config.constants["ALIGNED"]:
             divisible[(index,)] = [["tt.divisibility", 16]]

@@ -21,6 +21,8 @@ from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.triton_policy import kl_term
 
 SEGMENT_BLOCKS = 4
+_POINTERS = ["rewards_ptr", "scores_ptr", "logprobs_ptr", "ref_ptr", "values_ptr", "mask_ptr", "scalars_ptr"]
+"""Rows of any length begin anywhere, so nothing is gained by knowing where the first one does."""
 
 
 @triton.jit
@@ -36,8 +38,22 @@ def compose(h1, v1, c1, k1, a1, h2, v2, c2, k2, a2):
 
 
 @triton.jit
+def last_that_counts(mask_ptr, row, T, BLOCK: tl.constexpr, SCORES: tl.constexpr):
+    """Time of the row's last token with mask True, -1 if there is none; read from the end until it is found."""
+    last = -1
+    if SCORES:
+        end = T
+        while (last < 0) & (end > 0):
+            time = end - 1 - tl.arange(0, BLOCK)
+            mask = tl.load(mask_ptr + row * T + time, mask=time >= 0, other=0)
+            last = tl.max(tl.where(mask != 0, time, -1), 0)
+            end -= BLOCK
+    return last
+
+
+@triton.jit
 def token_inputs(
-    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, last_ptr, scalars_ptr, row, time, T,
+    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, row, time, last, T,
     REWARDS: tl.constexpr, SCORES: tl.constexpr, ESTIMATOR: tl.constexpr,
 ):  # fmt: skip
     """Mask as 0 and 1, value, reward and KL of the tokens at `time`; those before 0 do not count."""
@@ -56,13 +72,13 @@ def token_inputs(
         reward += tl.load(rewards_ptr + at, mask=counts, other=0.0).to(tl.float32)
     if SCORES:
         score = tl.load(scores_ptr + row).to(tl.float32)
-        reward += tl.where(time == tl.load(last_ptr + row), score, 0.0)
+        reward += tl.where(time == last, score, 0.0)
     return mask.to(tl.float32), value, reward, kl
 
 
-@triton.jit(do_not_specialize=["T", "segments"])
+@triton.jit(do_not_specialize=["T", "segments"], do_not_specialize_on_alignment=_POINTERS)
 def gae_kernel(
-    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, last_ptr, scalars_ptr, carry_ptr,
+    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, carry_ptr,
     shaped_ptr, advantages_ptr, returns_ptr, kl_ptr, moments_ptr, T, segments,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, REWARDS: tl.constexpr, SCORES: tl.constexpr,
     ESTIMATOR: tl.constexpr, CRITIC: tl.constexpr, CARRY: tl.constexpr,
@@ -89,10 +105,11 @@ def gae_kernel(
     total = tl.zeros((), tl.float64)
     squares = tl.zeros((), tl.float64)
     at_end = tl.arange(0, BLOCK) == BLOCK - 1
+    last = last_that_counts(mask_ptr, row, T, BLOCK, SCORES)
     for i in range(first, first + blocks):
         time = T - 1 - i * BLOCK - tl.arange(0, BLOCK)
         m, value, reward, kl = token_inputs(
-            rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, last_ptr, scalars_ptr, row, time, T,
+            rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, row, time, last, T,
             REWARDS, SCORES, ESTIMATOR,
         )  # fmt: skip
         delta = m * (reward - value)
@@ -121,9 +138,9 @@ def gae_kernel(
     tl.store(moments_ptr + program * 3 + 2, squares)
 
 
-@triton.jit(do_not_specialize=["T", "segments"])
+@triton.jit(do_not_specialize=["T", "segments"], do_not_specialize_on_alignment=_POINTERS)
 def gae_segment_kernel(
-    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, last_ptr, scalars_ptr, maps_ptr, T, segments,
+    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, maps_ptr, T, segments,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, REWARDS: tl.constexpr, SCORES: tl.constexpr,
     ESTIMATOR: tl.constexpr, CRITIC: tl.constexpr,
 ):  # fmt: skip
@@ -137,10 +154,11 @@ def gae_segment_kernel(
     h0, v0, c0, k0, a0 = 0.0, 0.0, 0.0, 0.0, 1.0
     c1, k1, a1 = 0.0, 0.0, 1.0
     at_end = tl.arange(0, BLOCK) == BLOCK - 1
+    last = last_that_counts(mask_ptr, row, T, BLOCK, SCORES)
     for i in range(segment * BLOCKS, segment * BLOCKS + BLOCKS):
         time = T - 1 - i * BLOCK - tl.arange(0, BLOCK)
         m, value, reward, _ = token_inputs(
-            rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, last_ptr, scalars_ptr, row, time, T,
+            rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, row, time, last, T,
             REWARDS, SCORES, ESTIMATOR,
         )  # fmt: skip
         delta = m * (reward - value)
@@ -220,12 +238,9 @@ def gae_triton(
     def flat(x: Tensor | None) -> Tensor:
         return values if x is None else x.contiguous()
 
-    last = mask
-    if scores is not None:
-        last = (mask * torch.arange(1, length + 1, device=mask.device, dtype=torch.int32)).amax(-1) - 1
     inputs = (
         flat(rewards), flat(scores), flat(logprobs), flat(ref_logprobs), flat(values),
-        mask.contiguous().view(torch.uint8), last, scalars(values.device, gamma, lam, critic_lam, kl_coef),
+        mask.contiguous().view(torch.uint8), scalars(values.device, gamma, lam, critic_lam, kl_coef),
     )  # fmt: skip
     outputs = [torch.empty(values.shape, dtype=torch.float32, device=values.device) for _ in range(4)]
     moments = torch.empty((batch * segments, 3), dtype=torch.float64, device=values.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import work_dtype
-from rlhf_kernels.triton_rows import VARIES, block_for, bytes_of, layout, row_offset
+from rlhf_kernels.triton_rows import PER_ROW, VARIES, block_for, bytes_of, layout, row_offset
 
 _VARIES = [*VARIES, "ref_stride_outer", "ref_stride_inner"]
 
@@ -21,10 +21,11 @@ def finite(x):
     return tl.where(x == -float("inf"), 0.0, x)
 
 
-@triton.jit(do_not_specialize=_VARIES)
+@triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=PER_ROW)
 def kl_kernel(
     logits_ptr, ref_ptr, grads_ptr, mask_ptr, weights_ptr, scalars_ptr, kl_ptr,
-    inner, stride_outer, stride_inner, ref_stride_outer, ref_stride_inner, out_stride_outer, out_stride_inner, V,
+    inner, stride_outer: tl.int64, stride_inner: tl.int64, ref_stride_outer: tl.int64, ref_stride_inner: tl.int64,
+    out_stride_outer: tl.int64, out_stride_inner: tl.int64, V,
     BLOCK: tl.constexpr, FORWARD: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip

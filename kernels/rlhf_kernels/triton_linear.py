@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlhf_kernels.backend import on_device
 from rlhf_kernels.rows import RowStats, Transform
 from rlhf_kernels.triton_policy import num_programs
-from rlhf_kernels.triton_rows import flags, launch_options, log1p, numbers, transformed
+from rlhf_kernels.triton_rows import PER_ROW, flags, launch_options, log1p, numbers, transformed
 
 PIECE_TILES = 8
 """Tiles of vocabulary per program and block of rows: pieces enough to fill a device, partial sums few enough to forget.
@@ -83,10 +83,10 @@ def sums_of_tile(
     return maximum, tl.sum(e, 1), chosen, weighted
 
 
-@triton.jit(do_not_specialize=["num_rows", "stride_hidden", "stride_weight"])
+@triton.jit(do_not_specialize=["num_rows", "stride_hidden", "stride_weight"], do_not_specialize_on_alignment=PER_ROW)
 def linear_stats_kernel(
     hidden_ptr, weight_ptr, bias_ptr, tokens_ptr, temperature_ptr, scalars_ptr, partials_ptr,
-    num_rows, stride_hidden, stride_weight, V, H,
+    num_rows, stride_hidden: tl.int64, stride_weight: tl.int64, V, H,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PIECE_TILES: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, ALIGNED: tl.constexpr, BIAS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
@@ -145,7 +145,7 @@ def linear_stats_kernel(
             tl.store(at + 3 * size, weighted, mask=there)
 
 
-@triton.jit(do_not_specialize=["num_rows", "pieces"])
+@triton.jit(do_not_specialize=["num_rows", "pieces"], do_not_specialize_on_alignment=PER_ROW)
 def linear_merge_kernel(
     partials_ptr, tokens_ptr, logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr, miss_ptr, argmax_ptr,
     num_rows, pieces, V,
@@ -228,8 +228,9 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def can_describe(x: Tensor) -> bool:
-    """Whether the copy engine takes x [rows, columns]: 16-byte boundaries, on a device that has one."""
+    """Whether the copy engine takes x [rows, columns]: 16-byte boundaries, no overlap, on a device that has one."""
     aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned = aligned and x.stride(0) >= x.shape[1]  # one row repeated (expand) has stride 0
     return aligned and (not x.is_cuda or (not torch.version.hip and torch.cuda.get_device_capability(x.device)[0] >= 9))
 
 

@@ -20,6 +20,7 @@ from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import Transform
 from rlhf_kernels.spec import PolicyLossSpec
 from rlhf_kernels.triton_rows import (
+    PER_ROW,
     VARIES,
     block_for,
     bytes_of,
@@ -37,12 +38,13 @@ policy_term = triton.jit(arithmetic.bind(arithmetic.policy_term, tl))
 kl_term = triton.jit(arithmetic.bind(arithmetic.kl_term, tl))
 
 
-@triton.jit(do_not_specialize=VARIES)
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=[*PER_ROW, "ref_ptr"])
 def policy_loss_kernel(
     logits_ptr, grads_ptr, tokens_ptr, old_ptr, advantages_ptr, ref_ptr, weights_ptr, mask_ptr, temperature_ptr,
     scalars_ptr, denominator_ptr,
     loss_ptr, logprobs_ptr, entropy_ptr, ratio_ptr, clipped_ptr, kl_ptr,
-    num_rows, inner, stride_outer, stride_inner, out_stride_outer, out_stride_inner, V,
+    num_rows, inner, stride_outer: tl.int64, stride_inner: tl.int64, out_stride_outer: tl.int64,
+    out_stride_inner: tl.int64, V,
     BLOCK: tl.constexpr, FORM: tl.constexpr, ESTIMATOR: tl.constexpr, DUAL: tl.constexpr, ENTROPY: tl.constexpr,
     ENTROPY_LOSS: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,

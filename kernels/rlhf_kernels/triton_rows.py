@@ -18,6 +18,14 @@ from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import RowStats, Transform, work_dtype
 
 VARIES = ["inner", "stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner", "num_rows"]
+"""Strides are annotated as int64 besides: past 2^31 an integer would be of another type, so another kernel."""
+PER_ROW = [
+    "tokens_ptr", "mask_ptr", "temperature_ptr", "scalars_ptr", "denominator_ptr", "old_ptr", "advantages_ptr",
+    "weights_ptr", "factor_ptr", "logprobs_ptr", "entropy_ptr", "maximum_ptr", "log_sum_ptr", "miss_ptr", "argmax_ptr",
+    "a_ptr", "b_ptr", "c_ptr", "loss_ptr", "ratio_ptr", "clipped_ptr", "kl_ptr",
+]  # fmt: skip
+"""Read or written a number at a time, often from the middle of a tensor (a chunk of rows, tokens[1:]): whether that is
+a multiple of 16 bytes must not be compiled in."""
 
 
 @triton.jit
@@ -26,6 +34,18 @@ def row_offset(row, inner, stride_outer, stride_inner, ALIGNED: tl.constexpr):
     if ALIGNED:
         offset = tl.multiple_of(offset, 16)
     return offset
+
+
+@triton.jit
+def tanh_and_slope(u):
+    """By its series near 0, where 1 - exp(-2 u) has lost the digits of u."""
+    shrunk = tl.exp(-2.0 * tl.abs(u))
+    share = 1.0 / (1.0 + shrunk)
+    square = u * u
+    series = 0.1333333333 - square * (0.0539682540 - square * 0.0218694885)
+    series = u * (1.0 - square * (0.3333333333 - square * series))
+    far = tl.where(u < 0, -1.0, 1.0) * (1.0 - shrunk) * share
+    return tl.where(square < 0.0625, series, far), 4.0 * shrunk * share * share
 
 
 @triton.jit
@@ -39,10 +59,9 @@ def transformed(z, scalars_ptr, inverse_temperature, SCALED: tl.constexpr, CAPPE
         slope = slope * scale
     if CAPPED:
         cap = tl.load(scalars_ptr + 1)
-        shrunk = tl.exp(-2.0 * tl.abs(x) / cap)
-        tanh = tl.where(x < 0, -1.0, 1.0) * (1.0 - shrunk) / (1.0 + shrunk)
+        tanh, bend = tanh_and_slope(x / cap)
         x = cap * tanh
-        slope = slope * (1.0 - tanh * tanh)
+        slope = slope * bend
     return x * inverse_temperature, slope * inverse_temperature
 
 
@@ -118,11 +137,11 @@ def grad_of_block(
     return tl.where(columns == token, a * miss + p * at_token, p * inner) * slope
 
 
-@triton.jit(do_not_specialize=VARIES)
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=PER_ROW)
 def row_stats_kernel(
     logits_ptr, tokens_ptr, mask_ptr, temperature_ptr, scalars_ptr,
     logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr, miss_ptr, argmax_ptr,
-    inner, stride_outer, stride_inner, V,
+    inner, stride_outer: tl.int64, stride_inner: tl.int64, V,
     BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SCALED: tl.constexpr,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +164,11 @@ def row_stats_kernel(
         tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0))
 
 
-@triton.jit(do_not_specialize=VARIES)
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=PER_ROW)
 def row_grads_kernel(
     logits_ptr, out_ptr, tokens_ptr, mask_ptr, temperature_ptr, scalars_ptr,
     maximum_ptr, log_sum_ptr, miss_ptr, a_ptr, b_ptr, c_ptr,
-    inner, stride_outer, stride_inner, out_stride_outer, out_stride_inner, V,
+    inner, stride_outer: tl.int64, stride_inner: tl.int64, out_stride_outer: tl.int64, out_stride_inner: tl.int64, V,
     BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SCALED: tl.constexpr,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +200,7 @@ def row_grads_kernel(
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=columns < V)
 
 
-@triton.jit(do_not_specialize=["factor_stride"])
+@triton.jit(do_not_specialize=["factor_stride"], do_not_specialize_on_alignment=PER_ROW)
 def scale_rows_kernel(grads_ptr, factor_ptr, factor_stride, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row * factor_stride)
@@ -260,21 +279,22 @@ def row_stats_triton(
     """`rows.row_stats_reference` in one launch, on [..., V] of any strides."""
     rows = layout(logits)
     num_rows, vocab = tokens.numel(), logits.shape[-1]
-    out = torch.empty((4 + with_entropy, num_rows), dtype=work_dtype(logits), device=logits.device)
-    logprobs, maximum, log_sum, miss, *entropy = out.unbind()
+    # each output its own storage: an op may not return views of one tensor
+    sizes = (num_rows, num_rows if with_entropy else 0, num_rows, num_rows, num_rows)
+    logprobs, entropy, maximum, log_sum, miss = (
+        torch.empty(size, dtype=work_dtype(logits), device=logits.device) for size in sizes
+    )
     argmax = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
     block, warps = block_for(vocab, 4096)
     if num_rows:
         row_stats_kernel[(num_rows,)](
             rows.tensor, tokens.contiguous(), bytes_of(mask, tokens), _temperatures(transform, tokens),
-            numbers(transform, logits.device), logprobs, entropy[0] if entropy else logprobs, maximum, log_sum, miss,
-            argmax.view(torch.uint8), rows.inner, rows.outer, rows.stride, vocab,
+            numbers(transform, logits.device), logprobs, entropy, maximum, log_sum, miss, argmax.view(torch.uint8),
+            rows.inner, rows.outer, rows.stride, vocab,
             BLOCK=block, HAS_MASK=mask is not None, ENTROPY=with_entropy, ALIGNED=rows.aligned,
             **flags(transform), **launch_options(warps, STATS_REGISTERS),
         )  # fmt: skip
-    # each output its own storage: an op may not return views of one tensor
-    entropies = entropy[0].clone() if entropy else out.new_empty(0)
-    return RowStats(logprobs.clone(), entropies, maximum.clone(), log_sum.clone(), miss.clone(), argmax)
+    return RowStats(logprobs, entropy, maximum, log_sum, miss, argmax)
 
 
 def _temperatures(transform: Transform, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ MAX_PIECES = 1024
 
 
 @triton.jit(do_not_specialize=["size", "steps"])
-def moments_kernel(x_ptr, mask_ptr, pieces_ptr, size, steps, BLOCK: tl.constexpr):
+def moments_kernel(x_ptr, mask_ptr, pieces_ptr, size: tl.int64, steps, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     count = tl.zeros((), tl.float64)
     total = tl.zeros((), tl.float64)
@@ -35,8 +35,9 @@ def moments_kernel(x_ptr, mask_ptr, pieces_ptr, size, steps, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=["size", "pieces"])
 def whiten_kernel(
-    x_ptr, mask_ptr, pieces_ptr, out_ptr, size, pieces, BLOCK: tl.constexpr, PIECES: tl.constexpr, SHIFT: tl.constexpr
-):
+    x_ptr, mask_ptr, pieces_ptr, out_ptr, size: tl.int64, pieces,
+    BLOCK: tl.constexpr, PIECES: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
     piece = tl.arange(0, PIECES)
     inside = piece < pieces
     count = tl.sum(tl.load(pieces_ptr + piece * 3, mask=inside, other=0.0), 0)

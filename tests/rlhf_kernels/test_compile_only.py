@@ -58,11 +58,13 @@ def key(kernel, arguments, constants):
     return str(binder(*arguments, **constants, debug=False)[1])
 
 
-def rows_key(batch, length, vocab=4096, temperature=1.0):
+def rows_key(batch, length, vocab=4096, temperature=1.0, strides=None, begin=0):
     logits = torch.empty(batch, length + 1, vocab, dtype=torch.bfloat16)[:, :-1]
     rows = triton_rows.layout(logits)
-    n, per_row = batch * length, torch.empty(batch * length)
-    tokens, flags = torch.empty(n, dtype=torch.long), torch.empty(n, dtype=torch.uint8)
+    if strides:
+        rows = rows._replace(outer=strides[0], stride=strides[1])
+    n, per_row = batch * length, torch.empty(batch * length + begin)[begin:]
+    tokens, flags = torch.empty(n + begin, dtype=torch.long)[begin:], torch.empty(n + begin, dtype=torch.uint8)[begin:]
     numbers = triton_rows.scalars(logits.device, temperature, 0.0, 1.0)
     constants = {
         "BLOCK": 4096, "HAS_MASK": True, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False, "ENTROPY": True,
@@ -82,6 +84,26 @@ def test_a_new_length_batch_or_temperature_is_the_same_kernel():
     assert rows_key(2, 3, vocab=4097) != first  # the vocabulary may be compiled in
 
 
+def test_rows_more_than_two_thousand_million_elements_apart_are_the_same_kernel():
+    # 14 135 positions of 152k words: the stride between sequences needs 64 bits from there on
+    assert rows_key(2, 3, strides=(2**31, 4096)) == rows_key(2, 3)
+
+
+@pytest.mark.parametrize("name", bench_compile.kernels())
+def test_a_tensor_that_begins_anywhere_is_the_same_kernel(name):
+    # rows of a chunk, tokens[1:], one sequence's values[:, 1:]: 16-byte boundaries come and go
+    params = {p.name: p for p in bench_compile.kernels()[name].params if p.name.endswith("_ptr")}
+    aligned = {n for n, p in params.items() if not p.do_not_specialize_on_alignment}
+    per_column = {"logits_ptr", "grads_ptr", "out_ptr", "ref_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "x_ptr"}
+    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr", "maps_ptr", "carry_ptr",
+               "partials_ptr", "pieces_ptr"}  # fmt: skip
+    assert aligned <= per_column | outputs | ({"mask_ptr"} if name in ("moments", "whiten") else set())
+
+
+def test_rows_from_the_middle_of_a_tensor_are_the_same_kernel():
+    assert rows_key(2, 3, begin=1) == rows_key(2, 3)
+
+
 def test_a_new_horizon_is_the_same_scan():
     def scan(batch, length, segments):
         x, flags = torch.empty(batch, length), torch.empty(batch, length, dtype=torch.uint8)
@@ -90,8 +112,7 @@ def test_a_new_horizon_is_the_same_scan():
             "BLOCK": 1024, "BLOCKS": 4, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False,
             "CARRY": False,
         }  # fmt: skip
-        last = torch.empty(batch, dtype=torch.long)
-        arguments = (x, x, x, x, x, flags, last, x, x, x, x, x, x, moments, length, segments)
+        arguments = (x, x, x, x, x, flags, x, x, x, x, x, x, moments, length, segments)
         return key(triton_gae.gae_kernel, arguments, constants)
 
     assert scan(2, 1000, 1) == scan(3, 1024, 1) == scan(1, 4096, 16)
