@@ -76,10 +76,56 @@ def test_views_in_place_and_certain_tokens(both):
     torch.testing.assert_close(ours[4][0, 0, 3].double(), exact[4][0, 0, 3], rtol=1e-5, atol=0)
 
 
+HOSTILE = torch.tensor(
+    [[0.0, -math.inf, 1.0], [1e4, -1e4, 1e4 - 1], [math.nan, 0.0, 0.0], [0.0, 1.0, 2.0], [-1e4, -1e4, -1e4]]
+)
+
+
+@pytest.mark.parametrize("softcap", [50.0, 1000.0])
+def test_a_wide_cap_keeps_the_digits_of_small_logits(both, softcap):
+    logits, tokens, _, factor, _ = rows(6, 257)
+    logits[0], logits[1] = logits[0] * 100, 0  # near the cap, and in the middle
+
+    def use(dtype):
+        x = logits.to(dtype).requires_grad_()
+        result = token_logprobs(x, tokens, softcap=softcap, with_entropy=True)
+        total = (result.logprobs * factor + result.entropy).sum()
+        return *result, torch.autograd.grad(total, x)[0]
+
+    # logits of 300 are right to 2e-5 in float32, and so is what is made of them
+    same(*both(use), atol=3e-5, rtol=1e-6)
+    ours, exact = both(use)
+    assert (ours[0].double() - exact[0])[1:].abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_logits(monkeypatch, dtype):
+    logits, tokens, mask, factor, _ = (x.to(dtype) if x.is_floating_point() else x for x in rows(4, 300))
+    old, ref = torch.full((4,), -6.0), logits.flip(0)
+
+    def use(x):
+        scores = token_logprobs(x, tokens, mask=mask, with_entropy=True)
+        loss = policy_loss(
+            x, tokens, old, factor, mask=mask, denominator=3.0, loss=PolicyLossSpec("reinforce", entropy_coef=0.1)
+        )
+        kl = exact_kl(x, ref.to(x.dtype), mask=mask)
+        totals = ((scores.logprobs + scores.entropy).sum(), loss.loss, kl.sum())
+        numbers = (scores.logprobs, scores.entropy, loss.logprobs, kl)
+        return numbers, [torch.autograd.grad(total, x)[0] for total in totals]
+
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "triton")
+    numbers, grads = use(logits.clone().requires_grad_())
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "reference")
+    exact, exact_grads = use(logits.double().requires_grad_())
+    same(numbers, exact)  # 16-bit inputs are exact in float32
+    for x, y in zip(grads, exact_grads, strict=True):
+        assert x.dtype == dtype
+        # one rounding to 11 or 8 bits; the interpreter cuts bfloat16 off instead of rounding it, twice as far
+        assert (x.double() - y).norm() / y.norm() < {torch.float16: 5e-4, torch.bfloat16: 6e-3}[dtype]
+
+
 def test_hostile_logits(both):
-    logits = torch.tensor(
-        [[0.0, -math.inf, 1.0], [1e4, -1e4, 1e4 - 1], [math.nan, 0.0, 0.0], [0.0, 1.0, 2.0], [-1e4, -1e4, -1e4]]
-    )
+    logits = HOSTILE
     tokens = torch.tensor([0, 2, 1, 2, 0])
 
     def use(dtype):
@@ -89,6 +135,81 @@ def test_hostile_logits(both):
         return *result[:3], grad
 
     same(*both(use), atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_hostile_logits_in_losses(both, direction):
+    tokens, mask = torch.tensor([0, 2, 1, 2, 0]), torch.tensor([True, True, False, True, True])
+    ref = torch.tensor([[0.0, -math.inf, 0.5]]).repeat(5, 1)
+    ref[1:] = torch.tensor([1.0, 0.0, -1.0])
+
+    def use(dtype):
+        x = HOSTILE.to(dtype).requires_grad_()
+        kl = exact_kl(x, ref.to(dtype), mask=mask, direction=direction)
+        old, spec = torch.full((5,), -1.0), PolicyLossSpec("clipped", kl_coef=0.1, entropy_coef=0.01)
+        loss = policy_loss(
+            x, tokens, old, torch.tensor([1.0, -1.0, 1.0, 2.0, -2.0]), mask=mask, denominator=4.0, ref_logprobs=old,
+            loss=spec,
+        )  # fmt: skip
+        return kl, *loss, *torch.autograd.grad(kl.sum() + loss.loss, x)
+
+    # differences of logits of 1e4 are exact here; a KL of 2e4 keeps 24 bits
+    same(*both(use), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 257, 32000])
+def test_losses_of_every_width(both, vocab):
+    num_rows = 63 if vocab == 7 else 2
+    logits, tokens, mask, factor, weights = rows(num_rows, vocab)
+    mask[0], ref = True, rows(num_rows, vocab, seed=1)[0]
+
+    def use(dtype):
+        x = logits.to(dtype).requires_grad_()
+        kl = exact_kl(x, ref.to(dtype), mask=mask)
+        spec = PolicyLossSpec("clipped", dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01)
+        old = torch.full((num_rows,), -math.log(vocab) - 1)
+        options = {"mask": mask, "denominator": 9.0, "ref_logprobs": old + 0.3, "weights": weights, "loss": spec}
+        loss = policy_loss(x, tokens, old, factor, **options)
+        return kl, *loss, *torch.autograd.grad(kl.sum() + loss.loss, x)
+
+    same(*both(use), atol=2e-5, rtol=2e-5)
+
+
+def test_losses_of_views_and_of_nothing_that_counts(both):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(3, 5, 40, generator=generator)
+    tokens, old = torch.randint(40, (3, 4), generator=generator), torch.full((3, 4), -4.0)
+    advantages = torch.randn(3, 1, generator=generator).expand(3, 4)
+    ref = torch.randn(5, 3, 40, generator=generator).transpose(0, 1)[:, 1:]
+
+    def use(dtype):
+        results = []
+        for mask in (torch.ones(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)):
+            x = whole.to(dtype).requires_grad_()
+            for view in (x[:, :-1], x[:, 1:]):
+                loss = policy_loss(view, tokens.to(torch.int32), old, advantages, mask=mask, denominator=6.0)
+                kl = exact_kl(view, ref.to(dtype), mask=mask)
+                results += [*loss, kl, *torch.autograd.grad(loss.loss * 3 + kl.sum(), x)]
+        return results
+
+    ours, exact = both(use)
+    same(ours, exact)
+    assert all(x.eq(0).all() for x in ours[len(ours) // 2 :] if x is not None)
+
+
+def test_losses_of_no_rows():
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_kl import kl_rows_triton
+    from rlhf_kernels.triton_policy import policy_loss_triton
+
+    logits, empty, tokens = torch.empty(0, 5), torch.empty(0), torch.empty(0, dtype=torch.long)
+    assert kl_rows_triton(logits, logits, None, None, 1.0, True, torch.empty(0, 5)).shape == (0,)
+    total, logprobs, *_ = policy_loss_triton(
+        logits, tokens, empty, empty, None, None, empty > 0, Transform(), torch.tensor(1.0), PolicyLossSpec(), False,
+        logits,
+    )  # fmt: skip
+    assert total == 0
+    assert logprobs.shape == (0,)
 
 
 @pytest.fixture
