@@ -204,8 +204,10 @@ def family() -> str:
             "machine did meanwhile too; the second, by the processor time of the two processes, hardly does. Both are "
             "taken from the first step to the last.",
             table(header, against),
-            f"GRPO's policies end at KL {kl_of('ours'):.2f} ours and {kl_of('trl'):.2f} TRL's, which is what sets them "
-            "apart. The reason is not known: on fixed rollouts twenty optimiser steps are TRL's (`tests/peers`).",
+            f"GRPO's policies end at KL {kl_of('ours'):.2f} ours and {kl_of('trl'):.2f} TRL's. Both weigh the KL term "
+            "by the ratio of policies (TRL's `use_bias_correction_kl`, our `kl.loss_importance_weighted`, both on by "
+            "default), without which the same coefficient holds a policy less. On fixed rollouts twenty optimiser "
+            "steps of the two are the same (`tests/peers`).",
             "With the pairs in one order for both, DPO's two policies end up "
             f"{100 * order['apart'] / order['trl_moved']:.1f} % of the way apart that they moved: what differs between "
             "them in the table is the order in which each library shuffles.",
