@@ -90,6 +90,7 @@ GOOD = {
     "completion": "c",
     "chosen": "c",
     "rejected": "r",
+    "gold": "g",
     "completions": ["a", "b"],
     "ranks": [1, 2.0],
     "labels": [True, None],

@@ -1,5 +1,7 @@
 """Policy losses, credits and corrections as a YAML file names them."""
 
+import inspect
+
 import pytest
 from jsonargparse import ArgumentParser
 
@@ -11,7 +13,8 @@ from rlhf_lightning.losses import DFT, NLL, SamplerCorrection, SupervisedLoss
 
 def offered(room, interface):
     found = [getattr(room, name) for name in room.__all__]
-    return [cls for cls in found if isinstance(cls, type) and issubclass(cls, interface)]
+    found = [cls for cls in found if isinstance(cls, type) and issubclass(cls, interface)]
+    return [cls for cls in found if not inspect.isabstract(cls)]
 
 
 CHOICES = [(Credit, cls) for cls in offered(advantages, Credit)]
