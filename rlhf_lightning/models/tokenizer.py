@@ -85,7 +85,10 @@ def read_chat_template(template: str) -> str:
     if not is_template:
         file = Path(template).expanduser()
         if not file.is_file():
-            raise UserError(f"chat_template {template!r} is neither a file nor a Jinja template (nothing in {{}})")
+            raise UserError(
+                f"chat_template {template!r} is neither a file nor a Jinja template: there is no {file.absolute()}, "
+                "and a template has {{ ... }} in it"
+            )
         template, origin = file.read_text(encoding="utf-8"), f"chat template {file}"
     try:
         _parsed(template)

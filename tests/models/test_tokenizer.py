@@ -78,7 +78,7 @@ def test_a_chat_template_is_a_string_or_a_file(tiny_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("missing.jinja", "neither a file nor a Jinja template"),
+        ("missing.jinja", r"neither a file nor a Jinja template: there is no /.*missing\.jinja"),
         ("{% for m in messages %}{{ m.content }}", "chat_template, line 1"),
         ("{{ messages[0].content }", "chat_template, line 1"),
     ],
