@@ -29,7 +29,7 @@ class Answers:
     """Weighted score from each reward function."""
     add_over_ranks: Callable[[Tensor], Tensor]
 
-    def group_sum(self, x: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def group_sum(self, x: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch *rest"]:
         """The sum of `x` over each answer's group, at each answer."""
         return torch.zeros_like(x).index_add(0, self.group, x)[self.group]
 

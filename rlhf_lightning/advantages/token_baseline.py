@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_lightning.advantages.answers import answers_of
 from rlhf_lightning.advantages.per_token import rewards_to_come
 from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
 
@@ -20,7 +21,7 @@ class OptimalTokenBaseline(Credit):
 
     over the answers of the group that have a t-th token; G are the rewards to come. The bracket is the squared length
     of the gradient of log pi with respect to the logits. An answer that is alone in its group gets 0 (verl: its score).
-    Needs the policy's own probabilities: one more pass of its output head. Returns are the rewards to come.
+    Needs the policy's own probabilities: one more forward pass of it. Returns are the rewards to come.
 
     Args:
         uncompared: of tokens that no other answer of the group is long enough for: zero, or score, what is to come
@@ -44,14 +45,10 @@ class OptimalTokenBaseline(Credit):
         breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
         add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-        group = torch.unique(groups, return_inverse=True)[1]
+        group_sum = answers_of(rewards, mask, groups).group_sum
         to_come = rewards_to_come(rewards, mask)
         counted = mask.double()
         weights = (values.double() * counted).cumsum(-1) * counted
-
-        def group_sum(x: Tensor) -> Tensor:
-            return torch.zeros_like(x).index_add(0, group, x)[group]
-
         total = group_sum(weights)
         # certain of every token so far: then none of them has a gradient, whatever the advantage is
         mean = group_sum(weights * to_come) / torch.where(total > 0, total, 1.0)

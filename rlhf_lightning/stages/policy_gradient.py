@@ -379,7 +379,8 @@ class PolicyGradientModule(OnPolicyModule):
         if state:
             self.shaper.load_state_dict(state["shaper"])
             self._stopped_rollout = state["stopped_rollout"]
-            self.entropy_bonus.load_state_dict(state["entropy_bonus"])
+            if "entropy_bonus" in state:  # checkpoints from before it could move say nothing of it
+                self.entropy_bonus.load_state_dict(state["entropy_bonus"])
 
 
 def _check_corrected(correction: SamplerCorrection | None, old_logprobs: OldLogprobs) -> None:

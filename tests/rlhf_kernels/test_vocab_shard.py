@@ -89,6 +89,7 @@ def one_process(rank, size, store, vocab, dtype):
     distributed.all_gather_object(everywhere, [own[0], own[1][0]])
     for other in everywhere:  # or processes that sample together part ways
         torch.testing.assert_close(other, [own[0], own[1][0]], rtol=0, atol=0)
+    distributed.barrier()  # one that leaves closes what another may still be reading
     distributed.destroy_process_group()
 
 
