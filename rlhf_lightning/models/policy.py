@@ -202,8 +202,9 @@ class Policy(nn.Module):
             temperature: logits are divided by it; the one that the tokens were sampled at.
             answers: see `hidden_states`.
         """
-        hidden = self.hidden_states(
-            batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None), answers=answers
+        # the class's own: of a sharded model `self.hidden_states` gathers weights and lets go of them, the head's too
+        hidden = type(self).hidden_states(
+            self, batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None), answers=answers
         )
         return self.scores(
             hidden,
