@@ -122,14 +122,14 @@ class Canned:
         mask = torch.nn.functional.pad(prompts.attention_mask, (self.extra_left, 0), value=False)
         asked = [(record, copy) for record in prompts.records for copy in range(copies)]
         lengths = [min(record["length"] + copy, 10) for record, copy in asked]
-        longest = max(lengths) + self.extra_right
+        longest, device = max(lengths) + self.extra_right, left.device
         answers = torch.stack([torch.arange(longest) * (7 + copy) % 11 + 4 + r["row"] % 3 for r, copy in asked])
-        ends = left.shape[1] + torch.tensor(lengths)
+        answers, ends = answers.to(device), left.shape[1] + torch.tensor(lengths, device=device)
         made = assemble(torch.cat((left, answers), 1), mask.repeat_interleave(copies, 0), ends, pad_id=pad)
         if not self.pads_on_the_right:
             return made
         in_front = made.attention_mask.int().argmax(-1, keepdim=True)
-        order = (torch.arange(made.tokens.shape[1]) + in_front) % made.tokens.shape[1]
+        order = (torch.arange(made.tokens.shape[1], device=device) + in_front) % made.tokens.shape[1]
         rows = ("tokens", "attention_mask", "mask", "positions")
         return replace(made, **{name: getattr(made, name).gather(1, order) for name in rows})
 

@@ -172,14 +172,14 @@ class Watch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for parameter in (p for model in module.frozen_models() for p in model.parameters()):
-            self.here += parameter.to_local().numel()
+            self.here += getattr(parameter, "to_local", lambda whole=parameter: whole)().numel()
             self.everywhere += parameter.numel()
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.in_checkpoint = sorted(checkpoint["state_dict"])
 
 
-def resumed(stage: str, strategy: Callable[[], Any] = lambda: "fsdp2") -> Case:
+def resumed(stage: str, strategy: Callable[[], Any] = lambda: "fsdp2", **options: Any) -> Case:
     """A run of four epochs, and one that is stopped after the second and goes on from its checkpoint."""
 
     def made(model: str) -> L.LightningModule:
@@ -192,7 +192,7 @@ def resumed(stage: str, strategy: Callable[[], Any] = lambda: "fsdp2") -> Case:
 
     def case(model: str, folder: Path, world: int) -> dict[str, Any]:
         def given() -> dict[str, Any]:
-            return {"devices": world, "strategy": strategy()}
+            return {"devices": world, "strategy": strategy(), **options}
 
         whole, first, second, watch = made(model), made(model), made(model), Watch()
         losses = fit(whole, stage, folder, max_epochs=4, **given())

@@ -1,0 +1,32 @@
+"""A run on the GPU that is stopped and resumed, and the same run twice, end with the same bits."""
+
+import json
+
+import pytest
+import torch
+from on_gpu import ACCELERATOR, or_skip
+
+or_skip()
+
+from one_step import records
+from parallel_fits import resumed
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
+def test_resuming_ends_with_the_same_bits(stage, tiny_model, tmp_path):
+    (tmp_path / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
+    case = resumed(stage, lambda: "auto", accelerator=ACCELERATOR, deterministic=True)
+    found = case(str(tiny_model), tmp_path, 1)
+    whole, again = found["whole"], found["resumed"]
+    assert len(whole["losses"]) in (4, 8)
+    assert again["losses"] == whole["losses"]
+    different = [name for name, weight in whole["weights"].items() if not torch.equal(again["weights"][name], weight)]
+    assert not different
