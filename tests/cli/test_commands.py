@@ -152,3 +152,22 @@ def test_help_imports_neither_torch_nor_lightning():
 def test_help_of_fit_answers(config, capsys):
     assert main(["fit", "--help"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
+ANOTHER_ORDER = """
+import importlib, sys, typing
+import lightning.pytorch
+for clear in typing._cleanups:
+    clear()
+typing.Optional[typing.Union[float, int]]
+lightning.pytorch.Trainer = importlib.reload(sys.modules["lightning.pytorch.trainer.trainer"]).Trainer
+from rlhf_lightning.__main__ import main
+sys.exit(main(["fit", "--config", "sft.yaml", "--trainer.limit_val_batches=1", "--print_config"]))
+"""
+
+
+def test_one_batch_is_one_batch_whatever_types_other_packages_wrote_first(config):
+    """`typing` would turn Lightning's int | float into their float | int, and 1 batch into all of them."""
+    write(config)
+    done = subprocess.run([sys.executable, "-c", ANOTHER_ORDER], capture_output=True, text=True, check=True)
+    assert "limit_val_batches: 1\n" in done.stdout
