@@ -1,5 +1,6 @@
 """Answers from transformers' continuous batching: a paged KV cache, a new request wherever another one ended."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_i
 
 CPU_BATCH_TOKENS = 512
 """Tokens of a forward pass on the CPU, where transformers' own choice takes minutes to set up."""
+PAGE_SIZE = "page_size" if "page_size" in {f.name for f in fields(ContinuousBatchingConfig)} else "block_size"
+"""What the config calls it: the other name up to transformers 5.17."""
 
 
 class HFContinuousBatching(RolloutEngine):
@@ -121,7 +124,7 @@ class HFContinuousBatching(RolloutEngine):
 
     def _batching(self, ids: list[list[int]], seed: int, *, on_cpu: bool) -> ContinuousBatchingConfig:
         common: dict[str, Any] = {
-            "page_size": self.page_size,
+            PAGE_SIZE: self.page_size,
             "return_logprobs": True,
             "seed": seed,
             "drop_unsupported_processors": False,
