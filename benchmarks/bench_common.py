@@ -4,6 +4,7 @@ import csv
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +21,12 @@ HERE = Path(__file__).parent
 
 def about() -> dict[str, Any]:
     """What the figures were measured with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+    commit = ""
+    if shutil.which("git"):  # a machine that is lent a copy of the files may have none
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False)
+        commit = asked.stdout.strip()
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {name: version(name) for name in ("torch", "lightning", "transformers")}
         | {"python": platform.python_version()},

@@ -403,20 +403,25 @@ def memory() -> str:
 
 
 def planned() -> str:
-    result = load("plan.json")
-    if result is None:
-        return ""
+    ways = {
+        "plan.json": "`python benchmarks/bench_plan.py`: what [`rlhf-lightning plan`](plan.md) predicts, and how far "
+        "resident memory of a run rises above that of a process that has trained a tiny model before.",
+        "plan_cuda.json": "`python benchmarks/bench_plan.py --device cuda`: the same on a GPU in bf16-mixed, by "
+        "`torch.cuda.max_memory_allocated`.",
+    }
+    sections = [plan_section(said, result) for name, said in ways.items() if (result := load(name)) is not None]
+    return "\n\n".join(["## Memory, planned and measured", *sections]) if sections else ""
+
+
+def plan_section(said: str, result: dict[str, Any]) -> str:
     rows = [
         [r["case"], r["phase"], f"{r['predicted_mb']:.0f}", f"{r['measured_mb']:.0f}", f"{r['error']:+.1%}"]
         for r in result["rows"]
     ]
     return "\n\n".join(
         [
-            "## Memory, planned and measured",
-            "`python benchmarks/bench_plan.py`: what [`rlhf-lightning plan`](plan.md) predicts, and how far resident "
-            "memory of a run rises above that of a process that has trained a tiny model before. Random models of "
-            f"{result['parameters']} million parameters. Target: within {result['target']:.0%}, met by "
-            f"**{result['met']} of {len(rows)}**.",
+            f"{said} Random models of {result['parameters']} million parameters. Target: within "
+            f"{result['target']:.0%}, met by **{result['met']} of {len(rows)}**.",
             table(["run", "phase", "predicted MB", "measured MB", "error"], rows),
             measured_with(result["about"]),
         ]

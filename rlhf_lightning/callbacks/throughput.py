@@ -52,14 +52,12 @@ class Throughput(Callback):
             return
         # kept on the device: reading it each step would wait for the accelerator
         self._train_tokens = tokens if self._train_tokens is None else self._train_tokens + tokens
-        now = self._clock()
-        self._train_seconds += now - self._since
-        self._since = now
         step = trainer.global_step
         if step > 0 and step % trainer.log_every_n_steps == 0:
-            count = float(self._train_tokens)
-            if self._train_seconds > 0:
-                self._log(pl_module, trainer, "train", count / self._train_seconds)
+            count = float(self._train_tokens)  # waits for what is queued on the device: it is of this time
+            seconds = self._train_seconds + self._clock() - self._since
+            if seconds > 0:
+                self._log(pl_module, trainer, "train", count / seconds)
             self._train_tokens, self._train_seconds = None, 0.0
             self._since = self._clock()
 

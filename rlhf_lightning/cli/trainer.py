@@ -23,8 +23,8 @@ from rlhf_lightning.planning.plan import bytes_of, make_plan
 from rlhf_lightning.planning.report import does_not_fit, report
 from rlhf_lightning.rollout.generate import GenerationSpec
 
-# `typing` gives Lightning's Optional[Union[int, float]] the order of whoever wrote such a type first, in any package. By
-# the other order 1 batch is read as 1.0, which is all of them; `int | float` keeps its own
+# `typing` gives Lightning's Optional[Union[int, float]] the order of whoever wrote such a type first, in any package.
+# By the other order 1 batch is read as 1.0, which is all of them; `int | float` keeps its own
 for _option in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
     inspect.unwrap(Trainer.__init__).__annotations__[_option] = int | float | None
 

@@ -53,6 +53,30 @@ def test_rollouts_and_validation_are_not_training_time():
     assert log.logged["throughput/train_tokens_per_s"] == pytest.approx(2 * (5 + 5) / 5.5)
 
 
+def test_work_that_is_queued_on_the_device_takes_its_time(monkeypatch):
+    """Reading the count waits for it."""
+    log, now = Log(), [0.0]
+
+    class Queued:
+        def __add__(self, other):
+            return self
+
+        def __float__(self):
+            now[0] += 3.0
+            return 40.0
+
+    trainer = SimpleNamespace(global_step=1, log_every_n_steps=2, world_size=1, loggers=[log])
+    callback = Throughput()
+    callback._clock = lambda: now[0]
+    monkeypatch.setattr("rlhf_lightning.callbacks.throughput.num_real_tokens", lambda batch: Queued())
+    callback.on_train_start(trainer, None)
+    for step in (1, 2):
+        now[0] += 0.5
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert log.logged == {"throughput/train_tokens_per_s": pytest.approx(40 / 4)}
+
+
 def test_padding_is_no_token():
     assert int(num_real_tokens(batch(3, 1))) == 4
     assert int(num_real_tokens(PairBatch(batch(3, 1), batch(2, 2)))) == 8

@@ -91,6 +91,7 @@ def test_what_the_sampler_said_is_what_the_policy_says(name, dtype, wide_model, 
     assert float(gap.mean()) < (1e-5 if dtype == "float32" else 0.03)
 
 
+@pytest.mark.slow  # transformers compiles its steps
 def test_a_static_cache_gives_the_same_greedy_answers(tiny_model, tokenizer, prompts):
     policy, answers = made(tiny_model), []
     for cache in ("dynamic", "static"):
@@ -99,6 +100,7 @@ def test_a_static_cache_gives_the_same_greedy_answers(tiny_model, tokenizer, pro
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow  # transformers compiles its steps
 def test_a_static_cache_draws_by_its_seed_and_leaves_the_generators_alone(tiny_model, tokenizer, prompts):
     engine = HFGenerate(GenerationSpec(max_new_tokens=8, num_samples=4, cache="static"), tokenizer)
     policy, asked = made(tiny_model), prompts.to(DEVICE)
@@ -110,6 +112,7 @@ def test_a_static_cache_draws_by_its_seed_and_leaves_the_generators_alone(tiny_m
     assert torch.equal(first.tokens, engine.generate(policy, asked, seed=5).tokens)
 
 
+@pytest.mark.slow  # transformers sets up a cache and graphs
 def test_answers_of_continuous_batching(tiny_model, tokenizer, prompts):
     """Greedy ones are those of generate; sampled ones come with the policy's own log-probabilities."""
     policy, asked = made(tiny_model), prompts.to(DEVICE)
@@ -126,6 +129,7 @@ def test_answers_of_continuous_batching(tiny_model, tokenizer, prompts):
     assert len(answers.tokens.unique(dim=0)) > 5
 
 
+@pytest.mark.slow  # transformers sets up a cache and graphs
 def test_a_stage_trains_through_continuous_batching(tiny_model, write_jsonl, tmp_path):
     module = GRPOModule(
         ModelSpec(path=str(tiny_model)),

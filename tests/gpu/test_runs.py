@@ -1,4 +1,4 @@
-"""The command line on a GPU in bf16-mixed, as configs/trainer/gpu.yaml has it: every stage, every config that we ship."""
+"""The command line on a GPU, in bf16-mixed as configs/trainer/gpu.yaml has it: every stage, every config we ship."""
 
 import json
 import math

@@ -230,6 +230,7 @@ def test_an_adapter_for_layers_that_do_not_exist_is_refused(lab):
 def test_half_precision_scores_are_close_to_full(lab):
     batch = lab.padded(lab.records(6, 4))
     full, half = lab.policy("llama"), lab.policy("llama", dtype="bfloat16")
+    half.load_state_dict(full.state_dict())  # drawn in bfloat16 they are others, in some versions of torch
     assert half.head().weight.dtype == torch.bfloat16
     assert half(batch).logprobs.dtype == torch.float32
     # 8 bits of mantissa, two layers of sums: a few per cent of logits of size 10

@@ -1,0 +1,80 @@
+"""Bases in 4 and 8 bits on a GPU: trained, saved there, read on the CPU."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from on_gpu import ACCELERATOR, DEVICE, or_skip
+
+or_skip()
+if importlib.util.find_spec("bitsandbytes") is None:
+    pytest.skip("needs bitsandbytes: pip install 'rlhf-lightning[quant]'", allow_module_level=True)
+
+from fits import fit
+from one_step import records
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.loading import load_policy, load_tokenizer
+from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
+from rlhf_lightning.stages import DPOModule, SFTModule
+
+pytestmark = pytest.mark.gpu
+
+BITS = {"nf4": QuantizationSpec(compute_dtype="float32"), "int8": QuantizationSpec(8)}
+TOKENS = torch.arange(3, 11).view(2, 4)
+
+
+def spec(model, bits):
+    return ModelSpec(path=str(model), quantization=BITS[bits], lora=LoraSpec(r=2))
+
+
+def logits(policy, device):
+    with torch.no_grad():
+        return policy.eval().model(input_ids=TOKENS.to(device)).logits.cpu()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_logits_are_near_those_of_the_unquantised_model(bits, wide_model):
+    exact = load_policy(ModelSpec(path=str(wide_model)))
+    with torch.no_grad():
+        expected = exact.eval().model(input_ids=TOKENS).logits
+    found = logits(load_policy(spec(wide_model, bits)).to(DEVICE), DEVICE)
+    assert not torch.equal(found, expected)
+    assert float((found - expected).norm() / expected.norm()) < (0.4 if bits == "nf4" else 0.05)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_checkpoint_of_the_gpu_is_read_on_the_cpu_and_back(bits, wide_model):
+    policy = load_policy(spec(wide_model, bits)).to(DEVICE)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    state = {name: value.cpu() for name, value in copy.deepcopy(policy.state_dict()).items()}
+    for device in ("cpu", DEVICE):
+        again = load_policy(spec(wide_model, bits)).to(device)
+        again.load_state_dict(state)
+        if device == DEVICE:
+            assert torch.equal(logits(again, device), logits(policy, DEVICE))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_adapters_over_four_bits_learn_and_are_exported(stage, wide_model, write_jsonl, tmp_path):
+    made = {"sft": SFTModule, "dpo": DPOModule}[stage]
+    module = made(spec(wide_model, "nf4"), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), seed=0)
+    data = {"train": write_jsonl("records.jsonl", records(stage)), "batch_size": 12}
+    losses = []
+    for epochs in (1, 8):
+        module = made(
+            spec(wide_model, "nf4"), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), seed=0
+        )
+        trainer = fit(module, tmp_path, data=data, max_epochs=epochs, accelerator=ACCELERATOR, precision="bf16-mixed")
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+    assert losses[1] < losses[0]
+    folder = export_policy(module.policy, load_tokenizer(module.model_spec), tmp_path / "hf")
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
+    theirs = logits(module.policy, module.policy.head().weight.device)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
