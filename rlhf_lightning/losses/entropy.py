@@ -57,10 +57,10 @@ def _kth_smallest(
         digit = (bits >> shift) & (2**width - 1)
         zeros = torch.zeros(2**width, dtype=torch.float64, device=bits.device)
         histogram = zeros.index_add(0, digit.flatten(), among.flatten().double())
-        up_to = add_over_ranks(histogram).cumsum(0)
+        # whole numbers: of fractions a GPU has no cumulated sum that is deterministic
+        up_to = add_over_ranks(histogram).long().cumsum(0)
         pick = (up_to <= k).sum().clamp(max=2**width - 1)
-        below = torch.where(pick > 0, up_to[(pick - 1).clamp(min=0)], 0.0)
-        k = k - below.long()
+        k = k - torch.where(pick > 0, up_to[(pick - 1).clamp(min=0)], 0)
         among = among & (digit == pick)
         chosen = chosen | (pick << shift).to(bits.dtype)
     return chosen

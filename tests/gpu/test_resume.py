@@ -8,7 +8,7 @@ from on_gpu import ACCELERATOR, or_skip
 
 or_skip()
 
-from one_step import records
+from one_step import PREFERENCES, UNPAIRED, records, step
 from parallel_fits import resumed
 
 pytestmark = pytest.mark.gpu
@@ -30,3 +30,17 @@ def test_resuming_ends_with_the_same_bits(stage, tiny_model, tmp_path):
     assert again["losses"] == whole["losses"]
     different = [name for name, weight in whole["weights"].items() if not torch.equal(again["weights"][name], weight)]
     assert not different
+
+
+KINDS = ("sft", "reward", "reward, steps", *PREFERENCES, *UNPAIRED, "ppo", "grpo", "online dpo")
+
+
+@pytest.mark.parametrize("stage", KINDS)
+def test_a_deterministic_trainer_takes_the_same_step_twice(stage, tiny_model, tmp_path):
+    """`trainer.deterministic: true` refuses operations that have no such form: no stage needs one."""
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
+    options = {"accelerator": ACCELERATOR, "deterministic": True, "batch_size": 6, "accumulate": 2}
+    gradients = [step(stage, str(tiny_model), str(path), **options)[1] for _ in range(2)]
+    assert gradients[0]
+    assert not [name for name, gradient in gradients[0].items() if not torch.equal(gradient, gradients[1][name])]
