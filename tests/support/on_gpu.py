@@ -11,6 +11,8 @@ import torch
 DEVICE = os.environ.get("RLHF_GPU_TESTS_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
 ACCELERATOR = "gpu" if ON_GPU else "cpu"
+# torch looks for it once, at the process's first product: a test that wants determinism may not be the first
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def or_skip() -> None:
