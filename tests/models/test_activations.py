@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from one_step import records, step
-from torch.autograd.graph import save_on_cpu
 
+from rlhf_lightning.models import activations
 from rlhf_lightning.models.spec import LoraSpec
 
 SAME_BITS = {
@@ -38,15 +38,8 @@ def test_gradients_keep_their_bits(stage, how, tiny_model, tmp_path):
 @pytest.fixture
 def gone(monkeypatch):
     """Tensors that are sent to the host."""
-    sent = []
-
-    class Counting(save_on_cpu):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            pack = self.pack_hook
-            self.pack_hook = lambda tensor: sent.append(tensor) or pack(tensor)
-
-    monkeypatch.setattr("rlhf_lightning.models.activations.save_on_cpu", Counting)
+    sent, send_away = [], activations.send_away
+    monkeypatch.setattr(activations, "send_away", lambda tensor: sent.append(tensor) or send_away(tensor))
     return sent
 
 
@@ -78,6 +71,34 @@ def test_nothing_goes_without_gradient(lab, gone):
     with torch.no_grad():
         policy.hidden_states(*_given(lab))
     assert not gone
+
+
+def padded_mask():
+    """As sdpa on a GPU keeps it: rows of 11 padded to 16, one mask for all heads."""
+    return torch.zeros(4, 1, 11, 16)[..., :11].expand(4, 3, 11, 11)
+
+
+LAYOUTS = {
+    "whole": (lambda: torch.zeros(2, 3, 5), (15, 5, 1)),
+    "transposed": (lambda: torch.zeros(2, 3, 4, 8).transpose(1, 2), (96, 8, 32, 1)),
+    "a third of the columns": (lambda: torch.zeros(2, 5, 96)[..., 32:64], (160, 32, 1)),
+    "padded rows": (lambda: padded_mask()[:, :1], (176, 16, 16, 1)),
+    "a number": (lambda: torch.zeros(()), ()),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_copy_is_as_aligned_as_what_it_copies_and_no_larger_than_that_needs(name):
+    made, strides = LAYOUTS[name]
+    assert tuple(activations.aligned_strides(made())) == strides
+
+
+def test_what_is_expanded_travels_once_and_comes_back_as_it_was():
+    mask = padded_mask()
+    once = mask[:, :1]
+    host = torch.empty_strided(once.shape, activations.aligned_strides(once)).copy_(once)
+    assert host.untyped_storage().nbytes() <= once.untyped_storage().nbytes()
+    assert host.expand(mask.shape).stride() == mask.stride()
 
 
 def _given(lab):
