@@ -9,6 +9,7 @@ Every layer's work is then on real tokens alone. Attention is told where records
 out in padded rows again, which attention alone then computes with; eager and flex attention by position ids.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -142,18 +143,15 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options = {"enable_gqa": True}
+        else:  # torch 2.11 knows no heads that share keys and values
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     by_token = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     sizes = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(
-        *by_token,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=sizes,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    out = varlen_attn(*by_token, starts, starts, longest, longest, scale=scaling, window_size=sizes, **options)
     assert isinstance(out, Tensor)
     return out
 

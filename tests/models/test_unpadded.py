@@ -1,5 +1,7 @@
 """A batch run without its padding: the same log-probabilities and gradients, in every family, for less work."""
 
+from functools import wraps
+
 import pytest
 import torch
 
@@ -119,7 +121,7 @@ def test_a_shared_prompt_is_computed_once_without_padding(lab, side):
 # --- kernels that need a GPU: what they are told
 
 
-def written_out(query, key, value, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa):
+def written_out(query, key, value, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
     """`torch.nn.attention.varlen.varlen_attn` by its documentation, record by record: [tokens, heads, width]."""
     assert torch.equal(starts, starts_k)
     assert longest == longest_k >= int(starts.diff().max())
@@ -135,12 +137,17 @@ def written_out(query, key, value, starts, starts_k, longest, longest_k, *, scal
     return torch.cat(out)
 
 
+def of_torch_2_11(query, key, value, starts, starts_k, longest, longest_k, *, scale, window_size):
+    return written_out(query, key, value, starts, starts_k, longest, longest_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen", [written_out, of_torch_2_11])
 @pytest.mark.parametrize("name", ["llama", "mistral"])  # without and with a window
-def test_varlen_is_told_where_records_begin(lab, name, monkeypatch):
+def test_varlen_is_told_where_records_begin(lab, name, varlen, monkeypatch):
     called = []
     monkeypatch.setattr(unpadded, "has_varlen", lambda device, dtype: True)
     monkeypatch.setattr(
-        "torch.nn.attention.varlen.varlen_attn", lambda *a, **k: called.append(1) or written_out(*a, **k)
+        "torch.nn.attention.varlen.varlen_attn", wraps(varlen)(lambda *a, **k: called.append(1) or varlen(*a, **k))
     )
     for batch in layouts(lab).values():
         scores = lab.policy(name, padding_free=True)(batch).logprobs
