@@ -260,8 +260,8 @@ class HFGenerate(RolloutEngine):
             policy.train(was_training)
         drawn = concatenate(parts, pad_id=pad_id).select(order.argsort())
         answers = assemble(drawn.tokens, prompts.attention_mask[copies], drawn.lengths, pad_id=pad_id)
-        # behind the end of a finished answer padding was drawn
-        real = {k: x if x.dim() > 2 else torch.where(answers.mask, x, 0.0) for k, x in drawn.noted.items()}
+        # behind the end of a finished answer padding was drawn, for as long as its row stayed in the batch
+        real = {name: _where(answers.mask, x) for name, x in drawn.noted.items()}
         return replace(answers, **real)
 
     def _uniforms(self, num_rows: int, seed: int, device: torch.device) -> Tensor:
@@ -428,6 +428,11 @@ def assemble(tokens: Tensor, prompt_mask: Tensor, lengths: Tensor, *, pad_id: in
         positions=(real.long().cumsum(-1) - 1).clamp(min=0),
         finished=finished,
     )
+
+
+def _where(mask: Tensor, x: Tensor) -> Tensor:
+    """x [batch, time, ...], 0 where `mask` [batch, time] is False."""
+    return torch.where(mask.view(*mask.shape, *(1,) * (x.dim() - 2)), x, 0)
 
 
 def _stop_strings(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StoppingCriteria:

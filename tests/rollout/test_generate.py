@@ -14,6 +14,7 @@ from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.data.encode import encode_prompt
 from rlhf_lightning.models.loading import load_policy, load_tokenizer
 from rlhf_lightning.models.spec import ModelSpec
+from rlhf_lightning.rollout import decode
 from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate, assemble
 
 
@@ -176,6 +177,19 @@ def test_the_policy_gives_every_token_the_log_probability_that_the_sampler_gave_
         torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=1e-5)
     else:
         assert answers.kept is None
+
+
+def test_what_is_noted_of_answers_does_not_depend_on_how_long_their_rows_stay(policy, tokenizer, monkeypatch):
+    """A GPU is asked only now and then who is done, and draws on for those that are."""
+    prompts, found = asked(tokenizer, "the film", "a plot was very"), []
+    for every in (1, 8):
+        monkeypatch.setattr(decode, "look_every", lambda device, every=every: every)
+        spec = {"max_new_tokens": 24, "num_samples": 8, "top_p": 0.8, "top_k": 9, "keep_logprobs": True}
+        found.append(answer(policy, tokenizer, prompts, **spec))
+    for name, value in vars(found[0]).items():
+        assert value is None or torch.equal(value, getattr(found[1], name)), name
+    assert bool(found[0].kept[found[0].mask].any(-1).all())
+    assert not bool(found[0].kept[~found[0].mask].any())
 
 
 def test_greedy_answers_keep_no_sets(policy, tokenizer):
