@@ -67,11 +67,36 @@ def settle(model: nn.Module) -> None:
                 f"{state.blocksize} do not divide, and bitsandbytes would put them back wrongly: use bits: 8, or leave "
                 "quantization out"
             )
+    _compute_with_weights(model)
     # says at every call of 8-bit layers that their inputs are cast to float16; docs/memory.md says it once
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _compute_with_weights(model: nn.Module) -> None:
+    """Let what 8-bit layers compute with move with their model.
+
+    They compute with integers and scales that they hold beside their weight. Those move with the layer's own `to` only,
+    which moving a whole model does not call: a model that was loaded on the CPU would be left there by half.
+    """
+    for module in model.modules():
+        if type(module._parameters.get("weight")).__name__ == "Int8Params":
+            module.register_forward_pre_hook(_take_weight)
+
+
+def _take_weight(layer: Any, inputs: Any) -> None:
+    weight, state, scales = layer.weight, layer.state, _scales(layer)
+    weight.CB = weight.SCB = None
+    state.CB, state.SCB = weight.data, scales
+
+
+def _scales(layer: Any) -> Tensor:
+    """The scales of an 8-bit layer's rows, beside its weight: the layer takes them when it first runs."""
+    weight = layer.weight
+    scales = layer.state.SCB if weight.SCB is None else weight.SCB
+    return scales.to(weight.device)
 
 
 def keep_only_trained(module: nn.Module) -> None:
@@ -136,7 +161,5 @@ def dequantized_state(model: nn.Module) -> Mapping[str, Tensor]:
         elif type(weight).__name__ == "Int8Params":
             import bitsandbytes.functional as bnb
 
-            # they move to the layer when it first runs
-            scales = weight.SCB if weight.SCB is not None else module.state.SCB
-            state[f"{name}.weight"] = bnb.int8_vectorwise_dequant(weight.data, scales)
+            state[f"{name}.weight"] = bnb.int8_vectorwise_dequant(weight.data, _scales(module))
     return {name: value.detach().cpu() for name, value in state.items()}

@@ -191,3 +191,21 @@ def test_importing_models_says_nothing():
     done = subprocess.run([sys.executable, "-c", "import rlhf_lightning.models.lora"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kernels-community" not in done.stderr
+
+
+def test_eight_bits_compute_with_the_weight_that_was_moved(spec):
+    """A move gives the weight other memory; what a layer that has run holds beside it stays where it was."""
+    policy = load_policy(replace(spec, quantization=BITS["int8"]))
+    expected = logits(policy)
+    weights = {
+        part: part._parameters.get("weight") for part in policy.modules()
+    }  # peft's wrappers have none of their own
+    layers = [part for part, weight in weights.items() if type(weight).__name__ == "Int8Params"]
+    assert layers
+    assert all(layer.weight.CB is None for layer in layers)
+    for layer in layers:
+        layer.state.CB.zero_()
+        layer.weight.data = torch.ones_like(layer.weight)
+    assert not torch.equal(logits(policy), expected)
+    assert all(layer.state.CB.data_ptr() == layer.weight.data_ptr() for layer in layers)
+    assert all(bool((layer.weight == 1).all()) for layer in layers)
