@@ -70,7 +70,8 @@ def load_policy(spec: ModelSpec) -> Policy:
         return policy.train()
     if spec.quantization is not None:
         keep_only_trained(policy)
-    if not spec.attn_implementation.startswith("flash"):  # those kernels do not run where models are loaded: on the CPU
+    # where models are loaded, on the CPU, kernels of flash attention do not run, and those of flex compile for a minute
+    if not spec.attn_implementation.startswith(("flash", "flex")):
         try:
             check_head(Policy(prepared))  # by any method: they differ in speed
             policy.check_padding_free()
