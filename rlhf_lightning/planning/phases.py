@@ -60,7 +60,8 @@ class Run:
         """The context that forward passes run in."""
         kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         dtype = kinds.get(self.precision)
-        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+        # as Lightning does: a weight is cast anew wherever it is used, and no cast outlives its use
+        return nullcontext() if dtype is None else torch.autocast("cpu", dtype, cache_enabled=False)
 
 
 class Simulation:
@@ -87,7 +88,7 @@ class Simulation:
         self.module = copy.deepcopy(module)
         if checkpointing is not None:
             self.module.model_spec = replace(self.module.model_spec, gradient_checkpointing=checkpointing)
-        self.trace = MemoryTrace(run.device)
+        self.trace = MemoryTrace(run.device, autocast=run.precision.endswith("mixed"))
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.notes = stand_in(self.module)
         with shapes_only(), torch.device("meta"):

@@ -35,11 +35,12 @@ class MemoryTrace(TorchDispatchMode):
 
     Args:
         device: cpu or cuda: whose budgets for logits apply.
+        autocast: whether that is on in forward passes: on cuda the output head then casts its operands to 16 bits.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", *, autocast: bool = False) -> None:
         super().__init__()
-        self.device = torch.device(device)
+        self.device, self.autocast = torch.device(device), autocast
         self.kernel_calls = 0
         """How often logits were computed so far."""
         self._events: list[tuple[int, int]] = []
@@ -61,7 +62,7 @@ class MemoryTrace(TorchDispatchMode):
             self.kernel_calls += name == FORWARD
             if name == FORWARD:
                 self.label(out[-1], LOGITS)
-            self.hold(SCRATCHES[name](self.device, *args), SCRATCH)
+            self.hold(SCRATCHES[name](self, *args), SCRATCH)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -145,25 +146,37 @@ def _tile(device: torch.device, hidden: Tensor, weight: Tensor, tokens: Tensor, 
     return min(rows, tile[0]) * min(vocab, tile[1]) * size
 
 
-def _forward_scratch(
-    device: torch.device, hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *rest: Any
-) -> int:
+def _casts(trace: MemoryTrace, hidden: Tensor, weight: Tensor) -> int:
+    """Bytes of the head's operands in 16 bits, from its forward pass to its backward pass."""
+    if trace.device.type != "cuda" or not trace.autocast:
+        return 0
+    return sum(2 * x.numel() for x in (hidden, weight) if x.dtype == torch.float32)
+
+
+def _forward_scratch(trace: MemoryTrace, hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *rest: Any) -> int:
     chunk_rows, keep = rest[6], rest[7]
-    tile = _tile(device, hidden, weight, tokens, chunk_rows)
+    tile = _tile(trace.device, hidden, weight, tokens, chunk_rows)
     kept = sum(keep) * (8 if hidden.dtype == torch.float64 else 4)
-    return 0 if kept >= tokens.numel() * weight.shape[0] * 4 else tile
+    scratch = 0 if kept >= tokens.numel() * weight.shape[0] * 4 else tile
+    return scratch + _casts(trace, hidden, weight)
 
 
-def _backward_scratch(
-    device: torch.device, hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *rest: Any
-) -> int:
-    kept = sum(block.numel() for block in rest[3])
+def _backward_scratch(trace: MemoryTrace, hidden: Tensor, weight: Tensor, bias: Any, tokens: Tensor, *rest: Any) -> int:
+    kept, needs_weight = sum(block.numel() for block in rest[3]), rest[9][1]
     rows, width = min(tokens.numel(), 2048), hidden.shape[-1]
-    tile = _tile(device, hidden, weight, tokens, None)
-    scratch = rows * width * 4 + (0 if kept >= tokens.numel() * weight.shape[0] else tile)
-    if hidden.dtype in (torch.bfloat16, torch.float16):  # the tile once more in 16 bits, the weight's gradient in 32
-        scratch += tile // 2 + weight.numel() * 4
-    return scratch
+    tile = _tile(trace.device, hidden, weight, tokens, None)
+    all_kept = kept >= tokens.numel() * weight.shape[0]
+    casts = _casts(trace, hidden, weight)
+    scratch = rows * width * 4 + casts
+    in_16_bits = casts > 0 or hidden.dtype in (torch.bfloat16, torch.float16)
+    if not in_16_bits:
+        return scratch + (0 if all_kept else tile)
+    if trace.device.type == "cuda":  # the block of kept logits is gone before there is a tile that is not in it
+        scratch += 0 if all_kept else max(0, tile - kept * 4)
+    else:
+        scratch += 0 if all_kept else tile
+    # the tile once more in 16 bits, the weight's gradient in 32
+    return scratch + tile // 2 + (weight.numel() * 4 if needs_weight else 0)
 
 
 SCRATCHES: dict[str, Callable[..., int]] = {FORWARD: _forward_scratch, BACKWARD: _backward_scratch}

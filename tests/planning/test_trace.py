@@ -62,3 +62,22 @@ def test_kept_logits_are_named_and_their_tile_is_counted(trace):
     # nothing is kept: one tile of all rows and columns
     assert trace.peak(start, trace.now()).parts["scratch"] == 2 * 8 * 50 * 4
     assert trace.kernel_calls == 2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_head_casts_under_autocast_on_a_gpu(trained):
+    hidden, weight = torch.empty(2, 9, 4, requires_grad=True), torch.empty(50, 4, requires_grad=trained)
+    tokens, mask = torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.bool)
+    casts, tile = 2 * (2 * 8 * 4 + 50 * 4), 2 * 8 * 50 * 4
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace("cuda", autocast=True) as trace:
+        scores = token_scores(hidden, tokens, mask, LMHead(weight))
+        assert trace.peak(0, trace.now()).parts["scratch"] == casts  # all logits are kept
+        start = trace.now()
+        scores.logprobs.sum().backward()
+        # sums of 16 rows, the tile in 16 bits and the weight's gradient in 32
+        expected = casts + 16 * 4 * 4 + tile // 2 + (50 * 4 * 4 if trained else 0)
+        assert trace.peak(start, trace.now()).parts["scratch"] == expected
+        with torch.no_grad():
+            start = trace.now()
+            token_scores(hidden, tokens, mask, LMHead(weight))
+        assert trace.peak(start, trace.now()).parts["scratch"] == casts + tile
