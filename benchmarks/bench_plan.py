@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,16 @@ def make(case: dict[str, Any], folder: Path, *, tiny: bool = False) -> tuple[L.L
     config = case["config"] | (TINY if tiny else {})
     spec = replace(ModelSpec(config=config, tokenizer=str(tokenizer)), **case.get("spec", {}))
     length = 16 if tiny else case["length"]
-    text = (LETTERS * 40)[: length - 2]
     stage, half = case["stage"], length // 2
-    record = {
-        "sft": {"text": text},
-        "dpo": {"prompt": text[:8], "chosen": text[8:], "rejected": text[9:]},
-    }.get(stage, {"prompt": text[: half - 1]})
+
+    def record(i: int) -> dict[str, str]:
+        """No two are equal, and every second one is a token shorter, so that there is padding, as there is in a run."""
+        text = LETTERS[i % 27] + LETTERS[i // 27] + (LETTERS * 40)[: length - 4 - i % 2]
+        kinds = {"sft": {"text": text}, "dpo": {"prompt": text[:8], "chosen": text[8:], "rejected": text[9:]}}
+        return kinds.get(stage, {"prompt": text[: half - 1 - i % 2]})
+
     file = folder / f"{stage}-{length}.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for _ in range(4 * case["rows"])))
+    file.write_text("".join(json.dumps(record(i)) + "\n" for i in range(4 * case["rows"])))
     data = RLHFDataModule(train=str(file), batch_size=case["rows"], on_bad_record="error")
     if stage == "sft":
         return SFTModule(spec), data
@@ -242,7 +245,7 @@ def measured_apart(name: str, folder: Path, device: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--device", device, "--measure", name, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -269,27 +272,50 @@ def main() -> None:
     parser.add_argument("--measure", help="print what this case takes, and nothing else")
     parser.add_argument("--folder", help="for --measure: where records are")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     if options.measure is not None:
         with contextlib.redirect_stdout(sys.stderr):
             peaks = measure(cases(options.device)[options.measure], Path(options.folder), options.device)
         print(json.dumps(peaks))
         return
     names = options.cases or list(cases(options.device))
+    found: dict[str, tuple[list[dict[str, Any]], float]] = {}
+    failed = []
     # what a process takes is its own: others beside it change nothing. The last ones sample, and take longest
-    with ThreadPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(lambda name: compare(name, options.device), names[::-1]))[::-1]
-    if not options.cases:
-        rows, sizes = [row for some, _ in found for row in some], [size for _, size in found]
-        met = sum(abs(row["error"]) <= TARGET for row in rows)
-        result = {"about": about(), "target": TARGET, "met": met, "rows": rows}
-        if options.device == "cuda":
-            result["about"]["device"] = torch.cuda.get_device_name()
-        result["parameters"] = f"{min(sizes):.0f} to {max(sizes):.0f}"
-        name = "plan.json" if options.device == "cpu" else f"plan_{options.device}.json"
-        write_json((options.out or HERE / "results") / name, result)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=prepare) as pool:
+        running = {pool.submit(compare, name, options.device): name for name in names[::-1]}
+        for done in as_completed(running):
+            try:
+                found[running[done]] = done.result()
+            except RuntimeError as error:
+                print(error, flush=True)
+                failed.append(running[done])
+            if found and not options.cases:
+                write(found, names, options.device, options.out or HERE / "results")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def prepare() -> None:
+    """What every process begins with."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+def write(found: dict[str, tuple[list[dict[str, Any]], float]], names: list[str], device: str, folder: Path) -> None:
+    """The results of the cases that are done: a run that is cut off has shown something too."""
+    done = [name for name in names if name in found]
+    rows, sizes = [row for name in done for row in found[name][0]], [found[name][1] for name in done]
+    met = sum(abs(row["error"]) <= TARGET for row in rows)
+    result = {"about": about(), "target": TARGET, "met": met, "rows": rows}
+    if missing := [name for name in names if name not in found]:
+        result["missing"] = missing
+    if device == "cuda":
+        result["about"]["device"] = torch.cuda.get_device_name()
+    result["parameters"] = f"{min(sizes):.0f} to {max(sizes):.0f}"
+    write_json(folder / ("plan.json" if device == "cpu" else f"plan_{device}.json"), result)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    prepare()
     main()

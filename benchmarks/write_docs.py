@@ -418,10 +418,11 @@ def plan_section(said: str, result: dict[str, Any]) -> str:
         [r["case"], r["phase"], f"{r['predicted_mb']:.0f}", f"{r['measured_mb']:.0f}", f"{r['error']:+.1%}"]
         for r in result["rows"]
     ]
+    missing = f" Not measured: {', '.join(result['missing'])}." if result.get("missing") else ""
     return "\n\n".join(
         [
             f"{said} Random models of {result['parameters']} million parameters. Target: within "
-            f"{result['target']:.0%}, met by **{result['met']} of {len(rows)}**.",
+            f"{result['target']:.0%}, met by **{result['met']} of {len(rows)}**.{missing}",
             table(["run", "phase", "predicted MB", "measured MB", "error"], rows),
             measured_with(result["about"]),
         ]
