@@ -47,7 +47,7 @@ def config(stage, model, folder="runs/a"):
         out.writelines(json.dumps(record) + "\n" for record in records(NAMES[stage]))
     arguments = {
         "model" if stage == "RewardModule" else "policy": {"path": str(model)},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-2}},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3.0e-3}},
     }
     if stage in ON_POLICY:
         samples = 1 if stage == "PPOModule" else 4
