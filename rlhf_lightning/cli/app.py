@@ -75,6 +75,8 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks.*")
+    # the order is Lightning's own; a first step in which nothing counts is none for torch
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before `optimizer.step.*")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero.*")  # no validation data
     warnings.filterwarnings("ignore", message="(?s).*deprecated in v4.*removed in v5.*")  # what Lightning calls
 
