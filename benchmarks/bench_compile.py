@@ -152,16 +152,16 @@ def _other_configs() -> Iterator[Config]:
             name = f"{'forward' if forward else 'reverse'}, gradient, V={vocab}"
             yield Config("kl", name, {**constants, "ALIGNED": vocab % 16 == 0}, warps, vocab, types)
     for length in (128, 32768):
-        block, warps = triton_gae.block_for_time(length)
-        common = {"BLOCK": block, "BLOCKS": triton_gae.SEGMENT_BLOCKS, "REWARDS": False, "SCORES": True}
-        for critic in (False, True):
-            constants = {**common, "ESTIMATOR": 3, "CRITIC": critic}
-            name = f"KL-shaped{', critic lambda' if critic else ''}, block {block}"
-            yield Config("gae", name, {**constants, "CARRY": False}, warps)
+        lanes, warps = triton_gae.lanes_for_time(length)
+        common = {"LANES": lanes, "BLOCKS": triton_gae.SEGMENT_BLOCKS, "REWARDS": False, "ESTIMATOR": 3}
+        for critic, aligned in itertools.product((False, True), (False, True)):
+            constants = {**common, "CRITIC": critic, "ALIGNED": aligned}
+            options = f"{', critic lambda' if critic else ''}{', vectors' if aligned else ''}"
+            name = f"KL-shaped{options}, {lanes} lanes"
+            yield Config("gae", name, {**constants, "SCORES": True, "SPLIT": False}, warps)
             if length > 128:  # short rows are never split
-                yield Config("gae", f"{name}, of a segment", {**constants, "CARRY": True}, warps)
+                yield Config("gae", f"{name}, of a segment", {**constants, "SCORES": True, "SPLIT": True}, warps)
                 yield Config("gae_segment", name, constants, warps)
-    yield Config("gae_carry", "critic lambda", {"CRITIC": True}, 1)
     yield Config("moments", "float32", {"BLOCK": triton_whiten.BLOCK}, 4, types=(("pieces_ptr", "*fp64"),))
     constants = {"BLOCK": triton_whiten.BLOCK, "PIECES": triton_whiten.MAX_PIECES, "SHIFT": True}
     yield Config("whiten", "float32", constants, 4, types=(("pieces_ptr", "*fp64"),))

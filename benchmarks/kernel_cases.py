@@ -67,7 +67,8 @@ def build(op: str, shape: tuple[int, ...], device: str, seed: int) -> Inputs:
         inputs["logits"] = normal(rows, vocab).mul_(4).requires_grad_()
     if op == "exact_kl":
         inputs["ref_logits"] = normal(rows, vocab).mul_(4)
-    inputs["old"] = normal(rows, dtype=torch.float32).mul_(0.3) - 10
+    # near the policy's own, as in training: a ratio beyond its bounds has no gradient, and we do not compute it
+    inputs["old"] = _exact_logprobs(inputs).float() + normal(rows, dtype=torch.float32).mul_(0.1)
     inputs["advantages"] = normal(rows, dtype=torch.float32)
     inputs["mask"] = torch.ones(rows, dtype=torch.bool, device=device)
     return inputs

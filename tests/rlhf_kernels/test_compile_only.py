@@ -30,7 +30,7 @@ def test_every_shipped_configuration_is_on_record_without_a_spill(target):
 
 
 SAMPLES = (
-    "row_stats", "row_grads", "policy_loss", "kl", "gae", "gae_segment", "gae_carry", "linear_stats", "linear_merge",
+    "row_stats", "row_grads", "policy_loss", "kl", "gae", "gae_segment", "linear_stats", "linear_merge",
     "moments", "whiten",
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_a_tensor_that_begins_anywhere_is_the_same_kernel(name):
     params = {p.name: p for p in bench_compile.kernels()[name].params if p.name.endswith("_ptr")}
     aligned = {n for n, p in params.items() if not p.do_not_specialize_on_alignment}
     per_column = {"logits_ptr", "grads_ptr", "out_ptr", "ref_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "x_ptr"}
-    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr", "maps_ptr", "carry_ptr",
+    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr", "maps_ptr",
                "partials_ptr", "pieces_ptr"}  # fmt: skip
     assert aligned <= per_column | outputs | ({"mask_ptr"} if name in ("moments", "whiten") else set())
 
@@ -109,8 +109,8 @@ def test_a_new_horizon_is_the_same_scan():
         x, flags = torch.empty(batch, length), torch.empty(batch, length, dtype=torch.uint8)
         moments = torch.empty(batch, 3, dtype=torch.float64)
         constants = {
-            "BLOCK": 1024, "BLOCKS": 4, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False,
-            "CARRY": False,
+            "LANES": 256, "BLOCKS": 4, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False,
+            "SPLIT": False, "ALIGNED": True,
         }  # fmt: skip
         arguments = (x, x, x, x, x, flags, x, x, x, x, x, x, moments, length, segments)
         return key(triton_gae.gae_kernel, arguments, constants)

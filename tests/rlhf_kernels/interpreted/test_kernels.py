@@ -354,7 +354,7 @@ def test_kl_shaped_gae(both, length, split, critic_lam, monkeypatch):
     if split:
         whole = triton_gae.gae_triton
         monkeypatch.setattr(triton_gae, "SEGMENT_BLOCKS", 2)
-        monkeypatch.setattr(triton_gae, "block_for_time", lambda length: (64, 1))
+        monkeypatch.setattr(triton_gae, "lanes_for_time", lambda length: (16, 1))
         monkeypatch.setattr(triton_gae, "gae_triton", lambda *inputs: whole(*inputs, split=True))
     torch.manual_seed(0)
     logprobs, values, mask = torch.randn(3, length), torch.randn(3, length), torch.rand(3, length) > 0.3
@@ -370,6 +370,20 @@ def test_kl_shaped_gae(both, length, split, critic_lam, monkeypatch):
         )  # fmt: skip
 
     same(*both(use))
+
+
+def test_the_score_reaches_the_last_token_that_counts_at_any_discount(both):
+    values, zeros, mask = torch.tensor([[1.0, 2.0, 5.0]]), torch.zeros(1, 3), torch.tensor([[True, True, False]])
+
+    def use(dtype):
+        inputs = (torch.tensor([3.0]), zeros, zeros, values, mask)
+        return kl_shaped_gae(*(x if x.dtype == torch.bool else x.to(dtype) for x in inputs), kl_coef=0.1, gamma=0.0,
+                             lam=1.0)  # fmt: skip
+
+    ours, exact = both(use)
+    same(ours, exact)
+    assert ours.rewards.tolist() == [[0, 3, 0]]
+    assert ours.advantages.tolist() == [[-1, 1, 0]]  # 0 - V, and score - V
 
 
 @pytest.mark.parametrize("size", [1, 1700])
