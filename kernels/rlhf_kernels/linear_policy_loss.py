@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_head, check_row_temperature, check_rows, check_token_range, check_transform
-from rlhf_kernels.linear_rows import Head, HeadGrads, as_autocast, chunk_rows_for, exact, plain
+from rlhf_kernels.linear_rows import Head, HeadGrads, as_autocast, chunk_rows_for_gradients, exact, is_mixed, plain
 from rlhf_kernels.policy_loss import (
     as_divisor,
     check_divisor,
@@ -87,7 +87,10 @@ def linear_policy_loss(
     numbers = [number, softcap or 0.0, logit_scale, *loss.numbers()]
     place = check_shard(shard, weight)
     widest = weight.shape[0] if shard is None else shard.widest  # as many chunks on every process
-    chunk = chunk_rows_for(widest, hidden.device, chunk_rows, 8 if hidden.dtype == torch.float64 else 4)
+    chunk = chunk_rows_for_gradients(
+        tokens.numel(), widest, weight.shape[1], hidden.device, chunk_rows, 8 if hidden.dtype == torch.float64 else 4,
+        mixed=is_mixed(hidden, weight),
+    )  # fmt: skip
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     scalar, logprobs, entropy, ratio, clipped, kl, *_ = _op(
         hidden, weight, bias, tokens, *per_token, mask, per_row, as_divisor(denominator, hidden), numbers,
@@ -218,10 +221,12 @@ def _op(
     head = Head(hidden, weight, bias)
     inputs = _Inputs(mask, old_logprobs, advantages, ref_logprobs, weights)
     results = _Rows(tokens, head.dtype, with_entropy, ref_logprobs is not None)
-    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=processes)
+    groups = list(_groups(mask, advantages, spec, chunk_rows))
+    num_tiles = sum(len(pieces(group, chunk_rows)) for group, learns in groups if learns)
+    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=processes, num_tiles=num_tiles)
     buffer = states.new_empty((min(chunk_rows, tokens.numel()), weight.shape[0]), dtype=head.dtype)
     with exact(hidden.device):
-        for group, learns in _groups(mask, advantages, spec, chunk_rows):
+        for group, learns in groups:
             chunks = pieces(group, chunk_rows)
             for rows in chunks:
                 logits = head.logits(states[rows], buffer[: len(rows)])

@@ -4,6 +4,7 @@ The chunk loop, the matrix products and the memory budget of every op that start
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ TILE_ROWS, TILE_BYTES = 2048, 64 << 20
 """Logits alive at a time where some columns of many rows are enough."""
 _PRODUCT_ROWS = 128
 """Rows that a GPU multiplies together: of a last tile that is not full the rest is multiplied for nothing."""
+_LARGE_WEIGHT = 1 << 24
 _VOCAB_SLICE = 8192
 """Rows of the weight per product where slices save memory."""
 
@@ -37,6 +39,26 @@ def chunk_rows_for(vocab: int, device: torch.device, chunk_rows: int | None, ele
     if device.type == "cuda" and rows > _PRODUCT_ROWS:
         rows -= rows % _PRODUCT_ROWS
     return chunk_rows or rows
+
+
+def chunk_rows_for_gradients(
+    num_rows: int,
+    vocab: int,
+    size: int,
+    device: torch.device,
+    chunk_rows: int | None,
+    element_size: int,
+    *,
+    mixed: bool,
+) -> int:
+    """As `chunk_rows_for`, or all rows: one chunk needs no float32 sum of the weight's gradient.
+
+    Where products are mixed (`Head.mixed`) that sum takes 4 bytes per weight, and a row of logits with its gradient
+    4 + 2 per word.
+    """
+    rows = chunk_rows_for(vocab, device, chunk_rows, element_size)
+    spared = 4 * vocab * size if mixed and chunk_rows is None else 0
+    return num_rows if 0 < (num_rows - rows) * vocab * (element_size + 2) <= spared else rows
 
 
 def keep_for(num_rows: int, vocab: int, device: torch.device, element_size: int = 4) -> list[int]:
@@ -63,6 +85,10 @@ class Tiles:
         """Give back a block when its last tile has been seen: the gradient of the weight grows into its memory."""
         self.block, self.used = 0, 0
         self.buffer: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.counting.count / self.rows) * math.ceil(self.vocab / self.columns)
 
     def __iter__(self) -> Iterator[tuple[Tensor | slice, Iterator[tuple[range, Tensor, bool]]]]:
         """Rows (numbers, or a slice), and their tiles: columns, memory, whether that is kept."""
@@ -154,6 +180,11 @@ def has_tensor_cores(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
+def is_mixed(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether both are 16-bit, and multiplied as such into float32."""
+    return hidden.dtype == weight.dtype and weight.dtype in (torch.bfloat16, torch.float16) and has_tensor_cores(weight)
+
+
 def as_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Operands in the dtype of autocast, where that reaches tensor cores; their products stay float32.
 
@@ -176,8 +207,7 @@ class Head:
         self.dtype = work_dtype(hidden.new_empty(0, dtype=promoted))
         self.vocab = weight.shape[0]
         # Tensor cores multiply 16-bit operands exactly and add in float32: only the output type must not be 16-bit.
-        sixteen_bits = hidden.dtype == weight.dtype and promoted in (torch.bfloat16, torch.float16)
-        self.mixed = sixteen_bits and has_tensor_cores(weight)
+        self.mixed = is_mixed(hidden, weight)
         self.slice = _VOCAB_SLICE if weight.device.type == "cpu" or weight.dtype != self.dtype else self.vocab
         self.weight = weight
         self.bias = None if bias is None else bias.to(self.dtype)
@@ -209,6 +239,10 @@ class Head:
             total.addmm_(grads[:, here], part)
         return total
 
+    def whole_weight_grad(self, grads: Tensor, hidden: Tensor) -> Tensor:
+        """grads^T @ hidden of all rows and columns, summed in float32 and rounded once to the weight's dtype."""
+        return torch.mm(grads.t(), hidden)
+
     def add_weight_grad(self, total: Tensor, grads: Tensor, hidden: Tensor, columns: range, *, first: bool) -> None:
         """total[columns] += grads^T @ hidden, or = if `first`; accumulated in float32 whatever the operands are."""
         if self.mixed:
@@ -236,9 +270,18 @@ class HeadGrads:
     """Sums of the gradients in hidden states, weight and bias over tiles of logits."""
 
     def __init__(
-        self, head: Head, hidden: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], *, group: str = ""
+        self,
+        head: Head,
+        hidden: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, bool, bool],
+        *,
+        group: str = "",
+        num_tiles: int | None = None,
     ) -> None:
         self.head, self.needs = head, needs
+        # nothing to sum: one product is the whole. A small one might be split along the rows, and its parts rounded.
+        self.is_whole = num_tiles == 1 and head.mixed and head.weight.numel() >= _LARGE_WEIGHT
         self.group, self.hidden_dtype = group, hidden.dtype
         # shares of several processes are rounded once, when they have been added
         self.hidden = torch.zeros_like(hidden, dtype=head.dtype if group else hidden.dtype) if needs[0] else None
@@ -260,7 +303,9 @@ class HeadGrads:
             if columns.stop == self.head.vocab:
                 self.hidden[rows] = self.hidden_sum.to(self.hidden.dtype)
                 self.hidden_sum = None
-        if self.needs[1]:
+        if self.needs[1] and self.is_whole:
+            self.weight = self.head.whole_weight_grad(grads, hidden)
+        elif self.needs[1]:
             if self.weight is None:
                 self.weight = torch.empty(self.head.weight.shape, dtype=self.head.dtype, device=grads.device)
             first = columns.start >= self.num_written

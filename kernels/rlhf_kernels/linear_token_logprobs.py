@@ -254,9 +254,9 @@ def _grad(
     flat = RowStats(logprobs, entropy, maximum, log_sum, miss, miss.new_empty(0))
     d_outputs = (None if d is None else d.reshape(-1) for d in (d_logprob, d_entropy, d_logsumexp))
     a, b, c = coefficients(flat, *d_outputs)
-    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=group)
     size = tile_size.tolist()  # of the forward pass: the kept logits lie that way
     tiles = Tiles(kept, counting, head.vocab, (size[0], size[1]), release=release)
+    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=group, num_tiles=tiles.count)
     with exact(hidden.device):
         for rows, some in tiles:
             for columns, tile, is_kept in some:

@@ -51,7 +51,7 @@ def scores(h, w, b, tokens, mask):
 
 
 def policy(h, w, b, tokens, mask):
-    old, ones = torch.full((40,), -6.0), torch.ones(40)
+    old, ones = torch.full(tokens.shape, -6.0), torch.ones(tokens.shape)
     spec = PolicyLossSpec("reinforce", kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01)
     result = linear_policy_loss(
         h, w, tokens, old, ones, bias=b, mask=mask, denominator=9.0, ref_logprobs=old, loss=spec, chunk_rows=16
@@ -136,3 +136,31 @@ def test_chunks_on_a_gpu_are_whole_tiles_of_a_product():
     assert linear_rows.chunk_rows_for(128256, cuda, 2093) == 2093  # as asked
     assert linear_rows.chunk_rows_for(10**8, cuda, None) == 2
     assert linear_rows.chunk_rows_for(128256, torch.device("cpu"), None) == (256 << 20) // (128256 * 4)
+
+
+def test_one_chunk_where_it_takes_no_more_than_the_sum_it_does_without():
+    cuda, sizes = torch.device("cuda"), {"chunk_rows": None, "element_size": 4}
+    rows = linear_rows.chunk_rows_for_gradients
+    # 2048 rows more, 6 bytes a word, against 4 bytes for each of 4096 weights a word
+    assert rows(4096, 128256, 4096, cuda, **sizes, mixed=True) == 4096
+    assert rows(4096, 128256, 2048, cuda, **sizes, mixed=True) == 2048
+    assert rows(4096, 128256, 4096, cuda, **sizes, mixed=False) == 2048  # a float32 weight's gradient is that sum
+    assert rows(4096, 128256, 4096, cuda, chunk_rows=512, element_size=4, mixed=True) == 512  # as asked
+    assert rows(100, 128256, 4096, cuda, **sizes, mixed=True) == 2048
+
+
+@pytest.mark.parametrize("use", [scores, policy])
+def test_the_gradient_of_a_large_weight_is_one_product_where_there_is_one_chunk(products, use, monkeypatch):
+    hidden, weight, bias, tokens, mask = problem(torch.bfloat16)
+    results = []
+    for smallest in (0, 1 << 24):
+        monkeypatch.setattr(linear_rows, "_LARGE_WEIGHT", smallest)
+        products.clear()
+        inputs = [x.requires_grad_() for x in (hidden[:16].clone(), weight.clone(), bias.clone())]
+        grads = torch.autograd.grad(use(*inputs, tokens[:16], mask[:16])[1], inputs)
+        results.append((grads, [size for size in products if size[0] == 300]))
+    (whole, none), (summed, sums) = results
+    assert not none  # no product of it goes into a float32 sum
+    assert len(sums) == 1
+    for x, y in zip(whole, summed, strict=True):
+        torch.testing.assert_close(x, y, atol=0, rtol=2**-7)  # the same sum, rounded once; in another order
