@@ -81,16 +81,19 @@ def _row_configs(vocab: int) -> Iterator[Config]:
             label = f"{kind}{', entropy' if entropy else ''}, V={vocab}"
             for logits in ("*bf16", "*fp32"):
                 types = (("logits_ptr", logits), ("out_ptr", logits), ("grads_ptr", logits))
+                size = 2 if logits == "*bf16" else 4
+                lanes, width, warps = triton_rows.lanes_for(vocab, size, common["ALIGNED"])
+                constants = {**common, "LANES": lanes, "WIDTH": width, "ENTROPY": entropy}
+                registers = triton_rows.STATS_REGISTERS
+                yield Config("row_stats", f"{label}, {logits[1:]}", constants, warps, vocab, types, registers)
                 block, warps = triton_rows.block_for(vocab, 4096)
-                yield Config("row_stats", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy},
-                             warps, vocab, types, triton_rows.STATS_REGISTERS)  # fmt: skip
                 yield Config("row_grads", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy},
                              warps, vocab, types)  # fmt: skip
 
 
 def _policy_configs(vocab: int) -> Iterator[Config]:
-    block, warps = triton_policy.policy_block_for(vocab)
-    base = {"BLOCK": block, "WEIGHTS": True, "GRADS": True, "ALIGNED": vocab % 16 == 0}
+    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, vocab % 16 == 0)
+    base = {"LANES": lanes, "WIDTH": width, "WEIGHTS": True, "GRADS": True, "ALIGNED": vocab % 16 == 0}
     base |= {"ROW_TEMPERATURE": False, "SCALED": False}
     types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"))
     for form, name in enumerate(("clipped", "reinforce", "cispo", "sapo")):
@@ -100,7 +103,9 @@ def _policy_configs(vocab: int) -> Iterator[Config]:
             "policy_loss", f"{name}, V={vocab}", constants, warps, vocab, types, triton_policy.POLICY_REGISTERS
         )
     everything = {**base, "FORM": 0, "ESTIMATOR": 3, "DUAL": True, "ENTROPY": True, "ENTROPY_LOSS": True}
+    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, False)
     everything |= {"ROW_TEMPERATURE": True, "SCALED": True, "CAPPED": True, "ALIGNED": False}
+    everything |= {"LANES": lanes, "WIDTH": width}
     name = f"clipped, everything on, V={vocab}"
     yield Config("policy_loss", name, everything, warps, vocab, types, triton_policy.POLICY_REGISTERS)
 
@@ -185,7 +190,9 @@ def _type_of(name: str, config: Config) -> str:
         return "*u8"
     if name == "tokens_ptr":
         return "*i64"
-    return "*fp64" if name == "moments_ptr" else "*fp32"
+    if name == "finished_ptr":
+        return "*i32"
+    return "*fp64" if name in ("moments_ptr", "partials_ptr") and config.kernel == "gae" else "*fp32"
 
 
 def compile_config(config: Config, capability: int) -> Compiled:

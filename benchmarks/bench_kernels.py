@@ -301,7 +301,8 @@ def describe(device: str, commit: str | None) -> dict[str, Any]:
         about["triton"] = None
     if device == "cuda":
         about["device"] = torch.cuda.get_device_name()
-        about["driver"] = str(torch._C._cuda_getDriverVersion())
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        about["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip().split("\n")[0]
         about["ceilings"] = ceilings(device)
         torch.cuda.empty_cache()  # the processes that measure need the memory
     else:

@@ -3,6 +3,7 @@
 Three matrix products per row (logits, gradient in hidden, gradient in weight) where recomputation needs four.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -221,12 +222,14 @@ def _op(
     head = Head(hidden, weight, bias)
     inputs = _Inputs(mask, old_logprobs, advantages, ref_logprobs, weights)
     results = _Rows(tokens, head.dtype, with_entropy, ref_logprobs is not None)
-    groups = list(_groups(mask, advantages, spec, chunk_rows))
-    num_tiles = sum(len(pieces(group, chunk_rows)) for group, learns in groups if learns)
-    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=processes, num_tiles=num_tiles)
+    groups = _groups(mask, advantages, spec, chunk_rows)
+    first_group = list(itertools.islice(groups, 1))
+    # with token ratios those that learn come first, as many at a time as fit
+    one_tile = (ratio == "token" and len(first_group[0][0]) < chunk_rows) or chunk_rows >= tokens.numel()
+    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=processes, one_tile=one_tile)
     buffer = states.new_empty((min(chunk_rows, tokens.numel()), weight.shape[0]), dtype=head.dtype)
     with exact(hidden.device):
-        for group, learns in groups:
+        for group, learns in itertools.chain(first_group, groups):
             chunks = pieces(group, chunk_rows)
             for rows in chunks:
                 logits = head.logits(states[rows], buffer[: len(rows)])

@@ -277,11 +277,11 @@ class HeadGrads:
         needs: tuple[bool, bool, bool],
         *,
         group: str = "",
-        num_tiles: int | None = None,
+        one_tile: bool = False,
     ) -> None:
         self.head, self.needs = head, needs
         # nothing to sum: one product is the whole. A small one might be split along the rows, and its parts rounded.
-        self.is_whole = num_tiles == 1 and head.mixed and head.weight.numel() >= _LARGE_WEIGHT
+        self.is_whole = one_tile and head.mixed and head.weight.numel() >= _LARGE_WEIGHT
         self.group, self.hidden_dtype = group, hidden.dtype
         # shares of several processes are rounded once, when they have been added
         self.hidden = torch.zeros_like(hidden, dtype=head.dtype if group else hidden.dtype) if needs[0] else None

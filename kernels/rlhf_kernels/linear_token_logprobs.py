@@ -256,7 +256,7 @@ def _grad(
     a, b, c = coefficients(flat, *d_outputs)
     size = tile_size.tolist()  # of the forward pass: the kept logits lie that way
     tiles = Tiles(kept, counting, head.vocab, (size[0], size[1]), release=release)
-    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=group, num_tiles=tiles.count)
+    sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=group, one_tile=tiles.count == 1)
     with exact(hidden.device):
         for rows, some in tiles:
             for columns, tile, is_kept in some:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import work_dtype
-from rlhf_kernels.triton_rows import PER_ROW, VARIES, block_for, bytes_of, layout, row_offset
+from rlhf_kernels.triton_rows import PER_ROW, VARIES, block_for, bytes_of, exp, layout, row_offset
 
 _VARIES = [*VARIES, "ref_stride_outer", "ref_stride_inner"]
 
@@ -55,12 +55,12 @@ def kl_kernel(
         new_s = tl.maximum(max_s, tl.max(y, 0))
         base_f = finite(new_f)
         base_s = finite(new_s)
-        e = tl.exp(x - base_f)
+        e = exp(x - base_f)
         moved = tl.where(sum_f > 0, sum_f * ((finite(max_f) - base_f) - (finite(max_s) - base_s)), 0.0)
-        shrink = tl.exp(max_f - base_f)
+        shrink = exp(max_f - base_f)
         mean = (mean + moved) * shrink + tl.sum(tl.where(e > 0, e * ((x - base_f) - (y - base_s)), 0.0), 0)
         sum_f = sum_f * shrink + tl.sum(e, 0)
-        sum_s = sum_s * tl.exp(max_s - base_s) + tl.sum(tl.exp(y - base_s), 0)
+        sum_s = sum_s * exp(max_s - base_s) + tl.sum(exp(y - base_s), 0)
         max_f = new_f
         max_s = new_s
     log_f = tl.log(sum_f)
@@ -82,10 +82,10 @@ def kl_kernel(
             x = x.to(tl.float32) * inverse_temperature
             y = y.to(tl.float32) * inverse_temperature
             if FORWARD:
-                grad = tl.exp(x - max_s - log_s) - tl.exp(y - max_f - log_f)
+                grad = exp(x - max_s - log_s) - exp(y - max_f - log_f)
             else:
                 log_p = x - max_f - log_f
-                p = tl.exp(log_p)
+                p = exp(log_p)
                 grad = tl.where(p > 0, p * (log_p - (y - max_s - log_s) - kl), p)
             grad = tl.where(read, grad * (weight * inverse_temperature), 0.0)
             tl.store(grads + columns, grad.to(grads_ptr.dtype.element_ty), mask=columns < V)

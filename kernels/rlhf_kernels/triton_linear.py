@@ -25,8 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlhf_kernels.backend import on_device
 from rlhf_kernels.rows import RowStats, Transform
-from rlhf_kernels.triton_policy import num_programs
-from rlhf_kernels.triton_rows import PER_ROW, flags, launch_options, log1p, numbers, transformed
+from rlhf_kernels.triton_rows import PER_ROW, exp, flags, launch_options, log1p, num_programs, numbers, transformed
 
 PIECE_TILES = 8
 """Tiles of vocabulary per program and block of rows: pieces enough to fill a device, partial sums few enough to forget.
@@ -52,8 +51,8 @@ def merged(maximum, others, weighted, new_maximum, new_others, new_weighted, ENT
     """Running maximum, sum of exp(x - maximum), and sum of exp(x - maximum) (x - maximum), of the columns of both."""
     top = tl.maximum(maximum, new_maximum)
     base = tl.where(top == -float("inf"), 0.0, top)
-    shrink = tl.exp(maximum - base)
-    new_shrink = tl.exp(new_maximum - base)
+    shrink = exp(maximum - base)
+    new_shrink = exp(new_maximum - base)
     if ENTROPY:
         moved = tl.where(others > 0, others * (maximum - base), 0.0)
         new_moved = tl.where(new_others > 0, new_others * (new_maximum - base), 0.0)
@@ -70,7 +69,7 @@ def sums_of_tile(
     inside = columns < V
     if BIAS:
         z += tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :]
-    x, _ = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
+    x = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
     x = tl.where(inside[None, :], x, -float("inf"))
     maximum = tl.max(x, 1)
     base = tl.where(maximum == -float("inf"), 0.0, maximum)
@@ -78,7 +77,7 @@ def sums_of_tile(
     # a sum, not a maximum, which would forget a NaN; all but one of its terms are 0
     chosen = tl.sum(tl.where(is_token, x, 0.0), 1)
     d = x - base[:, None]
-    e = tl.where(is_token, 0.0, tl.exp(d))
+    e = tl.where(is_token, 0.0, exp(d))
     weighted = tl.sum(tl.where(e > 0, e * d, 0.0), 1) if ENTROPY else chosen
     return maximum, tl.sum(e, 1), chosen, weighted
 
@@ -173,7 +172,7 @@ def linear_merge_kernel(
     token = tl.load(tokens_ptr + rows, mask=there, other=0)
     chosen = tl.where((token >= 0) & (token < V), chosen, float("nan"))
     d = chosen - maximum
-    e = tl.exp(d)
+    e = exp(d)
     total = others + e
     is_argmax = d == 0.0
     log_sum = tl.where(is_argmax, log1p(others), tl.log(total))

@@ -7,7 +7,6 @@ cache (132 rows of 152k bfloat16 are 38 MiB): memory sees one read and one write
 that of `arithmetic`, inlined.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -22,20 +21,54 @@ from rlhf_kernels.spec import PolicyLossSpec
 from rlhf_kernels.triton_rows import (
     PER_ROW,
     VARIES,
-    block_for,
     bytes_of,
     flags,
-    grad_of_block,
+    grad_of_columns,
     inverse_temperature_of,
+    lanes_for,
     launch_options,
     layout,
+    num_programs,
+    plain_block,
     row_offset,
+    special_blocks,
     stats_of_row,
-    transformed,
 )
 
 policy_term = triton.jit(arithmetic.bind(arithmetic.policy_term, tl))
 kl_term = triton.jit(arithmetic.bind(arithmetic.kl_term, tl))
+
+
+@triton.jit
+def write_grads(
+    row_ptr, grads_row, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, active, V,
+    BLOCK: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row, its last columns first; a row that is not active is not read, and gets 0."""
+    offsets = tl.arange(0, BLOCK)
+    if active:
+        whole, first, apart = special_blocks(token, V, BLOCK)
+        for special in range(tl.where(whole < V, 0, 1), tl.where(apart, 2, 1)):
+            columns = tl.where(special == 0, whole, first) + offsets
+            z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"), eviction_policy="evict_first")
+            grad = grad_of_columns(
+                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, True, SCALED,
+                CAPPED, ENTROPY,
+            )  # fmt: skip
+            tl.store(grads_row + columns, grad.to(grads_row.dtype.element_ty), mask=columns < V)
+        blocks = whole // BLOCK - tl.where(apart, 1, 0)
+        for i in range(blocks):
+            columns = plain_block(blocks - 1 - i, first, apart, BLOCK) + offsets
+            z = tl.load(row_ptr + columns, eviction_policy="evict_first")
+            grad = grad_of_columns(
+                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, False, SCALED,
+                CAPPED, ENTROPY,
+            )  # fmt: skip
+            tl.store(grads_row + columns, grad.to(grads_row.dtype.element_ty))
+    else:
+        for start in range(0, V, BLOCK):
+            columns = start + offsets
+            tl.store(grads_row + columns, 0.0, mask=columns < V)
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=[*PER_ROW, "ref_ptr"])
@@ -45,18 +78,19 @@ def policy_loss_kernel(
     loss_ptr, logprobs_ptr, entropy_ptr, ratio_ptr, clipped_ptr, kl_ptr,
     num_rows, inner, stride_outer: tl.int64, stride_inner: tl.int64, out_stride_outer: tl.int64,
     out_stride_inner: tl.int64, V,
-    BLOCK: tl.constexpr, FORM: tl.constexpr, ESTIMATOR: tl.constexpr, DUAL: tl.constexpr, ENTROPY: tl.constexpr,
-    ENTROPY_LOSS: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, ESTIMATOR: tl.constexpr, DUAL: tl.constexpr,
+    ENTROPY: tl.constexpr, ENTROPY_LOSS: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         keep = tl.load(mask_ptr + row) != 0
         token = tl.load(tokens_ptr + row, mask=keep, other=0)
         inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
         row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
-        logprob, entropy, maximum, log_sum, miss, _ = stats_of_row(
-            row_ptr, token, inverse_temperature, scalars_ptr, V, keep, BLOCK, SCALED, CAPPED, ENTROPY
-        )
+        logprob, entropy, top, log_sum, miss, _ = stats_of_row(
+            row_ptr, token, inverse_temperature, scalars_ptr, V, keep, LANES, WIDTH, SCALED, CAPPED, ENTROPY,
+            "evict_last",
+        )  # fmt: skip
         advantage = tl.load(advantages_ptr + row, mask=keep, other=0.0).to(tl.float32)
         old = tl.load(old_ptr + row, mask=keep, other=0.0).to(tl.float32)
         loss, slope, ratio, stopped = policy_term(
@@ -89,32 +123,20 @@ def policy_loss_kernel(
         if GRADS:
             a = slope * share
             active = (a != 0.0) | (b != 0.0) | (c != 0.0)
-            limit = tl.where(keep & active, V, 0)
             grads_row = grads_ptr + row_offset(row, inner, out_stride_outer, out_stride_inner, ALIGNED)
-            blocks = tl.cdiv(V, BLOCK)
-            for i in range(blocks):
-                columns = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-                z = tl.load(row_ptr + columns, mask=columns < limit, other=-float("inf"), eviction_policy="evict_first")
-                x, bend = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
-                grad = grad_of_block(x, bend, columns, token, maximum, log_sum, miss, a, b, c, ENTROPY_LOSS)
-                grad = tl.where(columns < limit, grad, 0.0).to(grads_ptr.dtype.element_ty)
-                tl.store(grads_row + columns, grad, mask=columns < V)
+            write_grads(
+                row_ptr, grads_row, token, top * inverse_temperature, inverse_temperature, log_sum, miss, a, b, c,
+                scalars_ptr, keep & active, V, LANES * WIDTH, SCALED, CAPPED, ENTROPY_LOSS,
+            )  # fmt: skip
 
 
 POLICY_REGISTERS = 64
 
 
-def policy_block_for(vocab: int) -> tuple[int, int]:
-    """Columns per step, and warps: the one program of a multiprocessor has to keep the memory busy alone."""
-    block, _ = block_for(vocab, 8192)
-    # 1024 threads are the most a program may have: 32 warps of 32, or AMD's 16 of 64
-    return block, min(16 if torch.version.hip else 32, max(1, block // 256))
-
-
-@functools.cache
-def num_programs(device: torch.device) -> int:
-    """One per multiprocessor, so that the rows in flight fit in L2; a few where there is no such thing."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def policy_lanes_for(vocab: int, element_size: int, aligned: bool) -> tuple[int, int, int]:
+    """Lanes, columns of each, and warps: the few programs of a multiprocessor have to keep the memory busy alone."""
+    lanes, width, warps = lanes_for(vocab, element_size, aligned)
+    return lanes * 2, width, warps * 2
 
 
 @on_device
@@ -138,7 +160,8 @@ def policy_loss_triton(
     target = layout(grads, inner=rows.inner) if learns else rows
     shape, vocab, num_rows = tokens.shape, logits.shape[-1], tokens.numel()
     form, estimator, dual = spec.choices()
-    block, warps = policy_block_for(vocab)
+    aligned = rows.aligned and target.aligned
+    lanes, width, warps = policy_lanes_for(vocab, logits.element_size(), aligned)
 
     def new(wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=torch.float32, device=logits.device)
@@ -155,9 +178,9 @@ def policy_loss_triton(
             flat(weights), bytes_of(mask, tokens), flat(transform.row_temperature),
             scalars(logits.device, *numbers), denominator, loss, logprobs, entropy, ratio, clipped.view(torch.uint8),
             kl, num_rows, rows.inner, rows.outer, rows.stride, target.outer, target.stride, vocab,
-            BLOCK=block, FORM=form, ESTIMATOR=estimator, DUAL=dual, ENTROPY=with_entropy,
+            LANES=lanes, WIDTH=width, FORM=form, ESTIMATOR=estimator, DUAL=dual, ENTROPY=with_entropy,
             ENTROPY_LOSS=spec.entropy_coef != 0, WEIGHTS=weights is not None, GRADS=learns,
-            ALIGNED=rows.aligned and target.aligned, **flags(transform), **launch_options(warps, POLICY_REGISTERS),
+            ALIGNED=aligned, **flags(transform), **launch_options(warps, POLICY_REGISTERS),
         )  # fmt: skip
     total = loss.sum(dtype=torch.float64).float()
     return total, logprobs, entropy, ratio, clipped, kl, grads

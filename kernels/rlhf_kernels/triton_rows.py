@@ -7,6 +7,7 @@ int64. What changes from call to call (lengths, temperatures, coefficients) is r
 only the vocabulary, the dtype and the flags in capitals compile anew.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -48,21 +49,36 @@ def tanh_and_slope(u):
     return tl.where(square < 0.0625, series, far), 4.0 * shrunk * share * share
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def transformed(z, scalars_ptr, inverse_temperature, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    """The logits after scale, cap and temperature, and their slope."""
-    x = z.to(tl.float32)
-    slope = tl.where(x == x, 1.0, 1.0)  # not x * 0 + 1: x may be infinite
+def exp(x):
+    """As one multiplication and one instruction: results below 2^-126 are 0, which costs three instructions less."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def capped(z, scalars_ptr, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """The logits after scale and cap, and their slope: 1.0, or like them."""
+    y = z.to(tl.float32)
+    slope = 1.0
     if SCALED:
-        scale = tl.load(scalars_ptr + 2)
-        x = x * scale
-        slope = slope * scale
+        slope = tl.load(scalars_ptr + 2)
+        y = y * slope
     if CAPPED:
         cap = tl.load(scalars_ptr + 1)
-        tanh, bend = tanh_and_slope(x / cap)
-        x = cap * tanh
+        tanh, bend = tanh_and_slope(y / cap)
+        y = cap * tanh
         slope = slope * bend
-    return x * inverse_temperature, slope * inverse_temperature
+    return y, slope
+
+
+@triton.jit
+def transformed(z, scalars_ptr, inverse_temperature, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """The logits after scale, cap and temperature."""
+    y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
+    return y * inverse_temperature
 
 
 @triton.jit
@@ -79,62 +95,113 @@ def inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERAT
 
 
 @triton.jit
-def stats_of_row(
-    row_ptr, token, inverse_temperature, scalars_ptr, V, keep,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """One pass: running maximum m, sum of exp(x - m) over the other columns, and sum of exp(x - m) (x - m).
+def special_blocks(token, limit, BLOCK: tl.constexpr):
+    """Which blocks of columns need more than arithmetic: the token's, and the last if it is not whole.
 
-    A row with keep False is not read.
+    Where the last begins, where the token's does, and whether it is another: to look for the token everywhere would
+    cost as much as the exponentials.
     """
-    maximum = -float("inf")
-    others = 0.0
-    weighted = 0.0
-    for start in range(0, tl.where(keep, V, 0), BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < V
-        z = tl.load(row_ptr + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last")
-        x, _ = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
-        x = tl.where(inside, x, -float("inf"))
-        new_maximum = tl.maximum(maximum, tl.max(x, 0))
-        base = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
-        d = x - base
-        e = tl.where(columns == token, 0.0, tl.exp(d))
-        shrink = tl.exp(maximum - base)
-        if ENTROPY:
-            moved = tl.where(others > 0, others * (maximum - base), 0.0)
-            weighted = (weighted + moved) * shrink + tl.sum(tl.where(e > 0, e * d, 0.0), 0)
-        others = others * shrink + tl.sum(e, 0)
-        maximum = new_maximum
-    # an id outside [0, V) reads nothing and makes its row NaN
-    known = keep & (token >= 0) & (token < V)
-    z = tl.load(row_ptr + token, mask=known, other=float("nan"))
-    chosen, _ = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
-    d = chosen - maximum
-    e = tl.exp(d)
-    total = others + e
-    is_argmax = d == 0.0
-    log_sum = tl.where(is_argmax, log1p(others), tl.log(total))
-    entropy = 0.0
-    if ENTROPY:
-        entropy = log_sum - (weighted + tl.where(e > 0, e * d, 0.0)) / total
-    return d - log_sum, entropy, maximum, log_sum, others / total, is_argmax
+    whole = limit // BLOCK * BLOCK
+    first = tl.where(token >= 0, token, 0).to(tl.int32) // BLOCK * BLOCK
+    return whole, first, (token >= 0) & (token < whole)
 
 
 @triton.jit
-def grad_of_block(
-    x, slope, columns, token, maximum, log_sum, miss, a, b, c,
-    ENTROPY: tl.constexpr,
+def plain_block(i, first, apart, BLOCK: tl.constexpr):
+    """Where the i-th of the other blocks begins."""
+    return i * BLOCK + tl.where(apart & (i * BLOCK >= first), BLOCK, 0)
+
+
+@triton.jit
+def add_columns(y, scale, maximum, others, weighted, columns, token, EXCLUDE: tl.constexpr, ENTROPY: tl.constexpr):
+    """The sums of each lane with more columns, the token's not among them (EXCLUDE)."""
+    top = tl.maximum(maximum, tl.max(y, 1))
+    base = tl.where(top == -float("inf"), 0.0, top)
+    d = y - base[:, None]
+    e = tl.exp2(d * scale)
+    if EXCLUDE:
+        e = tl.where(columns == token, 0.0, e)
+    shrink = tl.exp2((maximum - base) * scale)
+    if ENTROPY:
+        moved = tl.where(others > 0, others * (maximum - base), 0.0)
+        weighted = (weighted + moved) * shrink + tl.sum(tl.where(e > 0, e * d, 0.0), 1)
+    return top, others * shrink + tl.sum(e, 1), weighted
+
+
+@triton.jit
+def stats_of_row(
+    row_ptr, token, inverse_temperature, scalars_ptr, V, keep,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
-    d = x - maximum
-    p = tl.exp(d - log_sum)
-    inner = b - a
-    at_token = b
+    """One pass: running maximum m, sum of exp(x - m) over the other columns, and sum of exp(x - m) (x - m).
+
+    A lane takes WIDTH neighbouring columns, one vector, of every LANES * WIDTH, and keeps sums of its own: lanes meet
+    once, at the end of the row. Until then the maximum is that of the logits before the temperature.
+    A row with keep False is not read.
+    """
+    BLOCK: tl.constexpr = LANES * WIDTH
+    scale = inverse_temperature * LOG2E
+    limit = tl.where(keep, V, 0)
+    lane = tl.arange(0, LANES) * WIDTH
+    offsets = lane[:, None] + tl.arange(0, WIDTH)[None, :]
+    maximum = tl.full([LANES], -float("inf"), tl.float32)
+    others = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    whole, first, apart = special_blocks(token, limit, BLOCK)
+    for i in range(whole // BLOCK - tl.where(apart, 1, 0)):
+        columns = plain_block(i, first, apart, BLOCK) + offsets
+        y, _ = capped(tl.load(row_ptr + columns, eviction_policy=EVICT), scalars_ptr, SCALED, CAPPED)
+        maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, columns, token, False, ENTROPY)
+    for special in range(tl.where(whole < limit, 0, 1), tl.where(apart, 2, 1)):
+        start = tl.where(special == 0, whole, first)
+        columns = start + offsets
+        inside = (start + lane < limit)[:, None]  # a whole vector is, or is not
+        z = tl.load(row_ptr + columns, mask=inside, other=-float("inf"), eviction_policy=EVICT)
+        y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
+        y = tl.where(inside, y, -float("inf"))
+        maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, columns, token, True, ENTROPY)
+    top = tl.max(maximum, 0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    shrink = tl.exp2((maximum - base) * scale)
+    mean = 0.0
+    if ENTROPY:
+        moved = tl.where(others > 0, others * (maximum - base), 0.0)
+        mean = tl.sum((weighted + moved) * shrink, 0) * inverse_temperature
+    rest = tl.sum(others * shrink, 0)
+    # an id outside [0, V) reads nothing and makes its row NaN
+    known = keep & (token >= 0) & (token < V)
+    z = tl.load(row_ptr + token, mask=known, other=float("nan"))
+    y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
+    d = (y - top) * inverse_temperature
+    e = tl.exp(d)
+    total = rest + e
+    is_argmax = d == 0.0
+    log_sum = tl.where(is_argmax, log1p(rest), tl.log(total))
+    entropy = 0.0
+    if ENTROPY:
+        entropy = log_sum - (mean + tl.where(e > 0, e * d, 0.0)) / total
+    return d - log_sum, entropy, top, log_sum, rest / total, is_argmax
+
+
+@triton.jit
+def grad_of_columns(
+    z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr,
+    HAS_TOKEN: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The gradient in some columns of a row, the token's perhaps among them (HAS_TOKEN)."""
+    y, slope = capped(z, scalars_ptr, SCALED, CAPPED)
+    d = y * inverse_temperature - maximum
+    p = tl.exp2(d * LOG2E - log_sum * LOG2E)
+    # the slope goes to the coefficients where it is one number
+    slope = slope * inverse_temperature
+    bend = 0.0
     if ENTROPY:
         bend = tl.where(p > 0, c * d, 0.0)
-        inner = inner + bend
-        at_token = at_token + bend
-    return tl.where(columns == token, a * miss + p * at_token, p * inner) * slope
+    grad = p * (b - a + bend) * slope if CAPPED or ENTROPY else p * ((b - a) * slope)
+    if HAS_TOKEN:
+        grad = tl.where(columns == token, (a * miss + p * (b + bend)) * slope, grad)
+    return grad
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=PER_ROW)
@@ -142,8 +209,8 @@ def row_stats_kernel(
     logits_ptr, tokens_ptr, mask_ptr, temperature_ptr, scalars_ptr,
     logprobs_ptr, entropy_ptr, maximum_ptr, log_sum_ptr, miss_ptr, argmax_ptr,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, V,
-    BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SCALED: tl.constexpr,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     keep = row >= 0
@@ -152,11 +219,11 @@ def row_stats_kernel(
     token = tl.load(tokens_ptr + row, mask=keep, other=0)
     inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
     row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
-    logprob, entropy, maximum, log_sum, miss, is_argmax = stats_of_row(
-        row_ptr, token, inverse_temperature, scalars_ptr, V, keep, BLOCK, SCALED, CAPPED, ENTROPY
+    logprob, entropy, top, log_sum, miss, is_argmax = stats_of_row(
+        row_ptr, token, inverse_temperature, scalars_ptr, V, keep, LANES, WIDTH, SCALED, CAPPED, ENTROPY, "evict_first"
     )
     tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
-    tl.store(maximum_ptr + row, tl.where(keep, maximum, 0.0))
+    tl.store(maximum_ptr + row, tl.where(keep, top * inverse_temperature, 0.0))
     tl.store(log_sum_ptr + row, tl.where(keep, log_sum, 0.0))
     tl.store(miss_ptr + row, tl.where(keep, miss, 0.0))
     tl.store(argmax_ptr + row, (keep & is_argmax).to(tl.int8))
@@ -173,7 +240,8 @@ def row_grads_kernel(
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
     keep = row >= 0
     if HAS_MASK:
         keep = tl.load(mask_ptr + row) != 0
@@ -186,29 +254,41 @@ def row_grads_kernel(
         active = active | (c != 0.0)
     token = tl.load(tokens_ptr + row, mask=keep, other=0)
     inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
-    # a row without coefficient is not read: its gradient is 0 whatever it holds
-    read = columns < tl.where(active, V, 0)
-    offset = row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
-    z = tl.load(logits_ptr + offset + columns, mask=read, other=-float("inf"))
-    x, slope = transformed(z, scalars_ptr, inverse_temperature, SCALED, CAPPED)
-    maximum = tl.load(maximum_ptr + row)
-    grad = grad_of_block(
-        x, slope, columns, token, maximum, tl.load(log_sum_ptr + row), tl.load(miss_ptr + row), a, b, c, ENTROPY
-    )
-    grad = tl.where(read, grad, 0.0)
+    row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
     out = out_ptr + row_offset(row, inner, out_stride_outer, out_stride_inner, ALIGNED) + columns
-    tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=columns < V)
+    maximum = tl.load(maximum_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    miss = tl.load(miss_ptr + row)
+    # a row without coefficient is not read: its gradient is 0 whatever it holds
+    if active:
+        if (token >= start) & (token < start + BLOCK):
+            z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"))
+            grad = grad_of_columns(
+                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, True, SCALED,
+                CAPPED, ENTROPY,
+            )  # fmt: skip
+            tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=columns < V)
+        else:
+            z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"))
+            grad = grad_of_columns(
+                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, False, SCALED,
+                CAPPED, ENTROPY,
+            )  # fmt: skip
+            tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=columns < V)
+    else:
+        tl.store(out, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < V)
 
 
-@triton.jit(do_not_specialize=["factor_stride"], do_not_specialize_on_alignment=PER_ROW)
-def scale_rows_kernel(grads_ptr, factor_ptr, factor_stride, V, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_ptr + row * factor_stride)
-    if factor != 1.0:
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        pointers = grads_ptr + row * V + columns
-        grads = tl.load(pointers, mask=columns < V, other=0.0).to(tl.float32)
-        tl.store(pointers, (grads * factor).to(grads_ptr.dtype.element_ty), mask=columns < V)
+@triton.jit(do_not_specialize=["factor_stride", "num_rows"], do_not_specialize_on_alignment=PER_ROW)
+def scale_rows_kernel(grads_ptr, factor_ptr, factor_stride, num_rows, V, BLOCK: tl.constexpr):
+    for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
+        factor = tl.load(factor_ptr + row * factor_stride)
+        if factor != 1.0:
+            for start in range(0, V, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                pointers = grads_ptr + row * V + columns
+                grads = tl.load(pointers, mask=columns < V, other=0.0).to(tl.float32)
+                tl.store(pointers, (grads * factor).to(grads_ptr.dtype.element_ty), mask=columns < V)
 
 
 class Layout(NamedTuple):
@@ -240,13 +320,30 @@ def layout(x: Tensor, *, inner: int | None = None) -> Layout:
     return Layout(x, inner, inner * x.stride(0), x.stride(0))
 
 
+def lanes_for(vocab: int, element_size: int, aligned: bool) -> tuple[int, int, int]:
+    """Lanes, columns of each, and warps: a vector of 16 bytes per lane, two lanes per thread.
+
+    Where rows begin anywhere a lane has one column, and a thread eight of them.
+    """
+    width = 16 // element_size if aligned else 1
+    per_thread = 16 // element_size * 2 if aligned else 8
+    lanes = min(256 * per_thread // width, max(32, triton.next_power_of_2(triton.cdiv(vocab, width))))
+    return lanes, width, max(1, lanes * width // (32 * per_thread))
+
+
 def block_for(vocab: int, largest: int) -> tuple[int, int]:
     """Columns per step, and warps: at most 16 elements per thread, so that nothing spills."""
     block = min(largest, max(16, triton.next_power_of_2(vocab)))
     return block, min(16, max(1, block // 512))
 
 
-STATS_REGISTERS = 96
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """One per multiprocessor; a few where there is no such thing."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+STATS_REGISTERS = 64
 """Without a ceiling the assembler aims at full occupancy and spills a register or two to get there."""
 
 
@@ -285,13 +382,13 @@ def row_stats_triton(
         torch.empty(size, dtype=work_dtype(logits), device=logits.device) for size in sizes
     )
     argmax = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
-    block, warps = block_for(vocab, 4096)
+    lanes, width, warps = lanes_for(vocab, logits.element_size(), rows.aligned)
     if num_rows:
         row_stats_kernel[(num_rows,)](
             rows.tensor, tokens.contiguous(), bytes_of(mask, tokens), _temperatures(transform, tokens),
             numbers(transform, logits.device), logprobs, entropy, maximum, log_sum, miss, argmax.view(torch.uint8),
             rows.inner, rows.outer, rows.stride, vocab,
-            BLOCK=block, HAS_MASK=mask is not None, ENTROPY=with_entropy, ALIGNED=rows.aligned,
+            LANES=lanes, WIDTH=width, HAS_MASK=mask is not None, ENTROPY=with_entropy, ALIGNED=rows.aligned,
             **flags(transform), **launch_options(warps, STATS_REGISTERS),
         )  # fmt: skip
     return RowStats(logprobs, entropy, maximum, log_sum, miss, argmax)
@@ -343,7 +440,8 @@ def scale_rows_triton(grads: Tensor, factor: Tensor) -> None:
     block, warps = block_for(width, 4096)
     if rows:
         stride = 0 if factor.ndim == 0 else 1
-        scale_rows_kernel[(rows, triton.cdiv(width, block))](grads, factor, stride, width, BLOCK=block, num_warps=warps)
+        programs = min(rows, 8 * num_programs(grads.device))  # most have nothing to do but ask
+        scale_rows_kernel[(programs,)](grads, factor, stride, rows, width, BLOCK=block, num_warps=warps)
 
 
 KERNELS: dict[str, Any] = {

@@ -1,3 +1,4 @@
+import itertools
 import logging
 
 import pytest
@@ -105,7 +106,9 @@ def test_numbers_are_kept_per_stream_and_a_graph_has_its_own(monkeypatch):
 
 def test_programs_have_at_most_a_thousand_threads(monkeypatch):
     triton_policy = pytest.importorskip("rlhf_kernels.triton_policy")
+    triton_rows = pytest.importorskip("rlhf_kernels.triton_rows")
     for hip, lanes in ((None, 32), ("6.4", 64)):
         monkeypatch.setattr(torch.version, "hip", hip)
-        assert all(triton_policy.policy_block_for(vocab)[1] * lanes <= 1024 for vocab in (1, 300, 50257, 151936))
-        assert all(triton_policy.block_for(vocab, 4096)[1] * lanes <= 1024 for vocab in (1, 300, 50257, 151936))
+        for vocab, size, aligned in itertools.product((1, 300, 50257, 151936), (2, 4), (False, True)):
+            assert triton_policy.policy_lanes_for(vocab, size, aligned)[2] * lanes <= 1024
+        assert all(triton_rows.block_for(vocab, 4096)[1] * lanes <= 1024 for vocab in (1, 300, 50257, 151936))

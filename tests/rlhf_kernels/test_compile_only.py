@@ -67,8 +67,8 @@ def rows_key(batch, length, vocab=4096, temperature=1.0, strides=None, begin=0):
     tokens, flags = torch.empty(n + begin, dtype=torch.long)[begin:], torch.empty(n + begin, dtype=torch.uint8)[begin:]
     numbers = triton_rows.scalars(logits.device, temperature, 0.0, 1.0)
     constants = {
-        "BLOCK": 4096, "HAS_MASK": True, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False, "ENTROPY": True,
-        "ALIGNED": rows.aligned,
+        "LANES": 512, "WIDTH": 8, "HAS_MASK": True, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False,
+        "ENTROPY": True, "ALIGNED": rows.aligned,
     }  # fmt: skip
     arguments = (
         rows.tensor, tokens, flags, tokens, numbers, *[per_row] * 5, flags, rows.inner, rows.outer, rows.stride, vocab,
@@ -96,7 +96,7 @@ def test_a_tensor_that_begins_anywhere_is_the_same_kernel(name):
     aligned = {n for n, p in params.items() if not p.do_not_specialize_on_alignment}
     per_column = {"logits_ptr", "grads_ptr", "out_ptr", "ref_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "x_ptr"}
     outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr", "maps_ptr",
-               "partials_ptr", "pieces_ptr"}  # fmt: skip
+               "partials_ptr", "pieces_ptr", "finished_ptr"}  # fmt: skip
     assert aligned <= per_column | outputs | ({"mask_ptr"} if name in ("moments", "whiten") else set())
 
 
@@ -107,12 +107,12 @@ def test_rows_from_the_middle_of_a_tensor_are_the_same_kernel():
 def test_a_new_horizon_is_the_same_scan():
     def scan(batch, length, segments):
         x, flags = torch.empty(batch, length), torch.empty(batch, length, dtype=torch.uint8)
-        moments = torch.empty(batch, 3, dtype=torch.float64)
+        moments, finished = torch.empty(batch, 3, dtype=torch.float64), torch.empty(1, dtype=torch.int32)
         constants = {
             "LANES": 256, "BLOCKS": 4, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False,
             "SPLIT": False, "ALIGNED": True,
         }  # fmt: skip
-        arguments = (x, x, x, x, x, flags, x, x, x, x, x, x, moments, length, segments)
+        arguments = (x, x, x, x, x, flags, x, x, x, x, x, x, moments, finished, moments, length, segments)
         return key(triton_gae.gae_kernel, arguments, constants)
 
     assert scan(2, 1000, 1) == scan(3, 1024, 1) == scan(1, 4096, 16)
