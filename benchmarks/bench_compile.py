@@ -130,7 +130,7 @@ def _linear_configs(vocab: int) -> Iterator[Config]:
             if tile == triton_linear.WIDE_TILE and not options["ALIGNED"]:
                 continue
             constants = {**options, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_H": tile.depth}
-            constants |= {"PIECE_TILES": triton_linear.PIECE_TILES, "GROUP": triton_linear.GROUP_ROWS // tile.rows}
+            constants |= {"PIECE_TILES": triton_linear.PIECE_TILES, "GROUP": triton_linear.group_for(2048, 2, tile)}
             constants["DESCRIPTORS"] = descriptors
             loads = "descriptors" if descriptors else "pointers"
             sizes = (("hidden_ptr", tile.rows), ("weight_ptr", tile.columns))
@@ -153,7 +153,9 @@ def _other_configs() -> Iterator[Config]:
         types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"), ("ref_ptr", "*bf16"))
         yield Config("scale_rows", f"V={vocab}", {"BLOCK": block}, warps, vocab, types)
         for forward in (False, True):
-            constants = {"BLOCK": block, "FORWARD": forward, "HAS_MASK": True, "WEIGHTS": True, "GRADS": True}
+            lanes, width, warps = triton_rows.lanes_for(vocab, 2, vocab % 16 == 0)
+            constants = {"LANES": lanes, "WIDTH": width, "FORWARD": forward, "HAS_MASK": True, "WEIGHTS": True}
+            constants["GRADS"] = True
             name = f"{'forward' if forward else 'reverse'}, gradient, V={vocab}"
             yield Config("kl", name, {**constants, "ALIGNED": vocab % 16 == 0}, warps, vocab, types)
     for length in (128, 32768):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import kernel_peers as peers
 import rlhf_kernels as ours
 import torch
+from kernel_checks import LOGPROB, head_tolerance
 from kernel_peers import Loss
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Case:
     """The per-token numbers in what `call` returns."""
     exact: Callable[[Inputs], Tensor]
     """The same numbers in float64."""
-    tolerance: float
+    tolerance: Callable[[Inputs], float]
     relative: bool = False
     bytes_moved: Callable[[Inputs], int] | None = None
     flops: Callable[[tuple[int, ...]], float] | None = None
@@ -172,7 +173,7 @@ def _first(result: Any) -> Tensor:
 
 
 def _logits_ops() -> dict[str, Op]:
-    shared = {"leaves": ("logits",), "read": _first, "exact": _exact_logprobs, "tolerance": 1e-5}
+    shared = {"leaves": ("logits",), "read": _first, "exact": _exact_logprobs, "tolerance": lambda i: LOGPROB}
     shared["bytes_moved"] = lambda i: 3 * i["logits"].numel() * i["logits"].element_size()
     compiled = torch.compile(_naive_logprobs)
     compiled_loss = torch.compile(_naive_policy)
@@ -210,7 +211,8 @@ def _naive_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 
 def _linear_ops() -> dict[str, Op]:
-    shared = {"leaves": ("hidden", "weight"), "read": _first, "exact": _exact_logprobs, "tolerance": 1e-5}
+    shared = {"leaves": ("hidden", "weight"), "read": _first, "exact": _exact_logprobs}
+    shared["tolerance"] = lambda i: head_tolerance(i["hidden"])
     shared["flops"] = lambda shape: 6.0 * shape[0] * shape[1] * shape[2]
     scores = {
         **_mine(lambda i: ours.linear_token_logprobs(i["hidden"], i["weight"], i["tokens"])),
@@ -264,7 +266,7 @@ def _token_ops() -> dict[str, Op]:
         return {k: v if v.dtype == torch.bool else v.double() for k, v in inputs.items()}
 
     shared = {
-        "leaves": (), "read": lambda x: x.advantages if hasattr(x, "advantages") else x, "tolerance": 2e-6,
+        "leaves": (), "read": lambda x: x.advantages if hasattr(x, "advantages") else x, "tolerance": lambda i: 2e-6,
         "relative": True, "exact": lambda i: _gae(peers.gae_loop).call(double(i)),
         "bytes_moved": lambda i: i["values"].numel() * (3 * 4 + 1 + 4 * 4),
     }  # fmt: skip

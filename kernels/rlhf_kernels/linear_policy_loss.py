@@ -112,7 +112,8 @@ def _groups(mask: Tensor, advantages: Tensor, spec: PolicyLossSpec, chunk_rows: 
             active = mask & (advantages != 0)
         for wanted, learns in ((active, True), (mask & ~active, False)):
             rows = wanted.reshape(-1).nonzero()[:, 0]
-            yield from ((part, learns) for part in pieces(rows, chunk_rows))
+            if len(rows):
+                yield from ((part, learns) for part in pieces(rows, chunk_rows))
         return
     rows = mask.reshape(-1).nonzero()[:, 0]
     sizes: list[int] = []
@@ -225,7 +226,8 @@ def _op(
     groups = _groups(mask, advantages, spec, chunk_rows)
     first_group = list(itertools.islice(groups, 1))
     # with token ratios those that learn come first, as many at a time as fit
-    one_tile = (ratio == "token" and len(first_group[0][0]) < chunk_rows) or chunk_rows >= tokens.numel()
+    room_left = any(len(rows) < chunk_rows for rows, _ in first_group)
+    one_tile = (ratio == "token" and room_left) or chunk_rows >= tokens.numel()
     sums = HeadGrads(head, states, bias, (needs[0], needs[1], needs[2]), group=processes, one_tile=one_tile)
     buffer = states.new_empty((min(chunk_rows, tokens.numel()), weight.shape[0]), dtype=head.dtype)
     with exact(hidden.device):

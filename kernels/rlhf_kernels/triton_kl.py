@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.rows import work_dtype
-from rlhf_kernels.triton_rows import PER_ROW, VARIES, block_for, bytes_of, exp, layout, row_offset
+from rlhf_kernels.triton_rows import LOG2E, PER_ROW, VARIES, bytes_of, exp, lanes_for, layout, row_offset
 
 _VARIES = [*VARIES, "ref_stride_outer", "ref_stride_inner"]
 
@@ -21,48 +21,74 @@ def finite(x):
     return tl.where(x == -float("inf"), 0.0, x)
 
 
+@triton.jit
+def add_columns(x, y, scale, max_f, max_s, sum_f, sum_s, mean):
+    """The sums of each lane with more columns of f (x) and s (y)."""
+    new_f = tl.maximum(max_f, tl.max(x, 1))
+    new_s = tl.maximum(max_s, tl.max(y, 1))
+    base_f = finite(new_f)
+    base_s = finite(new_s)
+    moved = tl.where(sum_f > 0, sum_f * ((finite(max_f) - base_f) - (finite(max_s) - base_s)), 0.0)
+    shrink = tl.exp2((max_f - base_f) * scale)
+    d = x - base_f[:, None]
+    e = tl.exp2(d * scale)
+    d_s = y - base_s[:, None]
+    mean = (mean + moved) * shrink + tl.sum(tl.where(e > 0, e * (d - d_s), 0.0), 1)
+    sum_f = sum_f * shrink + tl.sum(e, 1)
+    sum_s = sum_s * tl.exp2((max_s - base_s) * scale) + tl.sum(tl.exp2(d_s * scale), 1)
+    return new_f, new_s, sum_f, sum_s, mean
+
+
 @triton.jit(do_not_specialize=_VARIES, do_not_specialize_on_alignment=PER_ROW)
 def kl_kernel(
     logits_ptr, ref_ptr, grads_ptr, mask_ptr, weights_ptr, scalars_ptr, kl_ptr,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, ref_stride_outer: tl.int64, ref_stride_inner: tl.int64,
     out_stride_outer: tl.int64, out_stride_inner: tl.int64, V,
-    BLOCK: tl.constexpr, FORWARD: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, FORWARD: tl.constexpr, HAS_MASK: tl.constexpr, WEIGHTS: tl.constexpr,
+    GRADS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """With f the distribution the mean is over and s the other: KL = sum f (df - ds) - log sum_f + log sum_s."""
+    """With f the distribution the mean is over and s the other: KL = sum f (df - ds) - log sum_f + log sum_s.
+
+    As in `triton_rows.stats_of_row`, lanes keep sums of their own, of logits before the temperature.
+    """
+    BLOCK: tl.constexpr = LANES * WIDTH
     row = tl.program_id(0)
     keep = row >= 0
     if HAS_MASK:
         keep = tl.load(mask_ptr + row) != 0
     inverse_temperature = tl.load(scalars_ptr)
+    scale = inverse_temperature * LOG2E
     policy = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
     reference = ref_ptr + row_offset(row, inner, ref_stride_outer, ref_stride_inner, ALIGNED)
-    max_f = -float("inf")
-    max_s = -float("inf")
-    sum_f = 0.0
-    sum_s = 0.0
-    mean = 0.0  # sum of exp(f - max_f) ((f - max_f) - (s - max_s))
-    for start in range(0, tl.where(keep, V, 0), BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < V
-        x = tl.load(policy + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last")
-        y = tl.load(reference + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last")
-        x = x.to(tl.float32) * inverse_temperature
-        y = y.to(tl.float32) * inverse_temperature
-        if FORWARD:
-            x, y = y, x
-        new_f = tl.maximum(max_f, tl.max(x, 0))
-        new_s = tl.maximum(max_s, tl.max(y, 0))
-        base_f = finite(new_f)
-        base_s = finite(new_s)
-        e = exp(x - base_f)
-        moved = tl.where(sum_f > 0, sum_f * ((finite(max_f) - base_f) - (finite(max_s) - base_s)), 0.0)
-        shrink = exp(max_f - base_f)
-        mean = (mean + moved) * shrink + tl.sum(tl.where(e > 0, e * ((x - base_f) - (y - base_s)), 0.0), 0)
-        sum_f = sum_f * shrink + tl.sum(e, 0)
-        sum_s = sum_s * exp(max_s - base_s) + tl.sum(exp(y - base_s), 0)
-        max_f = new_f
-        max_s = new_s
+    first = reference if FORWARD else policy
+    second = policy if FORWARD else reference
+    max_f = tl.full([LANES], -float("inf"), tl.float32)
+    max_s = tl.full([LANES], -float("inf"), tl.float32)
+    sum_f = tl.zeros([LANES], tl.float32)
+    sum_s = tl.zeros([LANES], tl.float32)
+    mean = tl.zeros([LANES], tl.float32)  # sum of exp(f - max_f) ((f - max_f) - (s - max_s))
+    limit = tl.where(keep, V, 0)
+    lane = tl.arange(0, LANES) * WIDTH
+    offsets = lane[:, None] + tl.arange(0, WIDTH)[None, :]
+    whole = limit // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        x = tl.load(first + start + offsets, eviction_policy="evict_last").to(tl.float32)
+        y = tl.load(second + start + offsets, eviction_policy="evict_last").to(tl.float32)
+        max_f, max_s, sum_f, sum_s, mean = add_columns(x, y, scale, max_f, max_s, sum_f, sum_s, mean)
+    if whole < limit:
+        inside = (whole + lane < limit)[:, None]  # a whole vector is, or is not
+        x = tl.load(first + whole + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+        y = tl.load(second + whole + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+        max_f, max_s, sum_f, sum_s, mean = add_columns(x, y, scale, max_f, max_s, sum_f, sum_s, mean)
+    top_f = tl.max(max_f, 0)
+    top_s = tl.max(max_s, 0)
+    moved = (finite(max_f) - finite(top_f)) - (finite(max_s) - finite(top_s))
+    shrink = tl.exp2((max_f - finite(top_f)) * scale)
+    mean = tl.sum((mean + tl.where(sum_f > 0, sum_f * moved, 0.0)) * shrink, 0) * inverse_temperature
+    sum_f = tl.sum(sum_f * shrink, 0)
+    sum_s = tl.sum(sum_s * tl.exp2((max_s - finite(top_s)) * scale), 0)
+    max_f = top_f * inverse_temperature
+    max_s = top_s * inverse_temperature
     log_f = tl.log(sum_f)
     log_s = tl.log(sum_s)
     kl = mean / sum_f - log_f + log_s
@@ -108,14 +134,16 @@ def kl_rows_triton(
     vocab = logits.shape[-1]
     num_rows = logits.numel() // max(1, vocab)
     kl = torch.empty(num_rows, dtype=work_dtype(logits), device=logits.device)
-    block, warps = block_for(vocab, 4096)
+    aligned = rows.aligned and ref.aligned and target.aligned
+    size = max(logits.element_size(), ref_logits.element_size())
+    lanes, width, warps = lanes_for(vocab, size, aligned)
     if num_rows:
         kl_kernel[(num_rows,)](
             rows.tensor, ref.tensor, target.tensor, bytes_of(mask, kl), kl if weights is None else weights.contiguous(),
             scalars(logits.device, 1.0 / temperature), kl, rows.inner, rows.outer, rows.stride, ref.outer, ref.stride,
             target.outer, target.stride, vocab,
-            BLOCK=block, FORWARD=forward, HAS_MASK=mask is not None, WEIGHTS=weights is not None,
-            GRADS=out is not None, ALIGNED=rows.aligned and ref.aligned and target.aligned, num_warps=warps,
+            LANES=lanes, WIDTH=width, FORWARD=forward, HAS_MASK=mask is not None, WEIGHTS=weights is not None,
+            GRADS=out is not None, ALIGNED=aligned, num_warps=warps,
         )  # fmt: skip
     return kl
 

@@ -31,8 +31,8 @@ PIECE_TILES = 8
 """Tiles of vocabulary per program and block of rows: pieces enough to fill a device, partial sums few enough to forget.
 
 A part of the order of addition: it must not depend on N."""
-GROUP_ROWS = 4096
-"""Rows that meet the whole vocabulary together: 32 MiB of 4096 bfloat16 states, of an L2 cache of 50 or 60."""
+GROUP_BYTES = 8 << 20
+"""Of states that meet the whole vocabulary together, and stay in the L2 cache (50 or 60 MiB) beside what passes by."""
 MERGE_ROWS = 32
 
 
@@ -220,6 +220,11 @@ def tile_for_device(dtype: torch.dtype, aligned: bool, shared_bytes: int) -> Til
     return WIDE_TILE if aligned and shared_bytes >= 160 << 10 else NARROW_TILE
 
 
+def group_for(size: int, element_size: int, tile: Tile) -> int:
+    """Blocks of rows of a group."""
+    return max(1, GROUP_BYTES // (size * element_size * tile.rows))
+
+
 @functools.cache
 def _shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may have."""
@@ -286,7 +291,7 @@ def linear_stats_triton(
         tokens if transform.row_temperature is None else transform.row_temperature.contiguous(),
         numbers(transform, device), partials, num_rows, hidden.stride(0), weight.stride(0), vocab, size,
         BLOCK_N=tile.rows, BLOCK_V=tile.columns, BLOCK_H=tile.depth, PIECE_TILES=PIECE_TILES,
-        GROUP=max(1, GROUP_ROWS // tile.rows), DESCRIPTORS=descriptors,
+        GROUP=group_for(size, hidden.element_size(), tile), DESCRIPTORS=descriptors,
         ALIGNED=aligned, BIAS=bias is not None, ENTROPY=with_entropy,
         num_stages=tile.stages, **flags(transform), **launch_options(tile.warps, LINEAR_REGISTERS),
     )  # fmt: skip

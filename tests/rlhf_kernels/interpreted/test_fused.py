@@ -81,13 +81,13 @@ def test_a_row_has_the_same_bits_in_any_batch(descriptors):
         assert torch.equal(run(rows), whole[:, rows])
 
 
-@pytest.mark.parametrize("group_rows", [16, 32, 4096])
-def test_the_order_of_the_work_changes_no_bit(group_rows, monkeypatch):
+@pytest.mark.parametrize("group_bytes", [16 * 80, 32 * 80, 8 << 20])
+def test_the_order_of_the_work_changes_no_bit(group_bytes, monkeypatch):
     from rlhf_kernels import triton_linear
 
     hidden, weight, tokens = problem(70, 300, 20)  # five blocks of rows: groups of one, of two and two and one, of all
     whole = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=SMALL)
-    monkeypatch.setattr(triton_linear, "GROUP_ROWS", group_rows)
+    monkeypatch.setattr(triton_linear, "GROUP_BYTES", group_bytes)
     grouped = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=SMALL)
     assert all(torch.equal(x, y) for x, y in zip(grouped, whole, strict=True))
     same(grouped, exact(hidden, weight, None, tokens, Transform(), True))
