@@ -84,7 +84,7 @@ def _row_configs(vocab: int) -> Iterator[Config]:
                 size = 2 if logits == "*bf16" else 4
                 lanes, width, warps = triton_rows.lanes_for(vocab, size, common["ALIGNED"])
                 constants = {**common, "LANES": lanes, "WIDTH": width, "ENTROPY": entropy}
-                registers = triton_rows.STATS_REGISTERS
+                registers = triton_rows.row_registers(common["CAPPED"])
                 yield Config("row_stats", f"{label}, {logits[1:]}", constants, warps, vocab, types, registers)
                 block, warps = triton_rows.block_for(vocab, 4096)
                 yield Config("row_grads", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy},
@@ -100,14 +100,14 @@ def _policy_configs(vocab: int) -> Iterator[Config]:
         constants = {**base, "FORM": form, "ESTIMATOR": 0, "DUAL": False, "ENTROPY": False, "ENTROPY_LOSS": False}
         constants["CAPPED"] = False
         yield Config(
-            "policy_loss", f"{name}, V={vocab}", constants, warps, vocab, types, triton_policy.POLICY_REGISTERS
+            "policy_loss", f"{name}, V={vocab}", constants, warps, vocab, types, triton_rows.row_registers(False)
         )
     everything = {**base, "FORM": 0, "ESTIMATOR": 3, "DUAL": True, "ENTROPY": True, "ENTROPY_LOSS": True}
     lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, False)
     everything |= {"ROW_TEMPERATURE": True, "SCALED": True, "CAPPED": True, "ALIGNED": False}
     everything |= {"LANES": lanes, "WIDTH": width}
     name = f"clipped, everything on, V={vocab}"
-    yield Config("policy_loss", name, everything, warps, vocab, types, triton_policy.POLICY_REGISTERS)
+    yield Config("policy_loss", name, everything, warps, vocab, types, triton_rows.row_registers(True))
 
 
 def _linear_configs(vocab: int) -> Iterator[Config]:

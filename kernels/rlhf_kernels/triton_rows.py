@@ -343,8 +343,9 @@ def num_programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-STATS_REGISTERS = 64
-"""Without a ceiling the assembler aims at full occupancy and spills a register or two to get there."""
+def row_registers(capped: bool) -> int:
+    """Ceiling on the registers of a thread: without one the assembler aims at full occupancy, and spills for it."""
+    return 96 if capped else 64
 
 
 def launch_options(warps: int, registers: int) -> dict[str, int]:
@@ -389,7 +390,7 @@ def row_stats_triton(
             numbers(transform, logits.device), logprobs, entropy, maximum, log_sum, miss, argmax.view(torch.uint8),
             rows.inner, rows.outer, rows.stride, vocab,
             LANES=lanes, WIDTH=width, HAS_MASK=mask is not None, ENTROPY=with_entropy, ALIGNED=rows.aligned,
-            **flags(transform), **launch_options(warps, STATS_REGISTERS),
+            **flags(transform), **launch_options(warps, row_registers(transform.softcap != 0.0)),
         )  # fmt: skip
     return RowStats(logprobs, entropy, maximum, log_sum, miss, argmax)
 
