@@ -108,8 +108,8 @@ SECONDS = {"cpu": 600.0, "cuda": 4.0}
 """Time an implementation may take at one shape before it drops out of further rounds; it gets three in any case."""
 
 
-SLEEP_CYCLES = 2_000_000
-"""About a millisecond: a dozen launches from Python take less."""
+SLEEP_CYCLES = 6_000_000
+"""Three milliseconds: both passes of an op take the host about one."""
 CACHE_BYTES = 256 << 20
 """More than the L2 cache of any GPU: the buffers that are rotated are together larger, or 64."""
 

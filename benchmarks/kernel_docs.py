@@ -132,6 +132,14 @@ def _compile_table(folder: Path) -> list[str]:
     return lines
 
 
+def _ceilings(report: dict[str, Any]) -> str:
+    top = report.get("ceilings")
+    if not top:
+        return ""
+    copy, product = top["copy_gb_s"], top["matmul_tflop_s"]
+    return f" In the same process a copy moved {copy:.0f} GB/s, and a bfloat16 product made {product:.0f} TFLOP/s."
+
+
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -178,7 +186,7 @@ def write_docs(root: Path) -> None:
         lines += [
             f"### {name}",
             "",
-            f"{about}. {report.get('time', 'wall time')}.",
+            f"{about}. {report.get('time', 'wall time')}.{_ceilings(report)}",
             "",
             *_timing_table(report["rows"]),
             "",
