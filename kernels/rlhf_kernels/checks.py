@@ -107,8 +107,8 @@ def check_transform(
             raise ValueError(f"temperature has dtype {temperature.dtype}: give positive numbers, float32")
         if temperature.numel() != 1:
             check_shape("temperature", temperature, "tokens", shape)
-    elif not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive; for greedy choices use is_argmax")
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite; for greedy choices use is_argmax")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} must be positive and finite; None switches it off")
     check_number("logit_scale", logit_scale)
@@ -118,11 +118,14 @@ def check_row_temperature(temperature: Tensor | None, mask: Tensor | None) -> No
     """Reads it, so only on the CPU."""
     if temperature is None or temperature.device.type != "cpu":
         return
-    bad = ~(temperature > 0) if mask is None else ~(temperature > 0) & mask
+    bad = ~((temperature > 0) & temperature.isfinite())
+    bad = bad if mask is None else bad & mask
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
         value = float(temperature[tuple(where)])
-        raise ValueError(f"temperature={value} at {where} must be positive; for greedy choices use is_argmax")
+        raise ValueError(
+            f"temperature={value} at {where} must be positive and finite; for greedy choices use is_argmax"
+        )
 
 
 def check_token_range(tokens: Tensor, mask: Tensor | None, vocab: int) -> None:

@@ -1,5 +1,7 @@
 """What a user can get wrong, and that the message names it and says what to do."""
 
+import math
+
 import pytest
 import torch
 from rlhf_kernels import (
@@ -50,6 +52,10 @@ CASES = [
     (lambda: exact_kl(LOGITS, LOGITS, temperature=torch.ones(2)),
      r"temperature is a tensor of shape \(2,\): give one number for all rows"),
     (lambda: exact_kl(LOGITS, LOGITS, temperature=-1.0), r"temperature=-1.0 must be positive"),
+    # 1 / inf would make every logit 0, and a logit of -inf NaN
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=math.inf), r"temperature=inf must be positive and finite"),
+    (lambda: token_logprobs(LOGITS, TOKENS, temperature=torch.tensor([1.0, math.inf])),
+     r"temperature=inf at \[1\] must be positive and finite"),
     (lambda: exact_kl(LOGITS[0, 0], LOGITS[0, 0]), r"logits has shape \(\): give \[..., vocab\]"),
     (lambda: linear_exact_kl(HIDDEN[0, 0], WEIGHT, HIDDEN[0, 0], WEIGHT), r"hidden has shape \(\): give \[..., hidden"),
     (lambda: token_logprobs(LOGITS, TOKENS, softcap=-1.0), r"softcap=-1.0 must be positive"),
