@@ -144,6 +144,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same picture is the same file
     from matplotlib import pyplot
 
     groups = list(dict.fromkeys((row["op"], tuple(row["shape"])) for row in rows))

@@ -22,7 +22,8 @@ TILE_ROWS, TILE_BYTES = 2048, 64 << 20
 """Logits alive at a time where some columns of many rows are enough."""
 _PRODUCT_ROWS = 128
 """Rows that a GPU multiplies together: of a last tile that is not full the rest is multiplied for nothing."""
-_LARGE_WEIGHT = 1 << 24
+LARGE_WEIGHT = 1 << 24
+"""Numbers from which on a weight's gradient is big enough that a product for it is not split along its rows."""
 _VOCAB_SLICE = 8192
 """Rows of the weight per product where slices save memory."""
 
@@ -280,8 +281,8 @@ class HeadGrads:
         one_tile: bool = False,
     ) -> None:
         self.head, self.needs = head, needs
-        # nothing to sum: one product is the whole. A small one might be split along the rows, and its parts rounded.
-        self.is_whole = one_tile and head.mixed and head.weight.numel() >= _LARGE_WEIGHT
+        # nothing to sum: one product is the whole; the parts of a small one might be rounded
+        self.is_whole = one_tile and head.mixed and head.weight.numel() >= LARGE_WEIGHT
         self.group, self.hidden_dtype = group, hidden.dtype
         # shares of several processes are rounded once, when they have been added
         self.hidden = torch.zeros_like(hidden, dtype=head.dtype if group else hidden.dtype) if needs[0] else None

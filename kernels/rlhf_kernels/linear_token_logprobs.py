@@ -13,7 +13,9 @@ from rlhf_kernels.linear_rows import (
     Tiles,
     as_autocast,
     check_chunk_rows,
+    chunk_rows_for_gradients,
     exact,
+    is_mixed,
     keep_for,
     plain,
     tile_for,
@@ -99,7 +101,12 @@ def linear_token_logprobs(
     if shard is not None and method == "fused":
         raise ValueError("method='fused' reads the whole vocabulary, and this process has a shard of it: use auto")
     fused = _is_fused(method, hidden, weight)
-    keep = keep_for(tokens.numel() if learns and not fused else 0, weight.shape[0], hidden.device, size)
+    keeping = tokens.numel() if learns and not fused else 0
+    keep = keep_for(keeping, weight.shape[0], hidden.device, size)
+    if keeping and chunk_rows is None:
+        sizes = (keeping, *weight.shape, hidden.device, None, size)
+        if chunk_rows_for_gradients(*sizes, mixed=is_mixed(hidden, weight)) == keeping:
+            chunk_rows, keep = keeping, [keeping * weight.shape[0]]
     logprobs, entropy, logsumexp, is_argmax, *_ = _op(
         hidden, weight, bias, tokens, mask, per_row, number, softcap or 0.0, logit_scale, with_entropy, chunk_rows,
         keep, True, fused, *place,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rlhf_kernels.linear_rows import chunk_rows_for, tile_for
+from rlhf_kernels.linear_rows import LARGE_WEIGHT, chunk_rows_for, tile_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -175,8 +175,10 @@ def _backward_scratch(trace: MemoryTrace, hidden: Tensor, weight: Tensor, bias: 
         scratch += 0 if all_kept else max(0, tile - kept * 4)
     else:
         scratch += 0 if all_kept else tile
-    # the tile once more in 16 bits, the weight's gradient in 32
-    return scratch + tile // 2 + (weight.numel() * 4 if needs_weight else 0)
+    # the tile once more in 16 bits, the weight's gradient in 32, unless one product makes all of it
+    one_product = trace.device.type == "cuda" and all_kept and weight.numel() >= LARGE_WEIGHT
+    summed = needs_weight and not one_product
+    return scratch + tile // 2 + (weight.numel() * 4 if summed else 0)
 
 
 SCRATCHES: dict[str, Callable[..., int]] = {FORWARD: _forward_scratch, BACKWARD: _backward_scratch}

@@ -154,7 +154,7 @@ def test_the_gradient_of_a_large_weight_is_one_product_where_there_is_one_chunk(
     hidden, weight, bias, tokens, mask = problem(torch.bfloat16)
     results = []
     for smallest in (0, 1 << 24):
-        monkeypatch.setattr(linear_rows, "_LARGE_WEIGHT", smallest)
+        monkeypatch.setattr(linear_rows, "LARGE_WEIGHT", smallest)
         products.clear()
         inputs = [x.requires_grad_() for x in (hidden[:16].clone(), weight.clone(), bias.clone())]
         grads = torch.autograd.grad(use(*inputs, tokens[:16], mask[:16])[1], inputs)
@@ -164,3 +164,23 @@ def test_the_gradient_of_a_large_weight_is_one_product_where_there_is_one_chunk(
     assert len(sums) == 1
     for x, y in zip(whole, summed, strict=True):
         torch.testing.assert_close(x, y, atol=0, rtol=2**-7)  # the same sum, rounded once; in another order
+
+
+def test_logits_are_kept_whole_where_that_takes_no_more_than_the_sum_it_does_without(products, monkeypatch):
+    hidden, weight, _, tokens, _ = problem(torch.bfloat16)
+    monkeypatch.setattr(linear_rows, "LARGE_WEIGHT", 0)
+    monkeypatch.setitem(linear_rows.CHUNK_BYTES, "cpu", 8 * 300 * 4)  # eight rows of logits
+    monkeypatch.setitem(linear_rows.KEEP_BLOCKS, "cpu", (1, 8 * 300 * 4))
+    results = {}
+    for rows, chunk_rows in ((16, None), (16, 8), (40, None)):
+        products.clear()
+        inputs = [x.requires_grad_() for x in (hidden[:rows].clone(), weight.clone())]
+        scores = linear_token_logprobs(*inputs, tokens[:rows], chunk_rows=chunk_rows)
+        results[rows, chunk_rows] = torch.autograd.grad(scores.logprobs.sum(), inputs), list(products)
+    (whole, once), (parts, twice), (_, many) = results.values()
+    logits = [(size[0], size[2]) for size in once if size[1:] == (32, 300)]
+    assert logits == [(16, 300)]  # 8 rows more, 6 bytes a word, against 4 for each of 32 weights a word: computed once
+    assert sum(size[1:] == (32, 300) for size in twice) == 3  # as asked: two chunks, one of which is kept
+    assert sum(size[1:] == (32, 300) for size in many) > 1  # 32 rows more would take more
+    for x, y in zip(whole, parts, strict=True):
+        torch.testing.assert_close(x, y, atol=0, rtol=2**-6)
