@@ -131,8 +131,11 @@ def seconds_of_lightning() -> float:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"]], ids=" ".join)
 def test_help_comes_within_three_seconds_beyond_lightning(arguments, seconds_of_lightning):
-    # measured again only where it was slow: noise adds, and never takes away
-    assert any(cpu_seconds("-m", "rlhf_lightning", *arguments) < seconds_of_lightning + 3 for _ in range(3))
+    def beyond(seconds: float) -> float:
+        return cpu_seconds("-m", "rlhf_lightning", *arguments) - seconds
+
+    # measured again only where it was slow, beside Lightning at that moment: a busy machine slows both
+    assert beyond(seconds_of_lightning) < 3 or any(beyond(cpu_seconds("-c", "import lightning")) < 3 for _ in range(3))
 
 
 # --- the wheel
