@@ -261,6 +261,7 @@ def row_grads_kernel(
     miss = tl.load(miss_ptr + row)
     # a row without coefficient is not read: its gradient is 0 whatever it holds
     if active:
+        # two bodies, each with its loads, and not a flag: a branch around arithmetic alone is computed both ways
         if (token >= start) & (token < start + BLOCK):
             z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"))
             grad = grad_of_columns(

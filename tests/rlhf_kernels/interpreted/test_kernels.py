@@ -386,6 +386,22 @@ def test_the_score_reaches_the_last_token_that_counts_at_any_discount(both):
     assert ours.advantages.tolist() == [[-1, 1, 0]]  # 0 - V, and score - V
 
 
+def test_the_counter_that_calls_of_a_stream_share_is_zero_again_after_each(both, monkeypatch):
+    from rlhf_kernels import triton_gae
+
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(triton_gae, "_counter", lambda device: counter)
+    torch.manual_seed(0)
+    values, mask, scores = torch.randn(3, 20), torch.rand(3, 20) > 0.3, torch.randn(3)
+
+    def use(dtype):
+        v = values.to(dtype)
+        return [kl_shaped_gae(scores.to(dtype), v, v, v, mask, kl_coef=0.1, gamma=0.9, lam=0.9).moments for _ in "ab"]
+
+    same(*both(use))
+    assert counter.item() == 0
+
+
 @pytest.mark.parametrize("size", [1, 1700])
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_masked_whiten(both, size, shift_mean):
