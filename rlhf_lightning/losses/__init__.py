@@ -1,6 +1,11 @@
 """Pure losses, per token or per comparison, and the frozen dataclasses that choose them in YAML."""
 
-from rlhf_lightning.losses.correction import CorrectionOutput, SamplerCorrection, off_policy_sequence_mask
+from rlhf_lightning.losses.correction import (
+    CorrectionOutput,
+    SamplerCorrection,
+    SamplerFilter,
+    off_policy_sequence_mask,
+)
 from rlhf_lightning.losses.divergence import AlphaDivergence, ChiSquaredKL, ForwardKL, JensenShannon, ReverseKL
 from rlhf_lightning.losses.entropy import top_entropy_mask
 from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
@@ -97,6 +102,7 @@ __all__ = [
     "RobustDPO",
     "SPPOHard",
     "SamplerCorrection",
+    "SamplerFilter",
     "Sapo",
     "SimPO",
     "StepCorrectness",

@@ -6,7 +6,7 @@ importance weight that the policy loss is multiplied by, token by token. Denomin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kl import kl_estimate
-from rlhf_lightning.core.ratio import bounded_exp
+from rlhf_lightning.core.ratio import MAX_LOG_RATIO, bounded_exp
+from rlhf_lightning.losses.policy_divergence import binary_divergence
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,79 @@ class CorrectionOutput:
     metrics: Mapping[str, Float[Tensor, "batch time"]]
     """Per token, for means over the tokens that count: ratio (before any bound), kept_frac, truncated_frac, and kl, the
     k3 estimate of KL(sampler || trainer)."""
+
+
+Measure = Literal["ratio", "k2", "k3", "binary_kl", "tv"]
+Over = Literal["token", "sum", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class SamplerFilter:
+    """Drops tokens, or whole answers, by how far the sampler was from the trainer.
+
+        q = exp(old_logprobs), p = exp(sampler_logprobs) of the token, l = log q/p
+
+        ratio      q/p: exp of l of the token, of the answer's sum, or of its mean
+        k2, k3     l^2 / 2,  q/p - 1 - l: estimates of KL(sampler || trainer)
+        binary_kl  p log(p/q) + (1 - p) log((1 - p)/(1 - q)): KL(sampler || trainer) of "this token or another"
+        tv         |p - q|: its total variation
+
+    Divergences are 0 where the two agree, and have no lower bound. OpenRLHF's gating binary_kl and tv, level token and
+    seq, are `over` token and mean; verl's token_k3, seq_sum_k3, seq_mean_k3 and seq_max_k3 are `measure` k3.
+
+    Args:
+        measure: what is judged.
+        over: of the token, or of its answer: sum, mean or largest; the whole answer is then dropped.
+        high: largest measure of what is kept.
+        low: smallest ratio of what is kept; null = no bound.
+    References:
+        OpenRLHF, FlashREINFORCE (binary KL, mean of the answer), 2026.
+        Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning (DPPO: binary KL and TV), 2026.
+        arXiv:2602.04879
+    """
+
+    measure: Measure
+    over: Over = "token"
+    high: float | None = None
+    low: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure == "ratio":
+            _check_ratio_bounds("correction.filters", self.low, self.high)
+            if self.over == "max":
+                raise UserError("correction.filters: over='max' of a ratio has no lower side: use keep: every")
+            if self.low is None and self.high is None:
+                raise UserError("correction.filters: a ratio without a bound drops nothing: give low, high or both")
+            return
+        if self.low is not None:
+            raise UserError(
+                f"correction.filters: low={self.low} of {self.measure}, which is 0 where sampler and trainer agree: "
+                "leave it out"
+            )
+        if self.high is None or not self.high > 0:
+            raise UserError(
+                f"correction.filters: high={self.high} of {self.measure} keeps nothing but exact tokens, or all: give "
+                "a positive number, such as 0.05"
+            )
+
+    def keeps(
+        self,
+        old_logprobs: Float[Tensor, "batch time"],
+        log_ratio: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+    ) -> Bool[Tensor, "batch time"]:
+        """True where a token passes, with l 0 where it is unknown or nothing counts."""
+        if self.measure == "ratio":
+            judged = bounded_exp(_over_answers(log_ratio, mask, self.over))
+        else:
+            judged = _over_answers(torch.where(mask, self._divergence(old_logprobs, log_ratio), 0.0), mask, self.over)
+        return _within(judged, self.low, self.high)
+
+    def _divergence(self, old_logprobs: Tensor, log_ratio: Tensor) -> Tensor:
+        if self.measure in ("k2", "k3"):
+            held = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+            return kl_estimate(-held, torch.zeros_like(held), "k2" if self.measure == "k2" else "k3")
+        return binary_divergence(old_logprobs, old_logprobs - log_ratio, "tv" if self.measure == "tv" else "kl")
 
 
 @dataclass(frozen=True)
@@ -46,6 +120,7 @@ class SamplerCorrection:
     | sequence mask with token weights (OpenRLHF seq-mask-tis) | token | null | geometric | 0.5, 5 |
     | veto: an answer with one such token goes (verl's token veto) | token | 2 | every | 1e-4, null |
     | masks alone | none | | token, sequence, geometric or every | |
+    | trust region (FlashREINFORCE): `filters` binary_kl over mean, high 0.05 | token | null | all | |
 
     A token that the sampler gave no number for (NaN) counts as sampled by the trainer: its ratio is 1.
 
@@ -57,6 +132,7 @@ class SamplerCorrection:
             token is dropped.
         low: a token whose `keep` ratio is below gets weight 0; null = no bound.
         high: the same above.
+        filters: further conditions on a token, or its answer, all of which it has to meet: `SamplerFilter`.
     References:
         Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (TIS), 2025.
         Liu et al., When Speed Kills Stability (sequence-level MIS), 2025.
@@ -69,15 +145,14 @@ class SamplerCorrection:
     keep: Literal["all", "token", "sequence", "geometric", "every"] = "all"
     low: float | None = None
     high: float | None = None
+    filters: list[SamplerFilter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.cap is not None and not self.cap >= 1:
             raise UserError(f"correction.cap={self.cap} would shrink exact tokens: give 1 or more, such as 2, or null")
-        for name, value in (("floor", self.floor), ("low", self.low)):
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"correction.{name}={value} excludes a ratio of 1: give 0 to 1, such as 0.5, or null")
-        if self.high is not None and not self.high >= 1:
-            raise UserError(f"correction.high={self.high} excludes a ratio of 1: give 1 or more, such as 5, or null")
+        if self.floor is not None and not 0 <= self.floor <= 1:
+            raise UserError(f"correction.floor={self.floor} excludes a ratio of 1: give 0 to 1, such as 0.5, or null")
+        _check_ratio_bounds("correction", self.low, self.high)
         bounds = self.low is not None or self.high is not None
         if self.keep != "all" and not bounds:
             raise UserError(f"correction.keep={self.keep!r} needs a bound to keep within: give low, high or both")
@@ -101,23 +176,21 @@ class SamplerCorrection:
             mask: True on the tokens of the answers.
         """
         difference = sampler_gap(old_logprobs, sampler_logprobs, mask)
-        total = difference.sum(-1, keepdim=True).expand_as(difference)
         logs = {
             "token": difference,
-            "sequence": total,
-            "geometric": total / mask.sum(-1, keepdim=True).clamp(min=1),
+            "sequence": _over_answers(difference, mask, "sum"),
+            "geometric": _over_answers(difference, mask, "mean"),
         }
         weights = torch.ones_like(difference) if self.weight == "none" else bounded_exp(logs[self.weight])
         bounded = weights if self.floor is None and self.cap is None else weights.clamp(self.floor, self.cap)
         kept = mask
         if self.keep != "all":
-            judged = bounded_exp(logs["token" if self.keep == "every" else self.keep])
-            within = judged >= (self.low or 0.0)
-            if self.high is not None:
-                within &= judged <= self.high
+            within = _within(bounded_exp(logs["token" if self.keep == "every" else self.keep]), self.low, self.high)
             if self.keep == "every":
                 within = (within | ~mask).all(-1, keepdim=True)
             kept = kept & within
+        for condition in self.filters:
+            kept = kept & condition.keeps(old_logprobs.detach(), difference, mask)
         metrics = {
             "ratio": bounded_exp(difference),
             "kept_frac": kept.to(difference),
@@ -135,6 +208,27 @@ def sampler_gap(
     """old_logprobs - sampler_logprobs where both are known, 0 elsewhere; no gradient."""
     difference = (old_logprobs - sampler_logprobs).detach()
     return torch.where(mask & ~difference.isnan(), difference, 0.0)
+
+
+def _over_answers(x: Tensor, mask: Tensor, over: Over) -> Tensor:
+    """Of each token, or of its whole answer at each of its tokens [batch, time]; `x` is 0 off `mask`."""
+    if over == "token":
+        return x
+    if over == "max":
+        return x.amax(-1, keepdim=True).expand_as(x)
+    total = x.sum(-1, keepdim=True)
+    return (total if over == "sum" else total / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(x)
+
+
+def _within(judged: Tensor, low: float | None, high: float | None) -> Tensor:
+    return (judged >= (low or 0.0)) & (judged <= (torch.inf if high is None else high))
+
+
+def _check_ratio_bounds(where: str, low: float | None, high: float | None) -> None:
+    if low is not None and not 0 <= low <= 1:
+        raise UserError(f"{where}.low={low} excludes a ratio of 1: give 0 to 1, such as 0.5, or null")
+    if high is not None and not high >= 1:
+        raise UserError(f"{where}.high={high} excludes a ratio of 1: give 1 or more, such as 5, or null")
 
 
 def off_policy_sequence_mask(

@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.losses.correction import SamplerCorrection, off_policy_sequence_mask
+from rlhf_lightning.losses.correction import SamplerCorrection, SamplerFilter, off_policy_sequence_mask
 
 #                       ratios 4, 0.25, 1.5; product 1.5, geometric mean 1.145 | 3, 3; 9, 3
 RATIOS = torch.tensor([[4.0, 0.25, 1.5, 1.0], [3.0, 3.0, 1.0, 1.0]], dtype=torch.float64)
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
 OLD = torch.full((2, 4), -1.0, dtype=torch.float64)
 SAMPLER = torch.where(MASK, OLD - RATIOS.log(), math.inf)
+
+
+def keeping(*filters):
+    return SamplerCorrection(cap=None, filters=list(filters))
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,26 @@ SAMPLER = torch.where(MASK, OLD - RATIOS.log(), math.inf)
         (SamplerCorrection(cap=None, keep="every", low=0.2, high=3.5), [[0.0] * 3, [3.0, 3.0]]),
         (SamplerCorrection(weight="none", keep="token", high=3.5), [[0.0, 1.0, 1.0], [1.0, 1.0]]),
         (SamplerCorrection(cap=2.0, keep="token", low=0.5), [[2.0, 0.0, 1.5], [2.0, 2.0]]),
+        # p = 0.092, 1.472 (of no coin: tv and the ratios take it), 0.245 | 0.123, 0.123 against q = 0.368
+        (keeping(SamplerFilter("ratio", low=0.5, high=3.5)), [[0.0, 0.0, 1.5], [3.0, 3.0]]),
+        (keeping(SamplerFilter("ratio", "sum", high=3.5)), [[4.0, 0.25, 1.5], [0.0] * 2]),
+        (keeping(SamplerFilter("ratio", "mean", high=2.0)), [[4.0, 0.25, 1.5], [0.0] * 2]),
+        # k2 = 0.961, 0.961, 0.082 | 0.603, 0.603
+        (keeping(SamplerFilter("k2", high=0.7)), [[0.0, 0.0, 1.5], [3.0, 3.0]]),
+        (keeping(SamplerFilter("k2", "sum", high=1.5)), [[0.0] * 3, [3.0, 3.0]]),
+        # k3 = 1.614, 0.636, 0.095 | 0.901, 0.901
+        (keeping(SamplerFilter("k3", high=0.9)), [[0.0, 0.25, 1.5], [0.0] * 2]),
+        (keeping(SamplerFilter("k3", "mean", high=0.8)), [[4.0, 0.25, 1.5], [0.0] * 2]),
+        (keeping(SamplerFilter("k3", "max", high=1.0)), [[0.0] * 3, [3.0, 3.0]]),
+        # tv = 0.276, 1.104, 0.123 | 0.245, 0.245
+        (keeping(SamplerFilter("tv", high=0.25)), [[0.0, 0.0, 1.5], [3.0, 3.0]]),
+        (keeping(SamplerFilter("tv", "mean", high=0.3)), [[0.0] * 3, [3.0, 3.0]]),
+        # a token has to pass all of them
+        (keeping(SamplerFilter("tv", high=1.0), SamplerFilter("k3", high=1.0)), [[0.0, 0.0, 1.5], [3.0, 3.0]]),
+        (
+            SamplerCorrection(cap=2.0, keep="token", low=0.3, filters=[SamplerFilter("k3", high=1.0)]),
+            [[0.0, 0.0, 1.5], [2.0, 2.0]],
+        ),
     ],
     ids=repr,
 )
@@ -35,6 +59,28 @@ def test_weights_by_hand(correction, weights):
     out = correction(OLD, SAMPLER, MASK)
     assert out.weights[MASK].tolist() == pytest.approx([w for row in weights for w in row])
     assert (out.weights[~MASK] == 0).all()
+
+
+def test_a_binary_divergence_is_that_of_two_coins():
+    """p 0.9 against q 0.6: 0.9 log(0.9/0.6) + 0.1 log(0.1/0.4) = 0.2263; p 0.1 against 0.1: 0; their mean 0.1131."""
+    old, sampler = torch.tensor([[0.6, 0.1]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    mask = torch.ones(1, 2, dtype=torch.bool)
+
+    def kept(over, high):
+        weights = SamplerCorrection(weight="none", filters=[SamplerFilter("binary_kl", over, high)])
+        return (weights(old, sampler, mask).weights > 0).tolist()[0]
+
+    assert kept("token", 0.2262) == [False, True]
+    assert kept("token", 0.2264) == [True, True]
+    assert kept("mean", 0.1130) == [False, False]
+    assert kept("mean", 0.1132) == [True, True]
+
+
+def test_a_token_of_unknown_log_probability_passes_every_filter():
+    sampler = torch.full((1, 2), math.nan, dtype=torch.float64)
+    for measure in ("k2", "k3", "binary_kl", "tv"):
+        correction = SamplerCorrection(weight="none", filters=[SamplerFilter(measure, high=1e-9)])
+        assert (correction(OLD[:1, :2], sampler, MASK[:1, :2]).weights == 1).all()
 
 
 def test_what_is_logged():
@@ -80,6 +126,22 @@ def test_an_unknown_log_probability_counts_as_exact():
 def test_options_that_contradict_are_named(options, message):
     with pytest.raises(UserError, match=message):
         SamplerCorrection(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measure": "ratio"}, "a ratio without a bound drops nothing"),
+        ({"measure": "ratio", "high": 0.5}, r"correction\.filters\.high=0\.5"),
+        ({"measure": "ratio", "over": "max", "high": 2.0}, "use keep: every"),
+        ({"measure": "tv", "low": 0.1, "high": 0.2}, r"low=0\.1 of tv"),
+        ({"measure": "tv"}, r"high=None of tv"),
+        ({"measure": "k3", "high": 0.0}, r"high=0\.0 of k3"),
+    ],
+)
+def test_filters_that_drop_nothing_or_everything_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        SamplerFilter(**options)
 
 
 def test_bad_answers_that_the_policy_has_left_are_dropped():

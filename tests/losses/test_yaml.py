@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from rlhf_lightning import advantages, losses
 from rlhf_lightning.advantages import Gdpo
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss
-from rlhf_lightning.losses import DFT, NLL, SamplerCorrection, SupervisedLoss
+from rlhf_lightning.losses import DFT, NLL, SamplerCorrection, SamplerFilter, SupervisedLoss
 
 
 def offered(room, interface):
@@ -46,6 +46,8 @@ def test_options_reach_their_objects():
     assert read_gdpo == (Gdpo(weights=weights), Gdpo(weights=weights))
     icepop = {"cap": None, "keep": "token", "low": 0.5, "high": 5.0}
     assert read(SamplerCorrection, icepop)[0] == SamplerCorrection(**icepop)
+    region = {"measure": "binary_kl", "over": "mean", "high": 0.05}
+    assert read(SamplerCorrection, {"filters": [region]})[0] == SamplerCorrection(filters=[SamplerFilter(**region)])
 
 
 @pytest.mark.parametrize(
