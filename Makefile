@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS_STAMP := $(VENV)/peers/.installed
 # processes that share the tests; each holds its own torch
 WORKERS ?= 2
 
 .PHONY: setup quickstart test test-vllm bench-vllm vllm-server lint bench faults fuzz parallel clean
 
-setup: $(STAMP)
+setup: $(STAMP) $(PEERS_STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +17,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,peers]"
 	touch $(STAMP)
+
+# verl's and OpenRLHF's code, for tests/peers alone: never on sys.path (tests/support/peer_packages.py)
+$(PEERS_STAMP): tests/peers/requirements.txt | $(STAMP)
+	rm -rf $(VENV)/peers
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers --requirement tests/peers/requirements.txt
+	touch $(PEERS_STAMP)
 
 quickstart: setup
 	$(BIN)/python -m rlhf_lightning chain --config configs/quickstart/chain.yaml
