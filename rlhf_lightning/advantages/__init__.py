@@ -1,8 +1,9 @@
 """Pure credit assignment: from scores to rewards, from rewards to advantages and returns."""
 
-from rlhf_lightning.advantages.answers import Answers, OutcomeCredit, informative_answers
+from rlhf_lightning.advantages.answers import Answers, OutcomeCredit, informative_answers, mean_is_within
 from rlhf_lightning.advantages.gae import Gae
 from rlhf_lightning.advantages.group import (
+    BatchCentred,
     Centred,
     Gdpo,
     Gpg,
@@ -29,6 +30,7 @@ from rlhf_lightning.advantages.token_baseline import OptimalTokenBaseline
 __all__ = [
     "AdaptiveKL",
     "Answers",
+    "BatchCentred",
     "BatchNormalised",
     "Centred",
     "CentredBatchNormalised",
@@ -51,6 +53,7 @@ __all__ = [
     "clip_scores",
     "informative_answers",
     "kl_shaped_rewards",
+    "mean_is_within",
     "missing_eos_penalty",
     "overlong_mask",
     "scale_scores",

@@ -120,6 +120,19 @@ def informative_answers(
     return _varies(scores, _numbered(groups), at_least)
 
 
+def mean_is_within(
+    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], low: float, high: float
+) -> Bool[Tensor, " batch"]:
+    """True for the answers of groups whose mean score lies between `low` and `high`, ends excluded.
+
+    With scores of 0 and 1 and these ends it is `informative_answers`.
+    """
+    numbered, scores = _numbered(groups), scores.double()
+    sizes = torch.zeros_like(scores).index_add(0, numbered, torch.ones_like(scores))
+    mean = (torch.zeros_like(scores).index_add(0, numbered, scores) / sizes.clamp(min=1))[numbered]
+    return (low < mean) & (mean < high)
+
+
 # ---- one advantage per answer --------------------------------------------------------------------------------------
 
 

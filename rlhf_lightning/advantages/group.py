@@ -76,6 +76,23 @@ class Centred(OutcomeCredit):
 
 
 @dataclass(frozen=True)
+class BatchCentred(OutcomeCredit):
+    """FlashREINFORCE: how much better an answer is than the mean of all answers of the rollout, all ranks together.
+
+        A_i = r_i - mean_batch(r)
+
+    Needs no groups: one answer per prompt will do. The mean holds the answer itself, so that the gradient is that of an
+    independent baseline times (n - 1) / n, n the answers of the rollout. Easy prompts are pushed up as a whole.
+
+    References:
+        Williams, 1992 (reinforcement comparison). OpenRLHF, FlashREINFORCE, 2026.
+    """
+
+    def of_answers(self, answers: Answers) -> Float[Tensor, " batch"]:
+        return answers.scores - answers.batch_mean_std(answers.scores, 0)[0]
+
+
+@dataclass(frozen=True)
 class LeaveOneOut(OutcomeCredit):
     """RLOO: how much better an answer is than the mean of the others in its group.
 

@@ -2,12 +2,18 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_lightning.core.errors import UserError
 
 
 class KLControl(ABC):
     """Chooses the coefficient of the KL penalty. Pure: whoever trains keeps the coefficient, and saves it."""
+
+    @property
+    def observes(self) -> Literal["sequence", "token"]:
+        """What `observed_kl` is of: the KL of an answer, summed over its tokens, or its mean per token."""
+        return "sequence"
 
     @property
     @abstractmethod
@@ -20,7 +26,7 @@ class KLControl(ABC):
 
         Args:
             coef: the one that the rollout used.
-            observed_kl: mean over its sequences of the KL summed over tokens (nats), all ranks together.
+            observed_kl: mean over its sequences of what `observes` names (nats), all ranks together.
             num_samples: how many sequences it had, all ranks together.
         """
 
@@ -56,8 +62,10 @@ class AdaptiveKL(KLControl):
 
     Args:
         init_coef: the coefficient of the first rollout.
-        target: KL per sequence to settle at (nats, summed over tokens).
+        target: KL per sequence to settle at (nats, summed over tokens), or per token.
         horizon: in sequences; the larger, the slower. A rollout may not exceed 5 times as many.
+        per: what the target is of: a sequence (Ziegler et al.), or a token, the mean of each sequence counting once
+            (OpenRLHF).
     References:
         Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, sec. 2.2. arXiv:1909.08593
     """
@@ -65,6 +73,7 @@ class AdaptiveKL(KLControl):
     init_coef: float = 0.15
     target: float = 6.0
     horizon: float = 10_000.0
+    per: Literal["sequence", "token"] = "sequence"
 
     def __post_init__(self) -> None:
         for name, value in (("init_coef", self.init_coef), ("target", self.target), ("horizon", self.horizon)):
@@ -74,6 +83,10 @@ class AdaptiveKL(KLControl):
     @property
     def initial_coef(self) -> float:
         return self.init_coef
+
+    @property
+    def observes(self) -> Literal["sequence", "token"]:
+        return self.per
 
     def next_coef(self, coef: float, observed_kl: float, num_samples: int) -> float:
         if num_samples >= 5 * self.horizon:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_lightning.advantages.answers import answers_of, spread
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
-from rlhf_lightning.core.masked import masked_moments, masked_whiten
+from rlhf_lightning.core.masked import masked_centre, masked_moments, masked_whiten
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class BatchNormalised(Credit):
 
     Args:
         gamma: discount per token that counts.
+        divide_by_std: false takes the mean off alone.
     References:
         Hu et al., REINFORCE++, 2025. arXiv:2501.03262
     """
 
     gamma: float = 1.0
+    divide_by_std: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -47,7 +49,7 @@ class BatchNormalised(Credit):
         add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
         to_come = rewards_to_come(rewards, mask, gamma=self.gamma)
-        return _whitened(to_come, mask, add_over_ranks), to_come
+        return _whitened(to_come, mask, add_over_ranks, self.divide_by_std), to_come
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,15 @@ class CentredBatchNormalised(Credit):
     Mean and variance are over tokens: an answer counts as often as it is long, so the mean is not 0 in general and a
     group of equal scores gets a small advantage. The variance is divided by n (verl: by n - 1). Returns are scores.
 
+    Args:
+        divide_by_std: false takes the mean off alone.
     References:
         Hu et al., REINFORCE++, 2025. arXiv:2501.03262
     """
 
     needs_groups: ClassVar[bool] = True
+
+    divide_by_std: bool = True
 
     def __call__(
         self,
@@ -77,7 +83,7 @@ class CentredBatchNormalised(Credit):
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
         answers = answers_of(rewards, mask, groups)
         centred = spread(answers.scores - answers.group_mean(answers.scores), mask, rewards)
-        return _whitened(centred, mask, add_over_ranks), spread(answers.scores, mask, rewards)
+        return _whitened(centred, mask, add_over_ranks, self.divide_by_std), spread(answers.scores, mask, rewards)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,10 @@ def rewards_to_come(
 
 
 def _whitened(
-    x: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], add_over_ranks: Callable[[Tensor], Tensor]
+    x: Float[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    add_over_ranks: Callable[[Tensor], Tensor],
+    divide_by_std: bool,
 ) -> Float[Tensor, "batch time"]:
-    return masked_whiten(x, mask, moments=add_over_ranks(masked_moments(x, mask)))
+    moments = add_over_ranks(masked_moments(x, mask))
+    return masked_whiten(x, mask, moments=moments) if divide_by_std else masked_centre(x, mask, moments=moments)

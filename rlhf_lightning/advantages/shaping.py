@@ -20,6 +20,7 @@ def kl_shaped_rewards(
     *,
     kl_coef: float,
     estimator: KLEstimator = "k1",
+    bound: float | None = None,
     token_rewards: Float[Tensor, "batch time"] | None = None,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
     """Reward of each token: the KL penalty on the way, the sequence's score at its end.
@@ -33,6 +34,7 @@ def kl_shaped_rewards(
         ref_logprobs: of the same tokens, under the reference.
         kl_coef: price of a nat of KL.
         estimator: of the KL: k1 is unbiased, and what the KL-regularised objective asks for.
+        bound: hold the KL of a token within +-bound; None: it is not held.
         token_rewards: rewards that belong to single tokens, in addition to `scores`.
     Returns:
         Rewards and KL per token, both 0 where `mask` is False.
@@ -40,7 +42,7 @@ def kl_shaped_rewards(
         Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, eq. 2. arXiv:1909.08593
     """
     zero = torch.zeros_like(logprobs)
-    kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, estimator), zero)
+    kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, estimator, bound=bound), zero)
     rewards = -kl_coef * kl
     if token_rewards is not None:
         rewards = rewards + torch.where(mask, token_rewards, zero)
@@ -52,6 +54,7 @@ def missing_eos_penalty(
     finished: Bool[Tensor, " batch"],
     *,
     subtract: float = 0.0,
+    factor: float = 1.0,
     replace_by: float | None = None,
 ) -> Float[Tensor, " batch"]:
     """Lower scores for answers that ran into the length limit, so that the policy learns to end.
@@ -59,12 +62,14 @@ def missing_eos_penalty(
     Args:
         finished: True where the answer ended by itself, with an end token or a stop string.
         subtract: what an unfinished answer loses.
+        factor: what its score is multiplied by first (1: nothing; 0: no score); below 1 it also softens a bad score.
         replace_by: if given, the score of every unfinished answer, whatever the reward function said (-1 is usual).
     References:
         Ziegler et al., 2019 (fixed score). arXiv:1909.08593
         Huang et al., The N+ Implementation Details of RLHF with PPO, 2024. arXiv:2403.17031
+        Liu et al., ProRL (multiplied: OpenRLHF's stop_properly_penalty_coef), 2025. arXiv:2505.24864
     """
-    unfinished = scores - subtract if replace_by is None else torch.full_like(scores, replace_by)
+    unfinished = scores * factor - subtract if replace_by is None else torch.full_like(scores, replace_by)
     return torch.where(finished, scores, unfinished)
 
 
@@ -101,11 +106,25 @@ def overlong_mask(mask: Bool[Tensor, "batch time"], finished: Bool[Tensor, " bat
     return mask & finished.unsqueeze(-1)
 
 
-def clip_scores(scores: Float[Tensor, "*shape"], limit: float) -> Float[Tensor, "*shape"]:
-    """Scores held within -limit and limit."""
-    if not limit > 0:
-        raise UserError(f"limit={limit} would erase every score: clip at a positive number, or do not clip")
-    return scores.clamp(-limit, limit)
+Limit = float | tuple[float, float]
+"""How far numbers may go: c for -c to c, or both ends."""
+
+
+def ends_of(limit: Limit, name: str = "limit") -> tuple[float, float]:
+    """Both ends of a limit.
+
+    Raises:
+        UserError: nothing lies between them.
+    """
+    low, high = limit if isinstance(limit, tuple) else (-limit, limit)
+    if not low < high:
+        raise UserError(f"{name}={limit} leaves room for no number: give a positive one, or [low, high]")
+    return low, high
+
+
+def clip_scores(scores: Float[Tensor, "*shape"], limit: Limit) -> Float[Tensor, "*shape"]:
+    """Scores held within the limit."""
+    return scores.clamp(*ends_of(limit))
 
 
 @dataclass(frozen=True)

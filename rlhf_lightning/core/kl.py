@@ -6,7 +6,7 @@ from jaxtyping import Float
 from rlhf_kernels.arithmetic import torch_kl_term
 from torch import Tensor
 
-from rlhf_lightning.core.ratio import bounded_exp
+from rlhf_lightning.core.ratio import MAX_LOG_RATIO, bounded_exp
 
 KLEstimator = Literal["k1", "k2", "k3"]
 KLLossEstimator = Literal["k1", "k2", "k3", "k3+"]
@@ -18,6 +18,8 @@ def kl_estimate(
     logprobs: Float[Tensor, "*shape"],
     ref_logprobs: Float[Tensor, "*shape"],
     estimator: KLLossEstimator = "k1",
+    *,
+    bound: float | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Per-token estimate of KL(policy || reference) where the tokens were sampled from the policy (nats).
 
@@ -28,19 +30,24 @@ def kl_estimate(
         k3+ = value of k3, gradient of k2: unbiased in both (straight-through)
 
     Use k1 inside a reward (it is what the KL-regularised objective asks for) and another inside a loss; `kl_penalty`
-    also corrects for tokens that an older policy sampled. verl calls k3 `low_var_kl`, and holds it within +-10.
+    also corrects for tokens that an older policy sampled. verl calls k3 `low_var_kl`.
 
+    Args:
+        bound: hold the estimate within +-bound, without gradient beyond (but for k3+, whose gradient is k2's all the
+            same); None: it is not held. OpenRLHF holds k1, k2 and k3, verl k3, within +-10.
     References:
         Schulman, Approximating KL Divergence, 2020. http://joschu.net/blog/kl-approx.html
     """
     difference = logprobs - ref_logprobs
     if estimator == "k3+":
         straight = 0.5 * difference.square()
-        return straight - straight.detach() + kl_estimate(logprobs, ref_logprobs, "k3").detach()
+        return straight - straight.detach() + kl_estimate(logprobs, ref_logprobs, "k3", bound=bound).detach()
     if estimator not in _ESTIMATORS:
         raise ValueError(f"unknown KL estimator {estimator!r}: use k1, k2, k3 or k3+")
+    if bound is not None and estimator == "k3":
+        difference = difference.clamp(min=-MAX_LOG_RATIO)  # exp must not overflow: a slope of 0 times infinity is NaN
     value: Tensor = torch_kl_term(difference, _ESTIMATORS[estimator])[0]
-    return value
+    return value if bound is None else value.clamp(-bound, bound)
 
 
 def kl_penalty(
@@ -50,6 +57,8 @@ def kl_penalty(
     *,
     estimator: KLLossEstimator = "k3",
     importance_weighted: bool = False,
+    bound: float | None = None,
+    max_weight: float | None = None,
 ) -> Float[Tensor, "*shape"]:
     """The KL term of a policy loss, per token: what all on-policy stages add for holding the policy near its reference.
 
@@ -61,6 +70,7 @@ def kl_penalty(
     does not. With the weight, all but k2 are unbiased in value, and all four in gradient.
 
     TRL's `use_bias_correction_kl` is k3 with the weight; where its ratio is the sequence's, it weighs by that one.
+    OpenRLHF's `unbiased_gradient` has the gradient of the weighted k3+ with `max_weight` 10, and an unweighted value.
 
     Args:
         logprobs: under the policy being trained.
@@ -68,11 +78,15 @@ def kl_penalty(
         old_logprobs: under the policy that sampled; no gradient.
         estimator: see `kl_estimate`.
         importance_weighted: whether to weigh each token by its ratio.
+        bound: see `kl_estimate`; of the estimate before it is weighted.
+        max_weight: largest weight, which bounds the variance and lets the bias in beyond; None: no bound.
     References:
         DeepSeek-AI, DeepSeek-V3.2 (unbiased KL estimate), 2025. arXiv:2512.02556
     """
-    estimate = kl_estimate(logprobs, ref_logprobs, estimator)
+    estimate = kl_estimate(logprobs, ref_logprobs, estimator, bound=bound)
     if not importance_weighted:
         return estimate
     ratio = bounded_exp(logprobs - old_logprobs)
+    if max_weight is not None:
+        ratio = ratio.clamp(max=max_weight)
     return estimate * (ratio if estimator in ("k1", "k3") else ratio.detach())

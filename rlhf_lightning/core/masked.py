@@ -80,6 +80,14 @@ def masked_whiten(
     return _masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
 
 
+def masked_centre(
+    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, moments: Float[Tensor, "3"] | None = None
+) -> Float[Tensor, "*shape"]:
+    """The entries that count less their mean, or less that of `moments`; 0 elsewhere."""
+    count, total, _ = (masked_moments(x, mask) if moments is None else moments).unbind()
+    return torch.where(mask, x - (total / count.clamp(min=1)).to(x), 0.0)
+
+
 def _variance(moments: Float[Tensor, "3"]) -> Float[Tensor, ""]:
     count, total, squares = moments.unbind()
     mean = total / count.clamp(min=1)

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rlhf_lightning.advantages.answers import informative_answers
+from rlhf_lightning.advantages.answers import informative_answers, mean_is_within
 from rlhf_lightning.advantages.group import GroupNormalised
 from rlhf_lightning.advantages.kl_control import FixedKL
-from rlhf_lightning.advantages.shaping import overlong_mask
+from rlhf_lightning.advantages.shaping import Limit, overlong_mask
 from rlhf_lightning.core.batches import Generated, PromptBatch, Rollouts, concatenate_rows
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, PolicyLossOutput, Sample
@@ -34,7 +34,7 @@ from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefixes, without_pre
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
 from rlhf_lightning.stages.on_policy import Answered, OldLogprobs, without_dropped
 from rlhf_lightning.stages.phases import Phases
-from rlhf_lightning.stages.policy_gradient import PolicyGradientModule
+from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -47,6 +47,9 @@ class DynamicSampling:
         max_batches: batches of prompts drawn for one rollout at most; what was found by then is trained on.
         by: reward function whose scores have to differ (DAPO: correctness); null: the weighted sum.
         at_least: by how much the best and the worst of a group differ, at least; 0: at all.
+        mean_within: keep groups whose mean score lies between these two, ends excluded, instead of those that differ
+            (OpenRLHF's dynamic_filtering_range, [0, 1]); for scores of 0 and 1 the same, and a group of equal scores in
+            between is kept too.
     References:
         Yu et al., DAPO, 2025, eq. 11. arXiv:2503.14476
     """
@@ -54,8 +57,18 @@ class DynamicSampling:
     max_batches: int = 8
     by: str | None = None
     at_least: float = 0.0
+    mean_within: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.mean_within is not None and not self.mean_within[0] < self.mean_within[1]:
+            raise UserError(
+                f"dynamic_sampling.mean_within={list(self.mean_within)} holds nothing: give [low, high], such as [0, 1]"
+            )
+        if self.mean_within is not None and self.at_least:
+            raise UserError(
+                f"dynamic_sampling.at_least={self.at_least} asks for scores that differ, and mean_within keeps groups "
+                "by their mean: drop one"
+            )
         if self.max_batches < 2:
             raise UserError(
                 f"dynamic_sampling.max_batches={self.max_batches} leaves nothing to draw again: give at least 2, or "
@@ -90,8 +103,10 @@ class GRPOModule(PolicyGradientModule):
             stays.
         entropy_top_frac: share of the tokens, those of highest entropy, that carry the policy's loss; 1: all (Wang et
             al., 2025: 0.2).
-        whiten_advantages: scale advantages once more, over the tokens of the rollout.
-        reduction: what the loss is averaged over.
+        clip_advantages: how far the credit's advantages may go, c for -c to c or both ends; None: as far as they go.
+        whiten_advantages: scale advantages once more, over the tokens of the rollout; mean: to mean 0 alone.
+        reduction: what the policy's loss is averaged over.
+        auxiliary_reduction: what KL and entropy are averaged over; None: the same (OpenRLHF: always token_mean).
         dynamic_sampling: draw prompts until enough groups differ in score; None: take groups as they come.
         drop_uninformative: groups whose scores are all equal carry no loss and count in no denominator; false: they
             count, with an advantage of 0.
@@ -136,8 +151,10 @@ class GRPOModule(PolicyGradientModule):
         entropy_coef: float = 0.0,
         entropy_control: AdaptiveEntropy | None = None,
         entropy_top_frac: float = 1.0,
-        whiten_advantages: bool = False,
+        clip_advantages: Limit | None = None,
+        whiten_advantages: Whitening = False,
         reduction: Reduction = "sequence_mean",
+        auxiliary_reduction: Reduction | None = None,
         dynamic_sampling: DynamicSampling | None = None,
         drop_uninformative: bool = False,
         mask_truncated: bool = False,
@@ -183,6 +200,8 @@ class GRPOModule(PolicyGradientModule):
             renormalise_truncated=renormalise_truncated,
             old_logprobs=old_logprobs,
             correction=correction,
+            clip_advantages=clip_advantages,
+            auxiliary_reduction=auxiliary_reduction,
         )
         if not 0 < entropy_top_frac <= 1:
             raise UserError(f"entropy_top_frac={entropy_top_frac} is no share of the tokens: give 0.2, or 1 for all")
@@ -203,7 +222,8 @@ class GRPOModule(PolicyGradientModule):
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
-        if self.drop_uninformative and self.dynamic_sampling is not None and self.dynamic_sampling.by is None:
+        sampling = self.dynamic_sampling
+        if self.drop_uninformative and sampling is not None and sampling.by is None and sampling.mean_within is None:
             yield "drop_uninformative", "dynamic_sampling keeps no such groups"
         if not self.renormalise_truncated and not self.generation.truncates:
             yield "renormalise_truncated", "generation cuts no tokens off: set top_p, top_k or min_p, or leave it out"
@@ -288,11 +308,13 @@ class GRPOModule(PolicyGradientModule):
         return replace(kept, metrics=metrics)
 
     def _informative(self, answered: Answered, spec: DynamicSampling) -> Tensor:
-        """True for answers of groups whose scores differ, as dynamic sampling wants it [batch]."""
+        """True for answers of groups that dynamic sampling keeps [batch]."""
         scores = answered.scored.total if spec.by is None else _scores_of(answered.scored, spec.by)
         scores = scores.to(answered.groups.device).float()
-        informative = informative_answers(scores, answered.groups, at_least=spec.at_least)
-        return informative & answered.answers.mask.any(-1)
+        counts = answered.answers.mask.any(-1)
+        if spec.mean_within is not None:
+            return mean_is_within(scores, answered.groups, *spec.mean_within) & counts
+        return informative_answers(scores, answered.groups, at_least=spec.at_least) & counts
 
     def values_of(self, answered: Answered) -> Tensor:
         """What the credit's `baseline` says: the greedy answer's score spread over the tokens, or how far each token's

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from rlhf_lightning.advantages.answers import OutcomeCredit
+from rlhf_lightning.advantages.per_token import rewards_to_come
+from rlhf_lightning.advantages.shaping import Limit, ends_of
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, PolicyLoss, PolicyLossOutput
 from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
-from rlhf_lightning.core.masked import Reduction, masked_moments, masked_whiten, reduce_tokens
+from rlhf_lightning.core.masked import Reduction, masked_centre, masked_moments, masked_whiten, reduce_tokens
 from rlhf_lightning.losses.correction import SamplerCorrection
 from rlhf_lightning.losses.entropy_control import AdaptiveEntropy, EntropyBonus
 from rlhf_lightning.losses.supervised import token_nll
@@ -27,6 +30,9 @@ from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_means import StepMeans
+
+Whitening = bool | Literal["mean"]
+"""Whether advantages are scaled over a rollout's tokens: to mean 0 and standard deviation 1, or to mean 0 alone."""
 
 
 class PolicyGradientModule(OnPolicyModule):
@@ -42,8 +48,11 @@ class PolicyGradientModule(OnPolicyModule):
         kl: the KL penalty in the reward and in the loss.
         entropy_coef: weight of the entropy bonus.
         entropy_control: what moves that weight, from step to step; None: nothing.
-        whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout.
-        reduction: what the loss is averaged over.
+        clip_advantages: how far the credit's advantages may go, before KL and whitening; None: as far as they go.
+        whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout; mean: to
+            mean 0 alone.
+        reduction: what the policy's loss is averaged over.
+        auxiliary_reduction: what the other terms (KL, entropy, critic) are averaged over; None: the same.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         correction: weights for answers whose sampler was not quite the policy, or an older one.
@@ -67,7 +76,7 @@ class PolicyGradientModule(OnPolicyModule):
         kl: KLSpec,
         entropy_coef: float,
         entropy_control: AdaptiveEntropy | None,
-        whiten_advantages: bool,
+        whiten_advantages: Whitening,
         reduction: Reduction,
         target_kl: float | None,
         ptx_coef: float,
@@ -83,6 +92,8 @@ class PolicyGradientModule(OnPolicyModule):
         renormalise_truncated: bool = True,
         old_logprobs: OldLogprobs = "recomputed",
         correction: SamplerCorrection | None = None,
+        clip_advantages: Limit | None = None,
+        auxiliary_reduction: Reduction | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -111,6 +122,14 @@ class PolicyGradientModule(OnPolicyModule):
                 "correction compares the policy with what the sampler said about its own tokens, and "
                 "generation.keep_logprobs is false: set it to true"
             )
+        if clip_advantages is not None:
+            ends_of(clip_advantages, "clip_advantages")
+        if kl.credited == "to_come" and not isinstance(credit, OutcomeCredit):
+            raise UserError(
+                f"kl.credited='to_come' is for credits that compare answers, and credit={type(credit).__name__} "
+                "credits each token with what comes after it by itself, KL included: leave it out, or use a credit "
+                "such as Centred"
+            )
         if updates.async_rollouts:
             _check_corrected(correction, old_logprobs)
         self.correction = correction
@@ -119,8 +138,10 @@ class PolicyGradientModule(OnPolicyModule):
         self.kl = kl
         self.shaper = RewardShaper(shaping, kl, self.add_over_ranks, max_length=generation.max_new_tokens)
         self.entropy_bonus = EntropyBonus(entropy_coef, entropy_control)
+        self.clip_advantages = clip_advantages
         self.whiten_advantages = whiten_advantages
         self.reduction = reduction
+        self.auxiliary_reduction: Reduction = reduction if auxiliary_reduction is None else auxiliary_reduction
         self.target_kl = target_kl
         self.ptx_coef = ptx_coef
         self._stopped_rollout = -1
@@ -142,12 +163,28 @@ class PolicyGradientModule(OnPolicyModule):
             yield "kl.loss_estimator", "kl.loss_coef is 0"
         if self.kl.loss_coef == 0 and not self.kl.loss_importance_weighted:
             yield "kl.loss_importance_weighted", "kl.loss_coef is 0"
-        if self.kl.control.initial_coef == 0 and self.kl.estimator != "k1":
-            yield "kl.estimator", "the coefficient of the KL in the reward is 0"
+        if self.kl.loss_max_weight is not None and not (self.kl.loss_coef and self.kl.loss_importance_weighted):
+            yield "kl.loss_max_weight", "no KL in the loss is weighted"
+        if self.kl.control.initial_coef == 0:
+            if self.kl.estimator != "k1":
+                yield "kl.estimator", "the coefficient of the KL in the reward is 0"
+            if self.kl.credited != "with_score":
+                yield "kl.credited", "the coefficient of the KL in the reward is 0"
+            if self.kl.bound is not None and not self.kl.loss_coef:
+                yield "kl.bound", "KL is neither in the reward nor in the loss"
+        if self.auxiliary_reduction != self.reduction and not self._has_auxiliary_terms:
+            yield "auxiliary_reduction", "there is neither KL in the loss nor an entropy bonus"
         if self.shaper.shaping.missing_eos_score is not None and self.shaper.shaping.missing_eos_penalty:
             yield "shaping.missing_eos_penalty", "missing_eos_score replaces the score it would be subtracted from"
+        if self.shaper.shaping.missing_eos_score is not None and self.shaper.shaping.missing_eos_factor != 1:
+            yield "shaping.missing_eos_factor", "missing_eos_score replaces the score it would be multiplied by"
         if self.shaper.shaping.overlong_cache is None and self.shaper.shaping.overlong_factor != 1:
             yield "shaping.overlong_factor", "shaping.overlong_cache is not set"
+
+    @property
+    def _has_auxiliary_terms(self) -> bool:
+        """Whether anything but the policy's own loss is averaged over the answers."""
+        return bool(self.kl.loss_coef) or self.entropy_bonus.enabled
 
     @property
     def reads_pretraining(self) -> bool:
@@ -171,7 +208,12 @@ class PolicyGradientModule(OnPolicyModule):
             ref = self._measure_reference(answers)
             values = self.values_of(answered)
         shaped = self.shape_rewards(answers, scored, old, ref)
-        advantages, returns = self.advantages(shaped.rewards, values, answers.mask, answered.groups, scored.weighted)
+        rewards, apart = shaped.rewards, {}
+        if shaped.kl_rewards is not None:
+            rewards, apart = rewards + shaped.kl_rewards, {"kl_rewards": shaped.kl_rewards}
+        advantages, returns = self.advantages(
+            shaped.rewards, values, answers.mask, answered.groups, scored.weighted, **apart
+        )
         rollouts = Rollouts(
             tokens=answers.tokens,
             attention_mask=answers.attention_mask,
@@ -181,7 +223,7 @@ class PolicyGradientModule(OnPolicyModule):
             scores=scored.total.to(self.device),
             old_logprobs=old,
             ref_logprobs=ref,
-            rewards=shaped.rewards,
+            rewards=rewards,
             advantages=advantages,
             values=values,
             returns=returns,
@@ -232,13 +274,26 @@ class PolicyGradientModule(OnPolicyModule):
         mask: Tensor,
         groups: Tensor,
         breakdown: Mapping[str, Tensor] = NO_BREAKDOWN,
+        kl_rewards: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, both 0 where nothing counts.
+
+        Args:
+            kl_rewards: of each token, beside `rewards`: what the credit does not see, and each token and those before
+                it are credited with.
+        """
         advantages, returns = self.credit(
             rewards, values, mask, groups, breakdown=breakdown, add_over_ranks=self.add_over_ranks
         )
+        if self.clip_advantages is not None:
+            advantages = torch.where(mask, advantages.clamp(*ends_of(self.clip_advantages)), 0.0)
+        if kl_rewards is not None:
+            to_come = rewards_to_come(kl_rewards, mask)
+            advantages, returns = advantages + to_come, returns + to_come
         if self.whiten_advantages:
+            scale = masked_centre if self.whiten_advantages == "mean" else masked_whiten
             moments = self.add_over_ranks(masked_moments(advantages, mask))
-            advantages = masked_whiten(advantages, mask, moments=moments)
+            advantages = scale(advantages, mask, moments=moments)
         return advantages, returns
 
     def rollout_metrics(
@@ -287,7 +342,7 @@ class PolicyGradientModule(OnPolicyModule):
         terms = {"policy": self._mean(per_token, batch)}
         if scores.entropy is not None:
             weight = self.entropy_bonus.weight
-            terms["entropy"] = -weight * self._mean(scores.entropy, batch)
+            terms["entropy"] = -weight * self._auxiliary_mean(scores.entropy, batch)
             self.step_means.add({"policy/entropy": scores.entropy}, batch.mask)
             if self.entropy_bonus.control is not None:
                 self._step_entropy.add({"entropy": scores.entropy}, batch.mask)
@@ -300,8 +355,10 @@ class PolicyGradientModule(OnPolicyModule):
                 batch.old_logprobs,
                 estimator=self.kl.loss_estimator,
                 importance_weighted=self.kl.loss_importance_weighted,
+                bound=self.kl.bound,
+                max_weight=self.kl.loss_max_weight,
             )
-            terms["kl"] = self.kl.loss_coef * self._mean(kl, batch)
+            terms["kl"] = self.kl.loss_coef * self._auxiliary_mean(kl, batch)
         if self.ptx_coef:
             terms["ptx"] = self.ptx_coef * self._ptx(batch)
         approx_kl = kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3")
@@ -323,11 +380,16 @@ class PolicyGradientModule(OnPolicyModule):
         return not self._is_stopped
 
     def _mean(self, per_token: Tensor, batch: Rollouts) -> Tensor:
-        """This micro-batch's share of the step's mean."""
-        denominator = batch.total("tokens" if self.reduction == "token_mean" else "sequences")
-        return reduce_tokens(
-            per_token, batch.mask, self.reduction, denominator, max_length=self.generation.max_new_tokens
-        )
+        """This micro-batch's share of the step's mean of the policy's loss."""
+        return self._reduced(per_token, batch, self.reduction)
+
+    def _auxiliary_mean(self, per_token: Tensor, batch: Rollouts) -> Tensor:
+        """The same of another term."""
+        return self._reduced(per_token, batch, self.auxiliary_reduction)
+
+    def _reduced(self, per_token: Tensor, batch: Rollouts, how: Reduction) -> Tensor:
+        denominator = batch.total("tokens" if how == "token_mean" else "sequences")
+        return reduce_tokens(per_token, batch.mask, how, denominator, max_length=self.generation.max_new_tokens)
 
     def _ptx(self, batch: Rollouts) -> Tensor:
         assert self.policy is not None

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlhf_lightning.advantages.gae import Gae
+from rlhf_lightning.advantages.shaping import Limit
 from rlhf_lightning.core.batches import Rollouts
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss, ValueLoss
@@ -27,7 +28,7 @@ from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGen
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
 from rlhf_lightning.stages.on_policy import Answered
-from rlhf_lightning.stages.policy_gradient import PolicyGradientModule
+from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule
 
@@ -57,9 +58,12 @@ class PPOModule(PolicyGradientModule):
         entropy_coef: weight of the entropy bonus (Schulman et al., 2017; 0 in RLHF as a rule).
         entropy_control: moves that weight, so that entropy does not fall below a target (He et al., 2025); None: it
             stays.
+        clip_advantages: how far the credit's advantages may go, c for -c to c or both ends; None: as far as they go.
         whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout, all ranks
-            together (Ziegler et al., 2019).
-        reduction: what the loss is averaged over.
+            together (Ziegler et al., 2019); mean: to mean 0 alone.
+        reduction: what the policy's loss is averaged over.
+        auxiliary_reduction: what KL, entropy and the critic's loss are averaged over; None: the same (OpenRLHF: always
+            token_mean).
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it
             (nats per token, mean over a step; Spinning Up).
         critic_warmup_steps: optimiser steps in which only the critic learns.
@@ -94,8 +98,10 @@ class PPOModule(PolicyGradientModule):
         value_coef: float = 0.1,
         entropy_coef: float = 0.0,
         entropy_control: AdaptiveEntropy | None = None,
-        whiten_advantages: bool = True,
+        clip_advantages: Limit | None = None,
+        whiten_advantages: Whitening = True,
         reduction: Reduction = "token_mean",
+        auxiliary_reduction: Reduction | None = None,
         target_kl: float | None = None,
         critic_warmup_steps: int = 0,
         ptx_coef: float = 0.0,
@@ -130,6 +136,8 @@ class PPOModule(PolicyGradientModule):
             seed,
             engine=engine,
             correction=correction,
+            clip_advantages=clip_advantages,
+            auxiliary_reduction=auxiliary_reduction,
         )
         if not value_coef >= 0:
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")
@@ -153,6 +161,10 @@ class PPOModule(PolicyGradientModule):
             yield "value_coef", "0 leaves the critic untrained while its values are used"
         if self.critic_spec.model is None and not self.critic_spec.keep_head:
             yield "critic.keep_head", "the critic starts from no reward model: its head is zeros in any case"
+
+    @property
+    def _has_auxiliary_terms(self) -> bool:
+        return True
 
     # ---- building --------------------------------------------------------------------------------------------------
 
@@ -209,7 +221,7 @@ class PPOModule(PolicyGradientModule):
         values = critic_values(self.critic, self.policy, batch, hidden)
         per_value, value_clipped = self.value_loss(values, batch.values, batch.returns)
         terms = self.policy_terms(batch, scores)
-        terms["value"] = self.value_coef * self._mean(per_value, batch)
+        terms["value"] = self.value_coef * self._auxiliary_mean(per_value, batch)
         self.step_means.add(
             {
                 "value/loss": per_value,

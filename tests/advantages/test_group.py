@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.advantages import (
+    BatchCentred,
     BatchNormalised,
     Centred,
     CentredBatchNormalised,
@@ -22,6 +23,7 @@ from rlhf_lightning.advantages import (
     PassAtK,
     ReMax,
     informative_answers,
+    mean_is_within,
 )
 from rlhf_lightning.core.errors import UserError
 
@@ -36,7 +38,7 @@ GROUP_CREDITS = [
     MaxRl(),
     PassAtK(k=2),
 ]
-ALL = [*GROUP_CREDITS, CentredBatchNormalised(), BatchNormalised(), ReMax()]
+ALL = [*GROUP_CREDITS, BatchCentred(), CentredBatchNormalised(), BatchNormalised(), ReMax()]
 
 
 def rollout(scores, lengths=None):
@@ -70,6 +72,7 @@ GROUPS = [7, 7, 7, 3, 3]
     ("credit", "expected"),
     [
         (Centred(), [-2.0, -1.0, 3.0, -2.0, 2.0]),
+        (BatchCentred(), [-1.6, -0.6, 3.4, -2.6, 1.4]),
         (LeaveOneOut(), [1 - 4.0, 2 - 3.5, 6 - 1.5, -4.0, 4.0]),
         # squares 4 + 1 + 9 = 14 over 2; 4 + 4 over 1
         (GroupNormalised(), [-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5, -(0.5**0.5), 0.5**0.5]),
@@ -283,9 +286,20 @@ def test_informative_answers_are_daposs_condition():
     assert informative_answers(scores, groups, at_least=0.5).tolist() == [True, True] + [False] * 6
 
 
+def test_groups_are_kept_by_their_mean():
+    scores = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 3.0, -1.0])
+    groups = torch.tensor([2, 2, 9, 9, 4, 4, 1, 1, 0, 0])  # means 1, 0.5, 0, 0.5, 1
+    expected = [False, False, True, True, False, False, True, True, False, False]
+    assert mean_is_within(scores, groups, 0.0, 1.0).tolist() == expected
+    assert mean_is_within(scores, groups, 0.9, 1.1).tolist() == [True] * 2 + [False] * 6 + [True] * 2
+    binary = scores[:6]  # of scores 0 and 1, both conditions are DAPO's
+    assert torch.equal(mean_is_within(binary, groups[:6], 0.0, 1.0), informative_answers(binary, groups[:6]))
+
+
 def test_who_needs_groups():
     assert all(credit.needs_groups for credit in [*GROUP_CREDITS, CentredBatchNormalised(), Gdpo()])
     assert not BatchNormalised.needs_groups
+    assert not BatchCentred.needs_groups
     assert not ReMax.needs_groups
 
 

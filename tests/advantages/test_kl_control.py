@@ -20,6 +20,11 @@ def test_one_step_by_hand(observed, expected):
     assert control.next_coef(control.initial_coef, observed, 512) == pytest.approx(expected)
 
 
+def test_what_the_target_is_of():
+    assert FixedKL().observes == AdaptiveKL().observes == "sequence"
+    assert AdaptiveKL(target=0.1, per="token").observes == "token"
+
+
 def test_it_settles_where_the_kl_meets_the_target():
     control, coef = AdaptiveKL(init_coef=1.0, target=6.0, horizon=1000.0), 1.0
     for _ in range(500):

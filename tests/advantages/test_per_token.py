@@ -35,3 +35,12 @@ def test_batch_normalisation_is_over_tokens():
     # centred -1.5 | 1.5 1.5 1.5: the same after normalising
     centred, _ = CentredBatchNormalised()(rewards, torch.zeros_like(rewards), mask, torch.tensor([0, 0]))
     close(centred[mask], [x / 1.6875**0.5 for x in (-2.25, 0.75, 0.75, 0.75)])
+
+
+def test_the_mean_may_be_taken_off_alone():
+    rewards = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 3.0]])  # returns 0 | 3 3 3: mean 2.25
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    for credit in (BatchNormalised(divide_by_std=False), CentredBatchNormalised(divide_by_std=False)):
+        advantages, _ = credit(rewards, torch.zeros_like(rewards), mask, torch.tensor([0, 0]))
+        close(advantages[mask], [-2.25, 0.75, 0.75, 0.75])
+        assert (advantages[~mask] == 0).all()

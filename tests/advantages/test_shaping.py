@@ -76,10 +76,13 @@ def test_unfinished_answers_lose_or_are_replaced():
     assert missing_eos_penalty(SCORES, finished, subtract=3.0).tolist() == [10, 17]
     assert missing_eos_penalty(SCORES, finished, replace_by=-1.0).tolist() == [10, -1]
     assert missing_eos_penalty(SCORES, finished).tolist() == [10, 20]
+    assert missing_eos_penalty(SCORES, finished, factor=0.25).tolist() == [10, 5]
+    assert missing_eos_penalty(SCORES, finished, factor=0.25, subtract=1.0).tolist() == [10, 4]
 
 
 def test_scores_are_clipped_on_both_sides():
     assert clip_scores(torch.tensor([-9.0, 0.5, 9.0]), 2.0).tolist() == [-2, 0.5, 2]
+    assert clip_scores(torch.tensor([-9.0, 0.5, 9.0]), (0.0, 3.0)).tolist() == [0, 0.5, 3]
     with pytest.raises(UserError, match=r"limit=0\.0"):
         clip_scores(SCORES, 0.0)
 

@@ -103,3 +103,33 @@ def test_a_weight_beyond_float32_stays_finite():
 def test_the_estimator_must_exist():
     with pytest.raises(Exception, match="k4"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_bound_holds_the_value_and_stops_the_gradient(estimator):
+    # of log-ratios that float32 cannot take the exponential of, too
+    logprobs = torch.tensor([-100.0, -12.0, -1.0, 0.5, 12.0], requires_grad=True)
+    zero = torch.zeros(5)
+    free, held = (kl_estimate(logprobs, zero, estimator, bound=bound) for bound in (None, 10.0))
+    assert held.abs().max() == 10
+    within = free.abs() <= 10
+    assert within.any()
+    assert not within.all()
+    torch.testing.assert_close(held[within], free[within])
+    slope = torch.autograd.grad(held.sum(), logprobs, retain_graph=True)[0]
+    assert (slope[~within] == 0).all()
+    torch.testing.assert_close(slope[within], torch.autograd.grad(free[within].sum(), logprobs)[0][within])
+
+
+def test_a_bound_holds_the_value_of_k3_plus_and_not_its_gradient():
+    logprobs = torch.tensor([-12.0, 12.0], requires_grad=True)
+    held = kl_estimate(logprobs, torch.zeros(2), "k3+", bound=10.0)
+    assert held.tolist() == [10, 10]
+    assert torch.autograd.grad(held.sum(), logprobs)[0].tolist() == [-12, 12]
+
+
+def test_the_weight_of_a_penalty_may_be_capped():
+    logprobs, zero = torch.tensor([3.0, 1.0], requires_grad=True), torch.zeros(2)  # ratios 20.09 and 2.72
+    penalty = kl_penalty(logprobs, zero, zero, estimator="k2", importance_weighted=True, max_weight=10.0)
+    assert penalty.tolist() == pytest.approx([10 * 4.5, 0.5 * 2.7182818])
+    assert torch.autograd.grad(penalty.sum(), logprobs)[0].tolist() == pytest.approx([30.0, 2.7182818])

@@ -8,6 +8,7 @@ from jaxtyping import TypeCheckError
 
 from rlhf_lightning.core.masked import (
     explained_variance,
+    masked_centre,
     masked_mean,
     masked_moments,
     masked_sum,
@@ -140,3 +141,10 @@ def test_explained_variance_by_hand():
 
 def test_explained_variance_of_constant_returns_is_zero():
     assert explained_variance(NINE, torch.ones(3, 3), EVERY).item() == 0
+
+
+def test_the_mean_is_taken_off_what_counts():
+    x, mask = torch.tensor([1.0, 5.0, float("nan")]), torch.tensor([True, True, False])
+    assert masked_centre(x, mask).tolist() == [-2, 2, 0]
+    assert masked_centre(x, mask, moments=torch.tensor([4.0, 4.0, 9.0], dtype=torch.float64)).tolist() == [0, 4, 0]
+    assert masked_centre(x, torch.zeros(3, dtype=torch.bool)).tolist() == [0, 0, 0]

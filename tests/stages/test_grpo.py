@@ -227,6 +227,51 @@ def test_dynamic_sampling_fills_the_rollout_with_informative_groups(tiny_model, 
     assert metrics["sampling/used_frac"].item() <= metrics["sampling/informative_frac"].item() < 1
 
 
+def test_dynamic_sampling_keeps_groups_by_their_mean(tiny_model, write_jsonl, tmp_path):
+    sampling = DynamicSampling(max_batches=30, mean_within=(0.3, 0.8))
+    module = grpo(tiny_model, FirstToken(4, 5, 6, 7), dynamic_sampling=sampling, kl=NO_KL)
+    keep = Keep(module)
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 6})
+    sums = [r.scores[r.groups == group].sum().item() for r in keep.rollouts for group in range(6)]
+    assert set(sums) == {2.0, 3.0}, "of four answers 2 or 3 right, not 1: that is 0.25"
+
+
+def test_kl_is_credited_with_the_score_or_to_the_tokens_before_it(tiny_model):
+    """Two answers to one prompt, of 3 and 1 tokens; scores 4 and 2, KL rewards -1 0 -2 and -3: by hand."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    scores, kl = torch.tensor([[0.0, 0.0, 4.0], [2.0, 0.0, 0.0]]), torch.tensor([[-1.0, 0.0, -2.0], [-3.0, 0.0, 0.0]])
+    groups, zeros = torch.tensor([0, 0]), torch.zeros(2, 3)
+    module = grpo(tiny_model, credit=Centred(), kl=KLSpec(control=FixedKL(0.1), credited="to_come"))
+    apart, returns = module.advantages(scores, zeros, mask, groups, kl_rewards=kl)
+    assert apart.tolist() == [[1 - 3, 1 - 2, 1 - 2], [-1 - 3, 0, 0]]
+    assert returns.tolist() == [[4 - 3, 4 - 2, 4 - 2], [2 - 3, 0, 0]]
+    together, _ = grpo(tiny_model, credit=Centred()).advantages(scores + kl, zeros, mask, groups)
+    assert together.tolist() == [[1, 1, 1], [-1, 0, 0]]  # scores 1 and -1: their mean is 0
+
+
+def test_kl_apart_reaches_advantages_and_metrics(tiny_model, write_jsonl, tmp_path):
+    """The reference is the policy with other weights: its KL is in the rewards that are logged, and in each token's
+    advantage, and the baseline is of scores alone."""
+    kl = KLSpec(control=FixedKL(0.5), credited="to_come", loss_coef=0.0)
+    module = grpo(tiny_model, credit=Centred(), kl=kl)
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.reference.policy.parameters():
+            parameter.mul_(1.5)
+    keep = Keep(module)
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    rollouts = keep.rollouts[0]
+    price = -0.5 * (rollouts.old_logprobs - rollouts.ref_logprobs)
+    assert price.abs().max() > 1e-2
+    scores = rollouts.scores
+    mean = torch.stack([scores[rollouts.groups == g].mean() for g in rollouts.groups])
+    to_come = price.flip(-1).cumsum(-1).flip(-1)
+    expected = torch.where(rollouts.mask, (scores - mean)[:, None] + to_come, 0.0)
+    torch.testing.assert_close(rollouts.advantages, expected, rtol=1e-4, atol=1e-5)
+    rewards = (scores + price.sum(-1)).mean().item()
+    assert trainer.callback_metrics["rollout/reward"].item() == pytest.approx(rewards, rel=1e-4)
+
+
 def test_dynamic_sampling_is_bounded_and_trains_on_nothing_if_it_finds_nothing(tiny_model, write_jsonl, tmp_path):
     module = grpo(tiny_model, Constant(), dynamic_sampling=DynamicSampling(max_batches=3))
     module.configure_model()
@@ -613,6 +658,10 @@ def test_options_that_cannot_work_say_what_to_do(options, message, tiny_model):
 def test_specs_that_cannot_work_say_what_to_do():
     with pytest.raises(UserError, match=r"dynamic_sampling.max_batches=1 leaves nothing to draw again"):
         DynamicSampling(max_batches=1)
+    with pytest.raises(UserError, match=r"dynamic_sampling.mean_within=\[1.0, 0.0\] holds nothing"):
+        DynamicSampling(mean_within=(1.0, 0.0))
+    with pytest.raises(UserError, match=r"dynamic_sampling.at_least=0.5 asks for scores that differ, and mean_within"):
+        DynamicSampling(mean_within=(0.0, 1.0), at_least=0.5)
     with pytest.raises(UserError, match=r"replay.capacity=0 keeps nothing"):
         ReplaySpec(capacity=0)
     with pytest.raises(UserError, match=r"replay.max_age=0 forgets at once"):
@@ -634,4 +683,8 @@ def test_names_that_the_data_or_the_rewards_lack_are_refused(tiny_model, write_j
 def test_options_without_effect_are_named(tiny_model):
     module = grpo(tiny_model, dynamic_sampling=DynamicSampling(), drop_uninformative=True, renormalise_truncated=False)
     assert set(dict(module.inert_options())) == {"drop_uninformative", "renormalise_truncated"}
+    module = grpo(tiny_model, dynamic_sampling=DynamicSampling(mean_within=(0.0, 1.0)), drop_uninformative=True)
+    assert not dict(module.inert_options())
+    module = grpo(tiny_model, kl=NO_KL, auxiliary_reduction="token_mean")
+    assert set(dict(module.inert_options())) == {"auxiliary_reduction"}
     assert not dict(grpo(tiny_model, credit=Centred(), updates=UpdateSpec(inner_epochs=2)).inert_options())

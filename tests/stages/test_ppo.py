@@ -7,8 +7,8 @@ import torch
 from fits import fit
 from one_step import records
 
-from rlhf_lightning.advantages import ReMax
-from rlhf_lightning.advantages.kl_control import FixedKL
+from rlhf_lightning.advantages import Centred, ReMax
+from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy, load_scalar_model
@@ -98,6 +98,43 @@ def test_an_answer_that_did_not_end_pays_or_gets_a_fixed_score(tiny_model):
     assert fixed.shape_rewards(cut_off, scored(9.0, 1.0), zero, zero).rewards.sum(-1).tolist() == [-1.0, 1.0]
 
 
+def test_what_is_said_of_an_answer_that_did_not_end_is_said_last(tiny_model):
+    zero = on_mask(0, 0, 0, 0)
+    cut_off = answers(finished=(False, True))  # of 3 tokens of 5 at most: the punishment over the last 4 is 1/2
+
+    def score(**options):
+        module = ppo(tiny_model, shaping=RewardShaping(overlong_cache=4, **options))
+        return module.shape_rewards(cut_off, scored(9.0, 1.0), zero, zero).rewards.sum(-1).tolist()
+
+    assert score() == [8.5, 1.0]
+    assert score(missing_eos_factor=0.5) == [4.25, 1.0]
+    assert score(missing_eos_score=-1.0) == [-1.0, 1.0]
+
+
+def test_scores_are_clipped_between_two_ends(tiny_model):
+    module, zero = ppo(tiny_model, shaping=RewardShaping(clip=(-1.0, 3.0))), on_mask(0, 0, 0, 0)
+    assert module.shape_rewards(answers(), scored(-9.0, 9.0), zero, zero).rewards.sum(-1).tolist() == [-1.0, 3.0]
+
+
+def test_the_kl_of_a_token_may_be_held(tiny_model):
+    module = ppo(tiny_model, kl=KLSpec(control=FixedKL(0.5), bound=0.75))
+    old, ref = on_mask(-1.0, -2.0, -3.0, -1.0), on_mask(-1.5, -1.0, -3.0, -2.0)
+    shaped = module.shape_rewards(answers(), scored(10.0, 20.0), old, ref)
+    assert shaped.rewards[MASK].tolist() == [-0.25, 0.375, 10.0, 20.0 - 0.375]
+
+
+def test_the_kl_that_steers_is_of_an_answer_or_of_a_token(tiny_model):
+    """KL 1.5 and -1 of answers of 3 and 1 tokens: 0.25 in the mean of answers, (0.5 - 1)/2 of tokens."""
+    old, ref = on_mask(-1.0, -1.0, -1.0, -2.0), on_mask(-1.5, -1.5, -1.5, -1.0)
+    coefs = []
+    for per in ("sequence", "token"):
+        control = AdaptiveKL(init_coef=1.0, target=0.25, horizon=10.0, per=per)
+        module = ppo(tiny_model, kl=KLSpec(control=control))
+        module.shape_rewards(answers(), scored(0.0, 0.0), old, ref)
+        coefs.append(module.shaper.kl_coef)
+    assert coefs == pytest.approx([1.0, 1 - 0.2 * 2 / 10])
+
+
 def test_scores_are_scaled_by_their_running_deviation_then_clipped(tiny_model):
     zero = on_mask(0, 0, 0, 0)
     module = ppo(tiny_model, shaping=RewardShaping(scale_by_running_std=True, clip=1.5))
@@ -127,6 +164,22 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_real_tokens(tiny_m
     )
     torch.testing.assert_close(same, returns)
     assert plain[1, 2].item() == pytest.approx(3.0 - 0.4)
+    centred, _ = ppo(tiny_model, whiten_advantages="mean").advantages(
+        rewards, on_mask(0.1, 0.2, 0.3, 0.4), MASK, torch.arange(2)
+    )
+    torch.testing.assert_close(centred, torch.where(MASK, plain - plain[MASK].mean(), 0.0))
+
+
+def test_advantages_are_clipped_before_they_are_whitened(tiny_model):
+    rewards, values = on_mask(0.0, 0.0, 5.0, -9.0), on_mask(0, 0, 0, 0)
+    clipped, returns = ppo(tiny_model, whiten_advantages=False, clip_advantages=(-3.0, 4.0)).advantages(
+        rewards, values, MASK, torch.arange(2)
+    )
+    assert clipped[MASK].tolist() == pytest.approx([4.0, 4.0, 4.0, -3.0])
+    assert returns[1, 2] == -9.0  # what the critic learns is not clipped
+    whitened, _ = ppo(tiny_model, clip_advantages=(-3.0, 4.0)).advantages(rewards, values, MASK, torch.arange(2))
+    assert whitened[MASK].mean().item() == pytest.approx(0, abs=1e-6)
+    assert not clipped[~MASK].any()
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -213,6 +266,35 @@ def test_the_kl_term_of_the_loss_by_hand(weighted, tiny_model):
     kl = 0.5 * (now - batch.ref_logprobs)[MASK].square()
     weights = (now - batch.old_logprobs)[MASK].exp() if weighted else torch.ones(4)
     assert losses[1] - losses[0] == pytest.approx(0.5 * float((weights * kl).mean()), rel=1e-4)
+
+
+def test_the_other_terms_may_have_a_mean_of_their_own(tiny_model):
+    """Answers of 3 and 1 tokens: by sequences the policy's loss, by tokens KL, entropy and the critic's."""
+    batch = replace(rollouts(), tokens=torch.tensor([[1, 4, 5, 6, 7], [0, 1, 8, 0, 0]]))
+    means = {}
+    for name, reductions in {
+        "sequences": ("sequence_mean", None),
+        "tokens": ("token_mean", None),
+        "both": ("sequence_mean", "token_mean"),
+    }.items():
+        kl = KLSpec(loss_coef=0.5, loss_estimator="k2")
+        module = ppo(
+            tiny_model,
+            kl=kl,
+            entropy_coef=0.1,
+            value_coef=1.0,
+            reduction=reductions[0],
+            auxiliary_reduction=reductions[1],
+        )
+        module.configure_model()
+        module.log_step_means = lambda batch_idx, prog_bar=False: None
+        scores = module.policy(batch, with_entropy=True)
+        means[name] = module.policy_terms(batch, scores) | {"all": module.training_step(batch, 0)}
+    assert means["both"]["policy"] == means["sequences"]["policy"] != means["tokens"]["policy"]
+    for term in ("kl", "entropy"):
+        assert means["both"][term] == means["tokens"][term] != means["sequences"][term]
+    policy = means["tokens"]["policy"] - means["both"]["policy"]
+    torch.testing.assert_close(means["tokens"]["all"] - means["both"]["all"], policy)
 
 
 def test_validation_scores_held_out_prompts(tiny_model, write_jsonl, tmp_path):
@@ -431,8 +513,30 @@ def test_numbers_that_make_no_sense_are_refused(option, value, tiny_model):
 
 
 def test_clipping_scores_to_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"shaping\.clip=0\.0 would erase every score"):
+    with pytest.raises(ValueError, match=r"shaping\.clip=0\.0 leaves room for no number"):
         RewardShaping(clip=0.0)
+    with pytest.raises(ValueError, match=r"shaping\.clip=\(3\.0, -1\.0\) leaves room for no number"):
+        RewardShaping(clip=(3.0, -1.0))
+
+
+def test_prices_and_factors_that_make_no_sense_are_refused(tiny_model):
+    with pytest.raises(UserError, match=r"shaping\.missing_eos_factor=1\.5 would pay for not ending"):
+        RewardShaping(missing_eos_factor=1.5)
+    with pytest.raises(UserError, match=r"kl\.bound=0\.0 would erase every KL"):
+        KLSpec(bound=0.0)
+    with pytest.raises(UserError, match=r"kl\.loss_max_weight=0\.5 would shrink the KL of exact tokens"):
+        KLSpec(loss_max_weight=0.5)
+    with pytest.raises(UserError, match=r"clip_advantages=0\.0 leaves room for no number"):
+        ppo(tiny_model, clip_advantages=0.0)
+    with pytest.raises(UserError, match=r"credited='to_come' is for credits that compare answers, and credit=Gae"):
+        ppo(tiny_model, kl=KLSpec(credited="to_come"))
+    with pytest.raises(UserError, match=r"whiten_rewards scales rewards with their KL, and kl\.credited='to_come'"):
+        ppo(
+            tiny_model,
+            credit=Centred(),
+            kl=KLSpec(credited="to_come"),
+            shaping=RewardShaping(whiten_rewards=True),
+        )
 
 
 def test_options_without_effect_are_named(tiny_model):
@@ -444,3 +548,7 @@ def test_options_without_effect_are_named(tiny_model):
         "value_coef": "0 leaves the critic untrained while its values are used",
     }
     assert not dict(ppo(tiny_model).inert_options())
+    kl = KLSpec(control=FixedKL(0.0), bound=10.0, credited="to_come", loss_max_weight=10.0)
+    shaping = RewardShaping(missing_eos_score=-1.0, missing_eos_factor=0.5)
+    inert = dict(ppo(tiny_model, credit=Centred(), kl=kl, shaping=shaping).inert_options())
+    assert set(inert) == {"kl.bound", "kl.credited", "kl.loss_max_weight", "shaping.missing_eos_factor"}
