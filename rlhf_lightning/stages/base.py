@@ -381,10 +381,35 @@ class RLHFModule(L.LightningModule, ABC):
         metrics = self.trainer.callback_metrics
         self.figures = {k: float(v) for k, v in metrics.items() if k.startswith(("val/", "rollout/"))}
 
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def evaluate(self, batch: Any, batch_idx: int) -> None:
+        """Take note of a held-out batch, of the validation or the test that is under way."""
+
+    @abstractmethod
+    def evaluation_metrics(self) -> Mapping[str, float | Tensor]:
+        """What all ranks took note of, as means by name, and then forgot; empty if that was nothing."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
         if not self.trainer.sanity_checking:
             self.keep_figures()
             self._show_to_schedulers()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        metrics = {f"{split}/{name}": value for name, value in self.evaluation_metrics().items()}
+        # equal on all ranks already; sync_dist only tells Lightning so
+        self.log_dict(metrics, prog_bar=split == "val", sync_dist=True)
 
     def _show_to_schedulers(self) -> None:
         """Schedulers that watch a metric see that of this validation; before callbacks save what they are."""

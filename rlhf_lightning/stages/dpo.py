@@ -283,13 +283,7 @@ class DPOModule(RLHFModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: PairBatch | RankedBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def test_step(self, batch: PairBatch | RankedBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: PairBatch | RankedBatch) -> None:
+    def evaluate(self, batch: PairBatch | RankedBatch, batch_idx: int) -> None:
         if isinstance(batch, RankedBatch):
             self._rank(batch, self._evaluation)
             return
@@ -307,18 +301,9 @@ class DPOModule(RLHFModule):
         assert self.policy is not None
         return self.policy.head().softcap is None
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
+    def evaluation_metrics(self) -> dict[str, Tensor]:
         metrics = summed_loss(self._evaluation.take(self.add_over_ranks), "loss")
-        # added over ranks already; sync_dist only tells Lightning so
-        named = {f"{split}/{name.replace('/', '_')}": value for name, value in metrics.items()}
-        self.log_dict(named, prog_bar=split == "val", sync_dist=True)
+        return {name.replace("/", "_"): value for name, value in metrics.items()}
 
     def predict_step(self, batch: PairBatch | RankedBatch, batch_idx: int) -> Tensor:
         """Implicit rewards: of pairs [pairs, 2], chosen and rejected; of rankings [completions]."""

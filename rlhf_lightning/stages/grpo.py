@@ -32,7 +32,8 @@ from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGen
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefixes, without_prefixes
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
-from rlhf_lightning.stages.on_policy import Answered, OldLogprobs, without_dropped
+from rlhf_lightning.stages.answered import Answered, without_dropped
+from rlhf_lightning.stages.on_policy import OldLogprobs
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping

@@ -239,28 +239,15 @@ class KTOModule(RLHFModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: UnpairedBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def test_step(self, batch: UnpairedBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: UnpairedBatch) -> None:
+    def evaluate(self, batch: UnpairedBatch, batch_idx: int) -> None:
         ratios = self(batch.completions).log_ratio
         mismatched = self._mismatched_log_ratios(batch) if batch.mismatched is not None else torch.zeros_like(ratios)
         self._evaluated.append(torch.stack((ratios, batch.labels.to(ratios), mismatched)).float())
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
+    def evaluation_metrics(self) -> dict[str, float]:
         """The whole set is one step: its KL is that of all its records, whatever the batch size."""
         if not self._evaluated:
-            return
+            return {}
         ratios, labels, mismatched = torch.cat(self._evaluated, 1).unbind()
         self._evaluated = []
         count, log_ratio = self.add_over_ranks(
@@ -273,17 +260,16 @@ class KTOModule(RLHFModule):
         parts = (per_completion, rewards * desirable, desirable, rewards * ~desirable, ~desirable)
         sums = self.add_over_ranks(torch.stack([part.double().sum() for part in parts]).cpu())
         loss, chosen, num_chosen, rejected, num_rejected = sums.tolist()
-        metrics = {f"{split}/loss": loss / count}
+        metrics = {"loss": loss / count}
         if num_chosen:
-            metrics[f"{split}/rewards_chosen"] = chosen / num_chosen
+            metrics["rewards_chosen"] = chosen / num_chosen
         if num_rejected:
-            metrics[f"{split}/rewards_rejected"] = rejected / num_rejected
+            metrics["rewards_rejected"] = rejected / num_rejected
         if num_chosen and num_rejected:
-            metrics[f"{split}/rewards_margins"] = chosen / num_chosen - rejected / num_rejected
+            metrics["rewards_margins"] = chosen / num_chosen - rejected / num_rejected
         if self.loss.baseline == "mismatched_kl":
-            metrics[f"{split}/kl"] = baseline
-        # equal on all ranks already; sync_dist only tells Lightning so
-        self.log_dict(metrics, prog_bar=split == "val", sync_dist=True)
+            metrics["kl"] = baseline
+        return metrics
 
     def predict_step(self, batch: UnpairedBatch, batch_idx: int) -> Tensor:
         """The reward that the policy implies, of every completion [batch]."""

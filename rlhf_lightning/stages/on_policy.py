@@ -6,8 +6,7 @@ Knows no algorithm. A stage says what becomes of scored answers (`prepare`) and 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -33,6 +32,7 @@ from rlhf_lightning.rollout.engines import truncating_options
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import AnyRollouts, RolloutLoader, UpdateSpec, buffer_to_dict
 from rlhf_lightning.rollout.samples import decode_samples
+from rlhf_lightning.stages.answered import Answered, without_dropped
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell
 from rlhf_lightning.stages.schedule import Schedule
@@ -40,35 +40,6 @@ from rlhf_lightning.stages.splitting import told
 
 OldLogprobs = Literal["recomputed", "sampler"]
 Measured = TypeVar("Measured")
-NOTHING_MORE: Mapping[str, Tensor] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Answered:
-    """Prompts with their answers and what the reward functions say about them."""
-
-    prompts: PromptBatch
-    answers: Generated
-    scored: ScoredSamples
-    groups: Tensor
-    """Which prompt each answer is to [batch]: answers with one number are compared with each other."""
-    staleness: Tensor
-    """Rollouts that the policy was trained on between sampling an answer and now [batch]."""
-    baseline: Tensor | None = None
-    """Score that each answer is compared with [batch], where the credit wants one."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """How they were come by."""
-
-    def select(self, rows: Tensor, *, first_group: int) -> "Answered":
-        """The answers at `rows`, their groups numbered from `first_group` on."""
-        return replace(
-            self,
-            answers=self.answers.select(rows),
-            scored=self.scored.select(rows.tolist()),
-            groups=self.groups[rows].unique(return_inverse=True)[1] + first_group,
-            staleness=self.staleness[rows],
-            baseline=None if self.baseline is None else self.baseline[rows],
-        )
 
 
 class OnPolicyModule(RLHFModule):
@@ -478,45 +449,6 @@ class OnPolicyModule(RLHFModule):
 
     # ---- metrics ---------------------------------------------------------------------------------------------------
 
-    def answer_metrics(
-        self,
-        answers: Generated | Rollouts,
-        scored: ScoredSamples,
-        per_sequence: Mapping[str, Tensor] = NOTHING_MORE,
-        per_token: Mapping[str, Tensor] = NOTHING_MORE,
-    ) -> dict[str, float]:
-        """What the answers of a rollout looked like, over sequences and tokens of all ranks; padding counts nowhere.
-
-        Args:
-            per_sequence: further numbers [batch], by the names of their metrics.
-            per_token: the same [batch, time].
-        """
-        mask, valid = answers.mask, scored.counts.to(answers.mask.device)
-        lengths = mask.sum(-1)
-        scores = scored.total
-        per_sequence = {
-            "rollout/score": scores,
-            "rollout/score_square": scores.square(),
-            "rollout/length": lengths,
-            "rollout/finished_frac": answers.finished,
-            **{f"reward/{name}": values for name, values in (scored.breakdown | scored.parts).items()},
-            **per_sequence,
-        }
-        sums = [float(torch.where(valid, v.to(valid.device), 0).sum()) for v in per_sequence.values()]
-        sums += [float(torch.where(mask, v, 0.0).sum()) for v in per_token.values()]
-        vector = torch.tensor([*sums, len(valid), int(valid.sum()), int(lengths.sum())], dtype=torch.float64)
-        *totals, sampled, sequences, tokens = self.add_over_ranks(vector).tolist()
-        means = {name: total / max(sequences, 1) for name, total in zip(per_sequence, totals, strict=False)}
-        for name, total in zip(per_token, totals[len(per_sequence) :], strict=True):
-            means[name] = total / max(tokens, 1)
-        variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
-        means["rollout/score_std"] = max(variance, 0.0) ** 0.5
-        return means | {
-            "rollout/sequences": sequences,
-            "rollout/tokens": tokens,
-            "rollout/valid_frac": sequences / max(sampled, 1),
-        }
-
     def log_pending(self) -> None:
         """Log the metrics of the last rollout; called from the training step, where Lightning accepts them."""
         if self._pending_metrics:
@@ -577,16 +509,10 @@ class OnPolicyModule(RLHFModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch, batch_idx)
-
-    def _evaluate(self, prompts: PromptBatch, index: int) -> None:
-        """Answers to held-out prompts, with the same seeds at every evaluation."""
-        answers = self.generate(prompts, self._rollout_seed("evaluation", index))
-        scored = self.score(prompts, answers)
+    def evaluate(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answer held-out prompts, with the same seeds at every evaluation."""
+        answers = self.generate(batch, self._rollout_seed("evaluation", batch_idx))
+        scored = self.score(batch, answers)
         answers = without_dropped(answers, scored)
         valid = scored.counts.to(answers.mask.device)
         sums = {
@@ -602,22 +528,13 @@ class OnPolicyModule(RLHFModule):
         for name, value in sums.items():
             self._validation_sums[name] = self._validation_sums.get(name, 0.0) + float(value)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
+    def evaluation_metrics(self) -> dict[str, float]:
         names = sorted(self._validation_sums)
         vector = torch.tensor([self._validation_sums[name] for name in names], dtype=torch.float64)
         sums = dict(zip(names, self.add_over_ranks(vector).tolist(), strict=True))
         self._validation_sums = {}
         count = sums.pop("count", 0.0)
-        if count:
-            # equal on all ranks already; sync_dist only tells Lightning so
-            self.log_dict({f"{split}/{name}": total / count for name, total in sums.items()}, sync_dist=True)
+        return {name: total / count for name, total in sums.items()} if count else {}
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[str]:
         """Answers as text."""
@@ -641,10 +558,3 @@ def _refuse_truncation(engine: RolloutEngine, generation: GenerationSpec) -> Non
             f"{', '.join(options)}: {type(engine).__name__} does not say which tokens it kept, so ratios could not be "
             "taken over them: leave it out, sample with HFGenerate, or (GRPOModule) set renormalise_truncated: false"
         )
-
-
-def without_dropped(answers: Generated, scored: ScoredSamples) -> Generated:
-    """Nothing counts of the answers that a reward function could not score: they carry no loss and enter no mean."""
-    if scored.valid is None:
-        return answers
-    return replace(answers, mask=answers.mask & scored.valid.to(answers.mask.device)[:, None])

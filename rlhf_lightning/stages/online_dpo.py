@@ -23,10 +23,12 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.mixture import MixtureSpec
-from rlhf_lightning.stages.on_policy import Answered, OnPolicyModule
+from rlhf_lightning.stages.answered import Answered
+from rlhf_lightning.stages.on_policy import OnPolicyModule
 from rlhf_lightning.stages.pair_objective import PairObjective, summed_loss
 from rlhf_lightning.stages.pair_scores import measure_pairs
 from rlhf_lightning.stages.phases import Phases
+from rlhf_lightning.stages.rollout_metrics import answer_metrics
 from rlhf_lightning.stages.schedule import Schedule
 
 
@@ -226,7 +228,7 @@ class OnlineDPOModule(OnPolicyModule):
             counts_in_loss=torch.full((len(rows),), found, device=self.device),
         )
         of_policy = own.nonzero()[:, 0]
-        metrics = self.answer_metrics(answers.select(of_policy), scored.select(of_policy.tolist()))
+        metrics = answer_metrics(answers.select(of_policy), scored.select(of_policy.tolist()), self.add_over_ranks)
         return rollouts, metrics | self._pair_metrics(answered, pairs, own)
 
     def _drawn_by_the_policy(self, num_answers: int) -> Tensor:

@@ -25,9 +25,11 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages.on_policy import NOTHING_MORE, Answered, OldLogprobs, OnPolicyModule
+from rlhf_lightning.stages.answered import Answered
+from rlhf_lightning.stages.on_policy import OldLogprobs, OnPolicyModule
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
+from rlhf_lightning.stages.rollout_metrics import NOTHING_MORE, answer_metrics
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_means import StepMeans
 
@@ -315,7 +317,7 @@ class PolicyGradientModule(OnPolicyModule):
             kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # both are 0 where nothing counts
             per_sequence["rollout/kl"] = kl.sum(-1)
             per_token["rollout/kl_per_token"] = kl
-        return self.answer_metrics(rollouts, scored, per_sequence, per_token) | dict(shaped.metrics)
+        return answer_metrics(rollouts, scored, self.add_over_ranks, per_sequence, per_token) | dict(shaped.metrics)
 
     # ---- training --------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages.answered import Answered
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
-from rlhf_lightning.stages.on_policy import Answered
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
 from rlhf_lightning.stages.schedule import Schedule

@@ -129,13 +129,7 @@ class RewardModule(RLHFModule):
         self.log_step_means(batch_idx, prog_bar=True)
         return loss * self.loss_scale
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: Batch) -> None:
+    def evaluate(self, batch: Batch, batch_idx: int) -> None:
         scores = self.scores(batch)
         output: RewardLossOutput = self.loss(scores, batch)
         counts = _scored(batch, output.per_element)
@@ -151,25 +145,17 @@ class RewardModule(RLHFModule):
             confidence = torch.sigmoid(margin.abs())
             self.val_ece.update(confidence, (margin > 0).long())
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
+    def evaluation_metrics(self) -> dict[str, Tensor]:
         mean = self.val_score.compute()
         values = {
-            f"{split}/loss": self.val_loss.compute(),
-            f"{split}/accuracy": self.val_accuracy.compute(),
-            f"{split}/margin": self.val_margin.compute(),
-            f"{split}/score_mean": mean,
-            f"{split}/score_std": (self.val_score_square.compute() - mean.square()).clamp(min=0).sqrt(),
+            "loss": self.val_loss.compute(),
+            "accuracy": self.val_accuracy.compute(),
+            "margin": self.val_margin.compute(),
+            "score_mean": mean,
+            "score_std": (self.val_score_square.compute() - mean.square()).clamp(min=0).sqrt(),
         }
         if self.batch_format in CALIBRATED:
-            values[f"{split}/ece"] = self.val_ece.compute()
-        self.log_dict(values, prog_bar=split == "val")
+            values["ece"] = self.val_ece.compute()
         for metric in (
             self.val_loss,
             self.val_accuracy,
@@ -179,6 +165,7 @@ class RewardModule(RLHFModule):
             self.val_ece,
         ):
             metric.reset()
+        return values
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Scores of the batch's completions, or of its steps, one after another."""

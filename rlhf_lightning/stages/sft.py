@@ -76,36 +76,18 @@ class SFTModule(RLHFModule):
         self.log_step_means(batch_idx, prog_bar=True)
         return loss * self.loss_scale
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: TokenBatch) -> None:
+    def evaluate(self, batch: TokenBatch, batch_idx: int) -> None:
         scores = self(batch)
         mask = scored_tokens(batch.mask)
         tokens = mask.sum()
         self.val_loss.update(masked_mean(token_nll(scores.logprobs), mask), tokens)
         self.val_accuracy.update(masked_mean(scores.is_argmax.float(), mask), tokens)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        loss = self.val_loss.compute()
-        values = {
-            f"{split}/loss": loss,
-            f"{split}/perplexity": loss.exp(),
-            f"{split}/token_accuracy": self.val_accuracy.compute(),
-        }
-        self.log_dict(values, prog_bar=split == "val")  # the metrics have added over ranks already
+    def evaluation_metrics(self) -> dict[str, Tensor]:
+        loss, accuracy = self.val_loss.compute(), self.val_accuracy.compute()
         self.val_loss.reset()
         self.val_accuracy.reset()
+        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": accuracy}
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Log-probability of each row's trained tokens, summed (nats)."""
