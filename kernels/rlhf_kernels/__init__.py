@@ -4,6 +4,7 @@ from rlhf_kernels.backend import BackendChoice, backend_report
 from rlhf_kernels.exact_kl import exact_kl
 from rlhf_kernels.gae import ShapedGae, gae, kl_shaped_gae
 from rlhf_kernels.linear_exact_kl import linear_exact_kl
+from rlhf_kernels.linear_jsd import linear_jsd
 from rlhf_kernels.linear_policy_loss import linear_policy_loss
 from rlhf_kernels.linear_token_logprobs import linear_token_logprobs
 from rlhf_kernels.policy_loss import policy_loss
@@ -24,6 +25,7 @@ __all__ = [
     "gae",
     "kl_shaped_gae",
     "linear_exact_kl",
+    "linear_jsd",
     "linear_policy_loss",
     "linear_token_logprobs",
     "masked_whiten",

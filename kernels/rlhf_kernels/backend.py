@@ -62,9 +62,13 @@ def choose(x: Tensor) -> BackendChoice:
     return BackendChoice("reference", device, f"no Triton kernels for {device} tensors")
 
 
-def use_triton(op: str, x: Tensor) -> bool:
-    """Whether `op` should launch its kernel for tensors like `x`; remembered for the report."""
-    choice = choose(x)
+def use_triton(op: str, x: Tensor, *, has_kernel: bool = True) -> bool:
+    """Whether `op` should launch its kernel for tensors like `x`; remembered for the report.
+
+    Args:
+        has_kernel: False of an op that nobody has written one for.
+    """
+    choice = choose(x) if has_kernel else BackendChoice("reference", x.device.type, "it has no Triton kernel")
     expected = choice.device not in ("cpu", "meta") or os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
     if choice.backend == "reference" and expected and (op, choice) not in _said:
         _log.warning("rlhf_kernels.%s runs the plain-torch reference on %s: %s", op, choice.device, choice.reason)

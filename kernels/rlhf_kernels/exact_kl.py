@@ -1,5 +1,6 @@
 """KL divergence between two distributions over the whole vocabulary, per row of logits, with its gradient."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,10 @@ from rlhf_kernels.rows import pieces, take_rows, work_dtype
 from rlhf_kernels.scaling import scaled
 
 Direction = Literal["forward", "reverse"]
-_BLOCK_ELEMENTS = 1 << 19
+FORWARD, REVERSE = 0.0, 1.0
+"""The KL divergences, as the share of the reference in a mixture (see `linear_jsd`)."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 24}
+"""Logits that the reference works on at a time."""
 
 
 def exact_kl(
@@ -47,16 +51,14 @@ def exact_kl(
         raise ValueError("logits has shape (): give [..., vocab]")
     check_per_token("ref_logits", ref_logits, "logits", logits, logits.shape)
     check_some("logits", logits, "row")
-    check_kl("logits", logits, mask, weights, temperature, direction)
+    check_kl("logits", logits, mask, weights, temperature)
     learns = logits.requires_grad and torch.is_grad_enabled()
-    weights = None if weights is None else weights.detach()
-    kl: Tensor = _op(logits, ref_logits.detach(), mask, weights, temperature, direction == "forward", learns)[0]
+    beta, weights = beta_of(direction), None if weights is None else weights.detach()
+    kl: Tensor = _op(logits, ref_logits.detach(), mask, weights, temperature, beta, learns)[0]
     return kl
 
 
-def check_kl(
-    name: str, like: Tensor, mask: Tensor | None, weights: Tensor | None, temperature: float, direction: str
-) -> None:
+def check_kl(name: str, like: Tensor, mask: Tensor | None, weights: Tensor | None, temperature: float) -> None:
     if mask is not None:
         check_mask(mask, name, like, like.shape[:-1])
     if weights is not None:
@@ -64,26 +66,45 @@ def check_kl(
     check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
+
+
+def beta_of(direction: Direction) -> float:
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction={direction!r}: use forward, KL(reference || policy), or reverse, the other way")
+    return FORWARD if direction == "forward" else REVERSE
 
 
 def _kl_block(
-    logits: Tensor, ref_logits: Tensor, weights: Tensor | None, temperature: float, forward: bool, out: Tensor | None
+    logits: Tensor, ref_logits: Tensor, weights: Tensor | None, temperature: float, beta: float, out: Tensor | None
 ) -> Tensor:
     x, y = logits.to(work_dtype(logits)), ref_logits.to(work_dtype(logits))
     if temperature != 1.0:
         x, y = x / temperature, y / temperature
     (log_p, p), (log_q, q) = _softmax(x), _softmax(y)
-    first, log_ratio = (q, log_q - log_p) if forward else (p, log_p - log_q)
-    # a token that cannot occur adds nothing, whatever the ratio: 0 * inf is NaN. A NaN row stays NaN.
-    log_ratio = torch.where(first == 0, 0.0, log_ratio)
-    kl = (first * log_ratio).sum(-1)  # summed in pairs: a dot product of 150k terms loses two digits more
+    if beta == FORWARD:
+        kl, _ = _expected(q, log_q - log_p)
+        grads = p - q
+    elif beta == REVERSE:
+        kl, log_ratio = _expected(p, log_p - log_q)
+        grads = p * (log_ratio - kl[:, None])
+    else:
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+        of_ref, _ = _expected(q, log_q - log_m)
+        of_policy, log_ratio = _expected(p, log_p - log_m)
+        kl = beta * of_ref + (1 - beta) * of_policy
+        # d/dp_i of both sums is (1 - beta) log(p_i / m_i): what the mixture contributes adds up to a constant
+        grads = (1 - beta) * p * (log_ratio - of_policy[:, None])
     if out is not None:
-        grads = p - q if forward else p * (log_ratio - kl[:, None])
         factor = torch.full_like(kl, 1 / temperature) if weights is None else weights.to(kl.dtype) / temperature
         out.copy_(grads.mul_(factor[:, None]))
     return kl if weights is None else kl * weights.to(kl.dtype)
+
+
+def _expected(p: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_i p_i log_ratio_i, and the ratios as they count."""
+    # a token that cannot occur adds nothing, whatever the ratio: 0 * inf is NaN. A NaN row stays NaN.
+    log_ratio = torch.where(p == 0, 0.0, log_ratio)
+    return (p * log_ratio).sum(-1), log_ratio  # summed in pairs: a dot product of 150k terms loses two digits more
 
 
 def _softmax(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,14 +122,18 @@ def kl_rows(
     mask: Tensor | None,
     weights: Tensor | None,
     temperature: float,
-    forward: bool,
+    beta: float,
     out: Tensor | None,
 ) -> Tensor:
-    """Weighted KL of each row of [..., V], flat; the gradient in the logits goes to `out`, if given (may be logits)."""
-    if use_triton(op, logits):
+    """Weighted KL of each row of [..., V], flat; the gradient in the logits goes to `out`, if given (may be logits).
+
+    Args:
+        beta: `FORWARD`, `REVERSE`, or the share of the reference in the mixture of a Jensen-Shannon divergence.
+    """
+    if use_triton(op, logits, has_kernel=beta in (FORWARD, REVERSE)):
         from rlhf_kernels.triton_kl import kl_rows_triton
 
-        kl: Tensor = kl_rows_triton(logits, ref_logits, mask, weights, temperature, forward, out)
+        kl: Tensor = kl_rows_triton(logits, ref_logits, mask, weights, temperature, beta == FORWARD, out)
         return kl
     vocab = logits.shape[-1]
     num_rows = logits.numel() // max(1, vocab)
@@ -117,10 +142,11 @@ def kl_rows(
     flat_out = None if out is None else out.view(-1, vocab)
     if flat_out is not None and mask is not None:
         flat_out[~mask] = 0
-    for rows in pieces(kept, max(1, _BLOCK_ELEMENTS // vocab)):
+    block = _BLOCK_ELEMENTS["cpu" if logits.device.type == "cpu" else "other"]
+    for rows in pieces(kept, max(1, block // vocab)):
         some, ref_some = take_rows(logits, rows), take_rows(ref_logits, rows)
         grads = None if flat_out is None else torch.empty_like(some)
-        kl[rows] = _kl_block(some, ref_some, None if weights is None else weights[rows], temperature, forward, grads)
+        kl[rows] = _kl_block(some, ref_some, None if weights is None else weights[rows], temperature, beta, grads)
         if flat_out is not None and grads is not None:
             flat_out[rows] = grads.to(flat_out.dtype)
     return kl
@@ -133,14 +159,14 @@ def _op(
     mask: Tensor | None,
     weights: Tensor | None,
     temperature: float,
-    forward: bool,
+    beta: float,
     learns: bool,
 ) -> tuple[Tensor, Tensor]:
     grads = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if learns else logits.new_empty(0)
     flat_mask = None if mask is None else mask.reshape(-1)
     flat_weights = None if weights is None else weights.reshape(-1)
     out = grads if learns else None
-    kl = kl_rows("exact_kl", logits, ref_logits, flat_mask, flat_weights, temperature, forward, out)
+    kl = kl_rows("exact_kl", logits, ref_logits, flat_mask, flat_weights, temperature, beta, out)
     return kl.view(logits.shape[:-1]), grads
 
 

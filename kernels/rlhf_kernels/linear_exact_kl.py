@@ -7,11 +7,12 @@ from torch import Tensor
 
 from rlhf_kernels.backend import use_triton
 from rlhf_kernels.checks import check_device, check_float, check_head, check_shape, check_some
-from rlhf_kernels.exact_kl import Direction, check_kl, kl_rows
+from rlhf_kernels.exact_kl import FORWARD, REVERSE, Direction, beta_of, check_kl, kl_rows
 from rlhf_kernels.linear_rows import Head, HeadGrads, as_autocast, chunk_rows_for, exact, plain
 from rlhf_kernels.rows import Rows, work_dtype
 
-_NAME = "linear_exact_kl"
+_NAMES = {FORWARD: "linear_exact_kl", REVERSE: "linear_exact_kl"}
+"""What an op is called, by its beta; between the two: linear_jsd."""
 
 
 def linear_exact_kl(
@@ -43,6 +44,23 @@ def linear_exact_kl(
     Returns:
         [...] in float32 (float64 where the hidden states are).
     """
+    policy, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    return of_two_heads(*policy, *reference, mask, temperature, beta_of(direction), chunk_rows)
+
+
+def of_two_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    beta: float,
+    chunk_rows: int | None,
+) -> Tensor:
+    """What `linear_exact_kl` and `linear_jsd` have in common; `beta` as in `kl_rows`."""
     for name, states in (("hidden", hidden), ("ref_hidden", ref_hidden)):
         check_float(name, states)
         if states.ndim == 0:
@@ -53,15 +71,12 @@ def linear_exact_kl(
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     check_shape("ref_hidden[..., 0]", ref_hidden[..., 0], "hidden", hidden.shape[:-1])
     check_shape("ref_weight[:, 0]", ref_weight[:, 0], "weight", weight.shape[:1])
-    check_kl("hidden", hidden, mask, None, temperature, direction)
+    check_kl("hidden", hidden, mask, None, temperature)
     weight, bias = plain(weight), None if bias is None else plain(bias)
     ref_weight, ref_bias = plain(ref_weight).detach(), None if ref_bias is None else plain(ref_bias).detach()
     (hidden, weight), (ref_hidden, ref_weight) = as_autocast(hidden, weight), as_autocast(ref_hidden, ref_weight)
     chunk = chunk_rows_for(weight.shape[0], hidden.device, chunk_rows, 16 if hidden.dtype == torch.float64 else 8)
-    kl: Tensor = _op(
-        hidden, weight, bias, ref_hidden.detach(), ref_weight, ref_bias, mask, temperature, direction == "forward",
-        chunk,
-    )  # fmt: skip
+    kl: Tensor = _op(hidden, weight, bias, ref_hidden.detach(), ref_weight, ref_bias, mask, temperature, beta, chunk)
     return kl
 
 
@@ -74,7 +89,7 @@ def _chunks(
     ref_bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
-    forward: bool,
+    beta: float,
     chunk_rows: int,
     d_kl: Tensor | None = None,
     sums: HeadGrads | None = None,
@@ -83,7 +98,8 @@ def _chunks(
     states, ref_states = hidden.reshape(-1, hidden.shape[-1]), ref_hidden.reshape(-1, ref_hidden.shape[-1])
     counting = Rows(mask, len(states))
     head, ref_head = Head(hidden, weight, bias), Head(ref_hidden, ref_weight, ref_bias)
-    use_triton(_NAME, hidden)
+    name = _NAMES.get(beta, "linear_jsd")
+    use_triton(name, hidden, has_kernel=beta in _NAMES)
     kl = torch.zeros(len(states), dtype=head.dtype, device=hidden.device)
     size = (min(chunk_rows, counting.count), weight.shape[0])
     buffer, ref_buffer = kl.new_empty(size), kl.new_empty(size, dtype=ref_head.dtype)
@@ -93,7 +109,7 @@ def _chunks(
             ref_logits = ref_head.logits(ref_states[rows], ref_buffer[: end - start])
             factor = None if d_kl is None else d_kl[rows]
             out = None if sums is None else head.room_for_grads(logits)
-            kl[rows] = kl_rows(_NAME, logits, ref_logits.to(head.dtype), None, factor, temperature, forward, out)
+            kl[rows] = kl_rows(name, logits, ref_logits.to(head.dtype), None, factor, temperature, beta, out)
             if sums is not None and out is not None:
                 sums.add(rows, states[rows], out)
     return kl
@@ -109,11 +125,11 @@ def _op(
     ref_bias: Tensor | None,
     mask: Tensor | None,
     temperature: float,
-    forward: bool,
+    beta: float,
     chunk_rows: int,
 ) -> Tensor:
     policy, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
-    return _chunks(*policy, *reference, mask, temperature, forward, chunk_rows).view(hidden.shape[:-1])
+    return _chunks(*policy, *reference, mask, temperature, beta, chunk_rows).view(hidden.shape[:-1])
 
 
 @_op.register_fake
@@ -133,14 +149,14 @@ def _grad(
     mask: Tensor | None,
     d_kl: Tensor,
     temperature: float,
-    forward: bool,
+    beta: float,
     chunk_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     policy, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
     states = hidden.reshape(-1, hidden.shape[-1])
     sums = HeadGrads(Head(hidden, weight, bias), states, bias, (needs[0], needs[1], needs[2]))
-    _chunks(*policy, *reference, mask, temperature, forward, chunk_rows, d_kl.reshape(-1), sums)
+    _chunks(*policy, *reference, mask, temperature, beta, chunk_rows, d_kl.reshape(-1), sums)
     d_hidden, d_weight, d_bias = sums.results(bias)
     return d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
 
@@ -157,13 +173,13 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.temperature, ctx.forward, ctx.chunk_rows = inputs
+    *tensors, ctx.temperature, ctx.beta, ctx.chunk_rows = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, d_kl: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    results = _grad(*ctx.saved_tensors, d_kl, ctx.temperature, ctx.forward, ctx.chunk_rows, needs)
+    results = _grad(*ctx.saved_tensors, d_kl, ctx.temperature, ctx.beta, ctx.chunk_rows, needs)
     return *(d if need else None for d, need in zip(results, needs, strict=True)), *(None,) * 7
 
 

@@ -22,13 +22,14 @@ def test_every_op_is_in_the_report(monkeypatch):
     rlhf_kernels.linear_token_logprobs(x, x, ids)
     rlhf_kernels.exact_kl(x, x)
     rlhf_kernels.linear_exact_kl(x, x, x, x)
+    rlhf_kernels.linear_jsd(x, x, x, x)
     rlhf_kernels.policy_loss(x, ids, per_token, per_token, **options)
     rlhf_kernels.linear_policy_loss(x, x, ids, per_token, per_token, **options)
     rlhf_kernels.gae(x, x, x == 0, gamma=1.0, lam=1.0)
     rlhf_kernels.kl_shaped_gae(x[:, 0], x, x, x, x == 0, kl_coef=0.1, gamma=1.0, lam=1.0)
     rlhf_kernels.masked_whiten(x, x == 0)
-    expected = {"token_logprobs", "linear_token_logprobs", "exact_kl", "linear_exact_kl", "policy_loss",
-                "linear_policy_loss", "gae", "kl_shaped_gae", "masked_whiten"}  # fmt: skip
+    expected = {"token_logprobs", "linear_token_logprobs", "exact_kl", "linear_exact_kl", "linear_jsd",
+                "policy_loss", "linear_policy_loss", "gae", "kl_shaped_gae", "masked_whiten"}  # fmt: skip
     assert set(backend_report()) == expected
     assert {choice.backend for choice in backend_report().values()} == {"reference"}
 
@@ -46,6 +47,14 @@ def test_an_unknown_setting_is_named(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "fast")
     with pytest.raises(ValueError, match="RLHF_KERNELS_BACKEND='fast': use auto"):
         backend.use_triton("x", torch.zeros(1))
+
+
+def test_an_op_without_a_kernel_says_so_where_kernels_are_asked_for(monkeypatch, caplog):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    with caplog.at_level(logging.WARNING, "rlhf_kernels"):
+        assert not backend.use_triton("z", torch.zeros(1), has_kernel=False)
+    assert backend_report()["z"].reason == "it has no Triton kernel"
+    assert caplog.messages == ["rlhf_kernels.z runs the plain-torch reference on cpu: it has no Triton kernel"]
 
 
 def test_a_fallback_on_an_accelerator_is_logged_once(monkeypatch, caplog):

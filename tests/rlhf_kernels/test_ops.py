@@ -8,6 +8,7 @@ from rlhf_kernels import (
     gae,
     kl_shaped_gae,
     linear_exact_kl,
+    linear_jsd,
     linear_policy_loss,
     linear_token_logprobs,
     masked_whiten,
@@ -44,6 +45,9 @@ USES = {
     "exact_kl": lambda t: exact_kl(t["logits"], t["logits"].roll(1, 0), mask=t["mask"]).sum(),
     "linear_exact_kl": lambda t: linear_exact_kl(
         t["hidden"], t["weight"], t["hidden"].roll(1, 0), t["weight"], mask=t["mask"]
+    ).sum(),
+    "linear_jsd": lambda t: linear_jsd(
+        t["hidden"], t["weight"], t["hidden"].roll(1, 0), t["weight"], mask=t["mask"], beta=0.3
     ).sum(),
     "policy_loss": lambda t: policy_loss(
         t["logits"], t["tokens"], t["a"] - 2, t["b"], mask=t["mask"], denominator=5.0, ref_logprobs=t["a"], loss=SPEC
@@ -125,8 +129,8 @@ def samples():
             0,
             "",
         ),
-        "exact_kl": (logits, logits.detach().roll(1, 0), mask, a, 1.0, False, True),
-        "linear_exact_kl": (*head, *(x.detach() for x in head), mask, 1.0, True, 2),
+        "exact_kl": (logits, logits.detach().roll(1, 0), mask, a, 1.0, 1.0, True),
+        "linear_exact_kl": (*head, *(x.detach() for x in head), mask, 1.0, 0.0, 2),
         "kl_shaped_gae": (None, a[:, 0].clone(), a, b, b, mask, 0.1, 3, 1.0, 0.95, 1.0),
         "masked_whiten": (a, mask, True, None),
     }
@@ -145,7 +149,7 @@ def gradient_samples():
             *head, tokens, mask, None, stats, [torch.zeros(0)], torch.tensor([4, V]), *slopes, [1.0, 0.0, 1.0],
             [True, False, True], False, 0, "",
         ),
-        "linear_exact_kl_grad": (*head, *head, mask, a, 1.0, True, 2, [True, True, False]),
+        "linear_exact_kl_grad": (*head, *head, mask, a, 1.0, 0.0, 2, [True, True, False]),
         "scale_rows_": (logits.clone(), a.clone()),
     }  # fmt: skip
 
