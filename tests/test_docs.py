@@ -43,6 +43,7 @@ from rlhf_lightning.losses import (
     BradleyTerry,
     ClippedSurrogate,
     ClippedValue,
+    Distillation,
     NashMD,
     PlackettLuce,
     Regression,
@@ -154,6 +155,7 @@ PROMISES = [
     *(("docs/rewards.md", cls) for cls in (WeightedReward, *REWARDS)),
     *(("docs/kto.md", cls) for cls in (KTO, APOZeroUnpaired, BCO)),
     *(("docs/engines.md", cls) for cls in (HFContinuousBatching, VLLMEngine, VLLMServer)),
+    ("docs/distillation.md", Distillation),
     ("docs/sft.md", Schedule),
     ("docs/models.md", ModelSpec),
     ("docs/models.md", LoraSpec),
@@ -197,6 +199,7 @@ RECORDS = {
     OnlineDPOModule: {"prompt": "the film"},
 }
 VARIANTS: dict[type, list[dict[str, Any]]] = {
+    SFTModule: [{}, {"teacher": {}, "loss": {"class_path": "Distillation", "init_args": {"nll_coef": 0.5}}}],
     DPOModule: [{}, {"loss": {"class_path": "TPO", "init_args": {"loss": {"class_path": "DPO"}}}}],
     KTOModule: [{}, {"loss": {"class_path": "BCO"}}],
     OnlineDPOModule: [{}, {"opponent": {}}],
@@ -214,6 +217,8 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
     texts = folder / "texts.jsonl"
     texts.write_text(json.dumps({"text": "the film was good"}) + "\n")
     init_args: dict[str, Any] = {arguments(cls)[0]: {"path": str(model)}} | options
+    if "teacher" in options:
+        init_args["teacher"] = {"path": str(model)}
     data: dict[str, Any] = {
         "train": str(folder / "records.jsonl"),
         "val": str(folder / "records.jsonl"),

@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from rlhf_kernels import VocabShard, linear_exact_kl, linear_token_logprobs
+from rlhf_kernels import VocabShard, linear_exact_kl, linear_jsd, linear_token_logprobs
+from rlhf_kernels.linear_rows import plain
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
@@ -170,30 +171,72 @@ def token_kl(
         mask: True = wanted. Index 0 has no predictor: it is 0, whatever the mask says.
         direction: see above. The gradient goes to the policy alone.
     Raises:
-        UserError: a head caps its logits, which the operation does not know, or is cut over processes.
+        UserError: as `token_divergence`.
+    """
+    return token_divergence(hidden, ref_hidden, mask, head, ref_head, mixture=1.0 if direction == "reverse" else 0.0)
+
+
+def token_divergence(
+    hidden: Float[Tensor, "batch time hidden"],
+    ref_hidden: Float[Tensor, "batch time ref_hidden"],
+    mask: Bool[Tensor, "batch time"],
+    head: LMHead,
+    ref_head: LMHead,
+    *,
+    mixture: float,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch time"]:
+    """How far apart what policy p and reference q expected at each token is, over the vocabulary; exact.
+
+        mixture 0          KL(q || p), the forward KL
+        mixture 1          KL(p || q), the reverse KL
+        0 < mixture < 1    mixture KL(q || m) + (1 - mixture) KL(p || m),   m = mixture q + (1 - mixture) p
+
+    Of heads with different numbers of rows both distributions are taken over the rows that both have.
+
+    Args:
+        mask: True = wanted. Index 0 has no predictor: it is 0, whatever the mask says.
+        mixture: the reference's share. The gradient goes to the policy alone.
+        temperature: divides both logits.
+    Raises:
+        UserError: a head caps its logits, which the operations do not know, or is cut over processes.
     """
     if head.softcap is not None or ref_head.softcap is not None:
         raise UserError(
             "an exact KL over the vocabulary is not available for models that cap their logits "
-            f"(final_logit_softcapping={head.softcap or ref_head.softcap}): use another loss than TDPO"
+            f"(final_logit_softcapping={head.softcap or ref_head.softcap}): use another loss than TDPO or Distillation"
         )
     if head.shard is not None or ref_head.shard is not None:
         raise UserError(
-            "an exact KL over the vocabulary needs all of it on every process: use another loss than TDPO, or "
-            "tensor_parallel_size: 1"
+            "an exact KL over the vocabulary needs all of it on every process: use another loss than TDPO or "
+            "Distillation, or tensor_parallel_size: 1"
         )
     if mask.shape[1] < 2:  # one token a row: nothing has a predictor, but the graph stays whole
         return 0.0 * hidden.sum(-1).float()
     scored = mask.clone()
     scored[:, 0] = False
-    kl = linear_exact_kl(
-        hidden[:, :-1] * head.logit_scale,
-        head.weight,
-        ref_hidden[:, :-1] * ref_head.logit_scale,
-        ref_head.weight,
-        bias=None if head.bias is None else head.bias * head.logit_scale,
-        ref_bias=None if ref_head.bias is None else ref_head.bias * ref_head.logit_scale,
-        mask=scored[:, 1:].contiguous(),
-        direction=direction,
-    )
-    return torch.cat((torch.zeros_like(kl[:, :1]), kl), dim=1)
+    shared = min(head.weight.shape[0], ref_head.weight.shape[0])
+    weight, bias = _rows_of(head, shared)
+    ref_weight, ref_bias = _rows_of(ref_head, shared)
+    states = hidden[:, :-1] * head.logit_scale, weight, ref_hidden[:, :-1] * ref_head.logit_scale, ref_weight
+    wanted = scored[:, 1:].contiguous()
+    if 0 < mixture < 1:
+        apart = linear_jsd(*states, bias=bias, ref_bias=ref_bias, mask=wanted, temperature=temperature, beta=mixture)
+    else:
+        apart = linear_exact_kl(
+            *states,
+            bias=bias,
+            ref_bias=ref_bias,
+            mask=wanted,
+            temperature=temperature,
+            direction="reverse" if mixture else "forward",
+        )
+    return torch.cat((torch.zeros_like(apart[:, :1]), apart), dim=1)
+
+
+def _rows_of(head: LMHead, rows: int) -> tuple[Tensor, Tensor | None]:
+    """The first so many rows of a head, and its bias with the scale of the logits."""
+    bias = None if head.bias is None else head.bias * head.logit_scale
+    if rows == head.weight.shape[0]:
+        return head.weight, bias
+    return plain(head.weight)[:rows], None if bias is None else plain(bias)[:rows]

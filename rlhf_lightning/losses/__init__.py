@@ -6,6 +6,7 @@ from rlhf_lightning.losses.correction import (
     SamplerFilter,
     off_policy_sequence_mask,
 )
+from rlhf_lightning.losses.distillation import Distillation, TeacherLoss
 from rlhf_lightning.losses.divergence import AlphaDivergence, ChiSquaredKL, ForwardKL, JensenShannon, ReverseKL
 from rlhf_lightning.losses.entropy import top_entropy_mask
 from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
@@ -82,6 +83,7 @@ __all__ = [
     "ClippedValue",
     "CorrectionOutput",
     "DiscoPOP",
+    "Distillation",
     "Dppo",
     "Dro",
     "EXOPair",
@@ -107,6 +109,7 @@ __all__ = [
     "SimPO",
     "StepCorrectness",
     "SupervisedLoss",
+    "TeacherLoss",
     "Vespo",
     "WeightedLoss",
     "WeightedLosses",

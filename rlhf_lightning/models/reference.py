@@ -48,12 +48,11 @@ class Reference:
             return self.policy(batch, temperature=temperature, answers=answers)
 
     @torch.no_grad()
-    def hidden_states(self, batch: HasTokens) -> Tensor:
+    def hidden_states(self, batch: HasTokens, *, answers: Bool[Tensor, "batch time"] | None = None) -> Tensor:
         """Hidden states as the output head reads them [batch, time, hidden]; the head itself is `policy.head()`."""
+        rows = batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
         with self.as_it_was():
-            return self.policy.hidden_states(
-                batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
-            )
+            return self.policy.hidden_states(*rows, answers=answers)
 
     @torch.no_grad()
     def shared_prompt_states(self, batch: HasTokens) -> Tensor:

@@ -2,7 +2,7 @@
 
 Under `FakeTensorMode` an operation gives a tensor of the right shape and computes nothing. Every storage is seen when
 an operation returns it and again when nothing refers to it any more, the autograd graph included: the sum in between is
-what an allocator would have to hold. What operations hold inside is not seen, except for the two that say so here.
+what an allocator would have to hold. What operations hold inside is not seen, except for those that say so here.
 """
 
 import weakref
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FORWARD, BACKWARD = "rlhf_kernels::linear_token_logprobs", "rlhf_kernels::linear_token_logprobs_grad"
+APART, APART_BACKWARD = "rlhf_kernels::linear_exact_kl", "rlhf_kernels::linear_exact_kl_grad"
 OTHER, LOGITS, SCRATCH = "activations", "logits", "scratch"
 
 
@@ -181,4 +182,25 @@ def _backward_scratch(trace: MemoryTrace, hidden: Tensor, weight: Tensor, bias: 
     return scratch + tile // 2 + (weight.numel() * 4 if summed else 0)
 
 
-SCRATCHES: dict[str, Callable[..., int]] = {FORWARD: _forward_scratch, BACKWARD: _backward_scratch}
+def _divergence_scratch(
+    trace: MemoryTrace, hidden: Tensor, weight: Tensor, bias: Any, ref_hidden: Tensor, *rest: Any
+) -> int:
+    """Logits of two models, a chunk of rows at a time: the same, whichever divergence it is."""
+    rows, vocab, size = hidden[..., 0].numel(), weight.shape[0], 8 if hidden.dtype == torch.float64 else 4
+    chunk = chunk_rows_for(vocab, trace.device, None, 2 * size)
+    return 2 * min(rows, chunk) * vocab * size + _casts(trace, hidden, weight) + _casts(trace, ref_hidden, rest[0])
+
+
+def _divergence_backward_scratch(trace: MemoryTrace, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
+    scratch = _divergence_scratch(trace, hidden, weight, *rest)
+    in_16_bits = _casts(trace, hidden, weight) > 0 or hidden.dtype in (torch.bfloat16, torch.float16)
+    needs_weight = rest[-1][1]
+    return scratch + (weight.numel() * 4 if in_16_bits and needs_weight else 0)
+
+
+SCRATCHES: dict[str, Callable[..., int]] = {
+    FORWARD: _forward_scratch,
+    BACKWARD: _backward_scratch,
+    APART: _divergence_scratch,
+    APART_BACKWARD: _divergence_backward_scratch,
+}

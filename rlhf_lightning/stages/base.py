@@ -81,12 +81,16 @@ class RLHFModule(L.LightningModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the stage's model; loaded when first asked for. Knows the length of the model's context."""
+        """Of the stage's model; loaded when first asked for. Knows the length of the shortest context."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.model_spec)
-            context = context_length(self.model_spec) or self._tokenizer.model_max_length
-            self._tokenizer.model_max_length = min(context, self._tokenizer.model_max_length)
+            known = [length for spec in self.readers() if (length := context_length(spec))]
+            self._tokenizer.model_max_length = min([*known, self._tokenizer.model_max_length])
         return self._tokenizer
+
+    def readers(self) -> list[ModelSpec]:
+        """The models that read whole rows: none of them must be longer than the shortest context."""
+        return [self.model_spec]
 
     def setup(self, stage: str) -> None:
         check_strategy(self.trainer.strategy)

@@ -3,7 +3,7 @@ import torch
 from rlhf_kernels import VocabShard
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.logprobs import LMHead, about_tokens, token_kl, token_scores
+from rlhf_lightning.core.logprobs import LMHead, about_tokens, token_divergence, token_kl, token_scores
 
 
 def example(dtype=torch.float32):
@@ -102,6 +102,28 @@ def test_the_kl_at_token_t_is_of_what_was_expected_there(direction):
     torch.testing.assert_close(kl, expected)
     gradients = [torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (kl, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.3, 1.0])
+def test_heads_of_different_heights_are_compared_where_both_have_rows(mixture):
+    hidden, weight, _, mask = example(torch.float64)
+    hidden.requires_grad_()
+    ref_hidden, ref_weight = hidden.detach().flip(0), torch.cat((weight, weight[:3] + 9.0))
+    bias = torch.linspace(-1, 1, 14, dtype=torch.float64)
+    options = {"mixture": mixture, "temperature": 0.7}
+    apart = token_divergence(hidden, ref_hidden, mask, LMHead(weight), LMHead(ref_weight, bias=bias), **options)
+    p, q = (hidden @ weight.T / 0.7).softmax(-1), ((ref_hidden @ ref_weight.T + bias)[..., :11] / 0.7).softmax(-1)
+    m = mixture * q + (1 - mixture) * p
+    to_mixture = [(x * (x / m).log()).sum(-1) for x in (q, p)]
+    ends = {0.0: (q * (q / p).log()).sum(-1), 1.0: (p * (p / q).log()).sum(-1)}
+    by_hand = ends.get(mixture, mixture * to_mixture[0] + (1 - mixture) * to_mixture[1])
+    expected = torch.where(mask & (torch.arange(5) > 0), about_tokens(by_hand), 0.0)
+    torch.testing.assert_close(apart, expected)
+    gradients = [torch.autograd.grad(x.sum(), hidden, retain_graph=True)[0] for x in (apart, expected)]
+    torch.testing.assert_close(*gradients)
+    # turned round, it is the student that has more rows
+    back = token_divergence(hidden, hidden.detach(), mask, LMHead(ref_weight), LMHead(weight), **options)
+    assert back.abs().max() < 1e-12
 
 
 def test_the_kl_of_a_batch_one_token_wide_is_0():

@@ -12,6 +12,7 @@ from one_step import PREFERENCES, records, step
 SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
 LOSS = {
     "sft": "train/loss",
+    "taught": "train/loss",
     "reward": "train/loss",
     "reward, steps": "train/loss",
     "ppo": "policy/loss",
@@ -28,6 +29,7 @@ CUTS = {
     "wider padding": {"data": {"pad_to_multiple_of": 16}},
 }
 CASES = [("sft", name, how) for name, how in CUTS.items()]
+CASES += [("taught", name, how) for name, how in CUTS.items()]
 CASES += [("reward", name, how) for name, how in CUTS.items()]
 CASES += [("kto", name, how) for name, how in CUTS.items()]
 CASES += [("dpo", name, how) for name, how in CUTS.items()]
@@ -38,6 +40,7 @@ CASES += [
     (stage, "padding on the left", {"data": {"padding_side": "left"}})
     for stage in (
         "sft",
+        "taught",
         "reward",
         "reward, steps",
         "kto",
@@ -51,6 +54,7 @@ CASES += [
 CASES += [
     ("dpo", "each prompt computed once", {"attributes": {"share_prompts": True}}),
     ("sft", "packing", {"data": {"packing": True, "max_length": 24}}),
+    ("taught", "packing", {"data": {"packing": True, "max_length": 24}}),
     ("sft", "packing, rows of two", {"data": {"packing": True, "max_length": 24}, "batch_size": 2, "accumulate": 100}),
     ("sft", "token budget", {"data": {"tokens_per_batch": 40}, "batch_size": 8, "accumulate": 100}),
     ("kto", "token budget", {"data": {"tokens_per_batch": 60}, "batch_size": 8, "accumulate": 100}),
@@ -58,7 +62,7 @@ CASES += [
 PADDING_FREE = {"spec": {"padding_free": True}}
 CASES += [
     (stage, "without padding", PADDING_FREE)
-    for stage in ("sft", "reward", "reward, steps", "kto", "dpo", "dpo, ranked")
+    for stage in ("sft", "taught", "reward", "reward, steps", "kto", "dpo", "dpo, ranked")
 ]
 CASES += [
     ("sft", "packing, without padding", {"data": {"packing": True, "max_length": 24}, **PADDING_FREE}),

@@ -100,7 +100,7 @@ def test_what_does_not_go_together_is_said(folder):
         "logprobs: fused reads all of it in one kernel: set logprobs: auto",
         "set disable_dropout: true and lora.dropout: 0, or tensor_parallel_size: 1",
         "transformers has no such plan for models of type 'gpt2'",
-        "use another loss than TDPO, or tensor_parallel_size: 1",
+        "use another loss than TDPO or Distillation, or tensor_parallel_size: 1",
         "set renormalise_truncated: false, generate without them, or use tensor_parallel_size: 1",
         "2 processes cannot be cut into groups of tensor_parallel_size=3: use a divisor",
     ]

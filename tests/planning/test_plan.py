@@ -9,6 +9,7 @@ import torch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.correction import SamplerCorrection
+from rlhf_lightning.losses.distillation import Distillation
 from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_mixed import TPO
@@ -45,6 +46,7 @@ def stages(spec):
     sampling = {"generation": GenerationSpec(max_new_tokens=6, num_samples=2)}
     return {
         "sft": SFTModule(spec),
+        "taught": SFTModule(spec, Distillation("jsd", nll_coef=0.1), teacher=spec),
         "sft, LoRA, checkpointing": SFTModule(replace(spec, lora=LoraSpec(), gradient_checkpointing=True)),
         "reward": RewardModule(spec),
         "reward, ranked": RewardModule(spec, PlackettLuce()),
@@ -78,7 +80,7 @@ def test_every_stage_can_be_planned(name, spec):
     assert getattr(module, "policy", getattr(module, "model", None)) is None, "the stage itself is not built"
     assert two.total > one.total > one.parts["weights"] + one.parts["optimiser"]
     assert (plan.measure(2) is not None) == (name in MEASURING)
-    if name.startswith(("dpo", "kto", "ppo", "grpo", "online")):
+    if name.startswith(("taught", "dpo", "kto", "ppo", "grpo", "online")):
         assert one.parts["frozen models"] > 0
     if module.batch_format == "prompts":
         assert plan.generate(64).total > plan.generate(2).total

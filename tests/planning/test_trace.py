@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_lightning.core.logprobs import LMHead, token_scores
+from rlhf_lightning.core.logprobs import LMHead, token_divergence, token_scores
 from rlhf_lightning.planning.trace import MemoryTrace
 
 
@@ -62,6 +62,18 @@ def test_kept_logits_are_named_and_their_tile_is_counted(trace):
     # nothing is kept: one tile of all rows and columns
     assert trace.peak(start, trace.now()).parts["scratch"] == 2 * 8 * 50 * 4
     assert trace.kernel_calls == 2
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.5])
+def test_of_a_divergence_the_logits_of_both_models_are_counted(trace, mixture):
+    hidden, weight = torch.empty(2, 9, 4, requires_grad=True), torch.empty(50, 4, requires_grad=True)
+    ref, mask = torch.empty(2, 9, 6), torch.ones(2, 9, dtype=torch.bool)
+    apart = token_divergence(hidden, ref, mask, LMHead(weight), LMHead(torch.empty(50, 6)), mixture=mixture)
+    both = 2 * (2 * 8) * 50 * 4
+    assert trace.peak(0, trace.now()).parts["scratch"] == both
+    start = trace.now()
+    apart.sum().backward()
+    assert trace.peak(start, trace.now()).parts["scratch"] == both
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -16,6 +16,7 @@ from rlhf_lightning.callbacks import LastCheckpoint
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses import AdaptiveEntropy, SamplerCorrection
+from rlhf_lightning.losses.distillation import Distillation
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_mixed import WeightedLoss, WeightedLosses
 from rlhf_lightning.losses.preference_online import XPO
@@ -58,6 +59,8 @@ def module_for(stage, model):
     common = {"optimizer": adamw, "schedule": Schedule("cosine", warmup_frac=0.2), "seed": 5}
     if stage == "sft":
         return SFTModule(source, **common)
+    if stage == "taught":
+        return SFTModule(source, Distillation("jsd"), teacher=another(str(model)), **common)
     if stage == "reward":
         return RewardModule(source, normalise_on="train", **common)
     if stage == "dpo":
@@ -183,7 +186,19 @@ def everything(module, trainer):
 
 
 @pytest.mark.parametrize(
-    "stage", ["sft", "reward", "dpo", "dpo, cached", "dpo, drawn pairs", "kto", "kto, cached", "bco", *ON_POLICY]
+    "stage",
+    [
+        "sft",
+        "taught",
+        "reward",
+        "dpo",
+        "dpo, cached",
+        "dpo, drawn pairs",
+        "kto",
+        "kto, cached",
+        "bco",
+        *ON_POLICY,
+    ],
 )
 def test_resuming_ends_with_the_same_bits(stage, tiny_model, write_jsonl, tmp_path):
     keep_all = ModelCheckpoint(

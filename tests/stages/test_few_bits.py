@@ -10,7 +10,7 @@ from one_step import records
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
-from rlhf_lightning.losses import KTO
+from rlhf_lightning.losses import KTO, Distillation
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
@@ -86,6 +86,20 @@ def test_a_stage_trains_adapters_over_four_bits_and_resumes(stage, wide_model, w
     assert not any("base_layer" in name or "embed" in name for name in saved)
     if stage in ("dpo", "kto", "ppo", "grpo", "online dpo"):  # no second model
         assert whole.reference.shared
+
+
+def test_a_teacher_in_four_bits_is_near_the_whole_one(tiny_model, wide_model, write_jsonl, tmp_path):
+    few = {"quantization": QuantizationSpec(compute_dtype="float32")}
+    losses = []
+    for options in ({}, few):
+        taught_by = ModelSpec(path=str(wide_model), **options)
+        student = ModelSpec(path=str(tiny_model))
+        module = SFTModule(student, Distillation(), teacher=taught_by, optimizer=adamw, seed=5)
+        losses.append(fit(module, "sft", write_jsonl, tmp_path, max_steps=2))
+        (tmp_path / "first.ckpt").unlink()
+    whole, quantized = losses
+    assert quantized != whole
+    assert quantized == pytest.approx(whole, rel=0.2)
 
 
 def module_for_start(stage, model):

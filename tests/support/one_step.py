@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf_lightning.advantages import FixedKL, GroupNormalised
 from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.data.datamodule import RLHFDataModule
+from rlhf_lightning.losses.distillation import Distillation
 from rlhf_lightning.losses.preference import DPO
 from rlhf_lightning.losses.preference_batch import BetaDPO
 from rlhf_lightning.losses.preference_free import ChosenNLL
@@ -50,6 +51,7 @@ UNPAIRED = {
     "bco": BCO(beta=0.5),
 }
 DPO_WITH_OFFSET = DPO(beta=0.5, label_smoothing=0.1, margin="offset")
+TAUGHT = Distillation("jsd", beta=0.3, temperature=1.5, nll_coef=0.5)
 PREFERENCES = {
     # everything that a loss can read: margins, chosen tokens, an exact KL, sum of squares, means over the step
     "dpo": WeightedLosses(
@@ -78,7 +80,7 @@ def records(stage: str) -> list[dict[str, Any]]:
     made = []
     for i, n in enumerate(lengths):
         prompt = words(1 + i % 4, i)
-        if stage == "sft":
+        if stage in ("sft", "taught"):
             made.append({"prompt": prompt, "completion": words(n, i + 1)})
         elif stage == "dpo, ranked":
             answers = [words(n, i + k) + " film" * k for k in range(2 + i % 3)]
@@ -99,12 +101,12 @@ def records(stage: str) -> list[dict[str, Any]]:
     return made
 
 
-def another(model: str) -> ModelSpec:
-    """A model of the same shape and tokenizer with other weights: a reference that the policy differs from."""
+def another(model: str, **other: Any) -> ModelSpec:
+    """A model of the same shape (but for `other`) and tokenizer with other weights, which the policy differs from."""
     config = json.loads((Path(model) / "config.json").read_text())
     shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape += ("num_key_value_heads", "max_position_embeddings", "initializer_range")
-    return ModelSpec(config={name: config[name] for name in shape}, tokenizer=model, seed=7)
+    return ModelSpec(config={name: config[name] for name in shape} | other, tokenizer=model, seed=7)
 
 
 class Canned:
@@ -163,6 +165,8 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
     sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
     if stage == "sft":
         return SFTModule(source, optimizer=sgd)
+    if stage == "taught":
+        return SFTModule(source, TAUGHT, teacher=another(model, hidden_size=24, vocab_size=32), optimizer=sgd)
     if stage == "reward":
         return RewardModule(source, loss=BradleyTerry(label_smoothing=0.1, centring_coef=0.1), optimizer=sgd, seed=3)
     if stage == "reward, steps":

@@ -120,7 +120,7 @@ def of_stage(stage: str, model: str, folder: Path, **options: Any) -> dict[str, 
 
 
 def write_records(folder: Path) -> None:
-    for stage in (*STAGES, "kto"):
+    for stage in (*STAGES, "kto", "taught"):
         (folder / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
 
 
