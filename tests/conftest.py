@@ -72,6 +72,18 @@ def wide_model(tmp_path_factory, tiny_tokenizer, tiny_config) -> Path:
     return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "wide")
 
 
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory, tiny_tokenizer, tiny_config) -> Path:
+    """The same as a mixture of four experts, two for each token (Qwen3-MoE)."""
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.loading import load_policy, load_tokenizer
+    from rlhf_lightning.models.spec import ModelSpec
+
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    spec = ModelSpec(config=tiny_config | experts, tokenizer=str(tiny_tokenizer))
+    return export_policy(load_policy(spec), load_tokenizer(spec), tmp_path_factory.mktemp("models") / "experts")
+
+
 @pytest.fixture
 def write_jsonl(tmp_path):
     """Writes records to a JSONL file and gives its path."""

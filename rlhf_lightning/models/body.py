@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.routing import end_pass, lay_out, unheard
 
 RECORDS = "records"
 """Name of the attention that is sdpa and knows records in a row: `models.unpadded`."""
@@ -39,7 +40,8 @@ def body_states(
     positions = positions.masked_fill(segments == 0, 0)
     if attention_of(body).startswith("flash"):
         # flash attention in transformers finds packed records in a single row only
-        return run_body(body, tokens.view(1, -1), positions.view(1, -1), None).view(*tokens.shape, -1)
+        row = run_body(body, tokens.view(1, -1), positions.view(1, -1), None)
+        return lay_out(lambda x: x.view(*tokens.shape, -1), row)
     return run_body(body, tokens, positions, None)
 
 
@@ -69,7 +71,7 @@ def check_packing(body: nn.Module, vocab_size: int) -> None:
     tokens = torch.cat((first, torch.arange(4, device=device).expand(2, 4) % vocab_size), dim=1)
     positions = torch.arange(4, device=device).repeat(2).expand(2, 8)
     segments = torch.arange(1, 3, device=device).repeat_interleave(4).expand(2, 8)
-    with evaluating(body), torch.no_grad():
+    with evaluating(body), torch.no_grad(), unheard():
         second = body_states(body, tokens, torch.ones_like(tokens, dtype=torch.bool), positions, segments)[:, 4:]
     if not agree(second[0], second[1], 1e-3):
         raise UserError(
@@ -102,4 +104,5 @@ def dropout_rates(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def run_body(body: nn.Module, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None, **told: Any) -> Tensor:
     """The decoder as it stands; `attention_mask` in any form that transformers takes, `told` to its attention."""
     output = body(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, use_cache=False, **told)
+    end_pass(tokens)
     return output.last_hidden_state

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import agree, attention_of, body_states, evaluating, run_body
+from rlhf_lightning.models.routing import lay_out, unheard
 from rlhf_lightning.models.unpadded import unpadded_states
 
 
@@ -86,8 +87,11 @@ def branch_states(
     # back to rows: place -> real token number -> slot
     number = (steps - begins[:, None]).clamp(min=0)
     back = slots.gather(1, number).clamp(max=width - 1)
-    whole = torch.cat((hidden, hidden))
-    return whole.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.cat((x, x)).gather(1, back[..., None].expand(-1, -1, x.shape[-1]))
+
+    return lay_out(apart, hidden)
 
 
 def _who_sees_whom(branches: Int[Tensor, "pairs time"], kind: str, body: nn.Module) -> Tensor:
@@ -109,7 +113,7 @@ def check_branches(body: nn.Module, vocab_size: int, *, padding_free: bool = Fal
     device = next(body.parameters()).device
     tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=device) % vocab_size
     real, positions = torch.ones_like(tokens, dtype=torch.bool), torch.arange(5, device=device).expand(2, 5)
-    with evaluating(body), torch.no_grad():
+    with evaluating(body), torch.no_grad(), unheard():
         apart = body_states(body, tokens, real, positions)
         together = branch_states(body, tokens, real, positions, positions >= 3, padding_free=padding_free)
     if not agree(apart, together, 1e-3):

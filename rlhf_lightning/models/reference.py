@@ -18,6 +18,7 @@ from rlhf_lightning.models.compiled import compile_layers, is_compiled
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import HasTokens, Policy
 from rlhf_lightning.models.quantized import is_quantized
+from rlhf_lightning.models.routing import unheard
 from rlhf_lightning.models.sharded import load_whole_state_dict, reshard, whole_state_dict
 from rlhf_lightning.models.spec import ModelSpec
 
@@ -63,7 +64,7 @@ class Reference:
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
         """While this lasts, `policy` is the reference: its adapter off where it is the one being trained."""
-        with evaluating(self.policy), self.policy.adapter_disabled() if self.shared else nullcontext():
+        with evaluating(self.policy), unheard(), self.policy.adapter_disabled() if self.shared else nullcontext():
             yield
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf_lightning.models.body import attention_of, dropout_rates
 from rlhf_lightning.models.compiled import is_compiled
+from rlhf_lightning.models.routing import end_pass, lay_out
 from rlhf_lightning.models.sharded import is_sharded
 
 
@@ -119,7 +120,7 @@ def pair_states(
     row = torch.arange(2 * pairs, device=tokens.device) % pairs
     states = _behind(body, moved[:pairs, :end], real[:pairs, :end], row, moved, real, number)
     back = (steps - begins + end - asked).clamp(0, end + rest - 1)
-    return states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
+    return lay_out(lambda x: x.gather(1, back[..., None].expand(-1, -1, x.shape[-1])), states)
 
 
 def _behind(
@@ -146,6 +147,7 @@ def _behind(
         past_key_values=cache,
         use_cache=True,
     )
+    end_pass(prompts)
     cache.batch_select_indices(prompt_of_row)
     rest = body(
         input_ids=tokens[:, end:],
@@ -154,7 +156,12 @@ def _behind(
         past_key_values=cache,
         use_cache=True,
     )
-    return torch.cat((first.last_hidden_state[prompt_of_row], rest.last_hidden_state), dim=1)
+    end_pass(tokens[:, end:])
+    return lay_out(
+        lambda prompt, answer: torch.cat((prompt[prompt_of_row], answer), dim=1),
+        first.last_hidden_state,
+        rest.last_hidden_state,
+    )
 
 
 def _distinct(tokens: Tensor, attention_mask: Tensor, answers: Tensor) -> tuple[int, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import RECORDS, agree, attention_of, body_states, evaluating, run_body
+from rlhf_lightning.models.routing import lay_out, unheard
 
 
 def unpadded_states(
@@ -49,12 +50,16 @@ def unpadded_states(
     places = real.flatten().nonzero()[:, 0]
     row, where = tokens.flatten()[places][None], positions.flatten()[places][None]
     if kind in ("eager", "flex_attention"):
-        hidden = run_body(body, row, where, None)[0]
+        hidden = run_body(body, row, where, None)
     else:
         hidden = _told_of_records(
             body, row, where, _starts(real, where[0], segments is not None), tokens.shape[1], sees
         )
-    return hidden.new_zeros(tokens.numel(), hidden.shape[-1]).index_copy(0, places, hidden).view(*tokens.shape, -1)
+
+    def padded(x: Tensor) -> Tensor:
+        return x.new_zeros(tokens.numel(), x.shape[-1]).index_copy(0, places, x[0]).view(*tokens.shape, -1)
+
+    return lay_out(padded, hidden)
 
 
 def _starts(real: Tensor, positions: Tensor, packed: bool) -> Tensor:
@@ -68,7 +73,7 @@ def _starts(real: Tensor, positions: Tensor, packed: bool) -> Tensor:
 def _told_of_records(
     body: nn.Module, row: Tensor, positions: Tensor, starts: Tensor, longest: int, sees: Tensor | None
 ) -> Tensor:
-    """Hidden states [tokens, hidden] of a row, under an attention that is told where its records begin."""
+    """Hidden states [1, tokens, hidden] of a row, under an attention that is told where its records begin."""
     lengths = starts.int()
     told: dict[str, Any] = {
         "cu_seq_lens_q": lengths,
@@ -77,13 +82,13 @@ def _told_of_records(
         "max_length_k": longest,
     }
     if attention_of(body) != "sdpa":
-        return run_body(body, row, positions, None, **told)[0]
+        return run_body(body, row, positions, None, **told)
     token = torch.arange(row.shape[1], device=row.device)
     record = torch.bucketize(token, starts[1:], right=True)
     told["record_places"] = record * longest + token - starts[record]
     # transformers hands a mask of four dimensions on as it is, and would build one of all tokens by all tokens else
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.device) if sees is None else sees
-    return run_body(body, row, positions, mask, **told)[0]
+    return run_body(body, row, positions, mask, **told)
 
 
 def records_attention(
@@ -172,7 +177,7 @@ def check_unpadded(body: nn.Module, vocab_size: int) -> None:
     tokens = torch.arange(10, device=device).view(2, 5) % vocab_size
     real = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]], device=device)
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    with evaluating(body), torch.no_grad():
+    with evaluating(body), torch.no_grad(), unheard():
         padded = body_states(body, tokens, real, positions)
         unpadded = unpadded_states(body, tokens, real, positions)
     if not agree(padded[real], unpadded[real], 1e-3 if padded.dtype == torch.float32 else 5e-2):

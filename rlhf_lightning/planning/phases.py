@@ -17,7 +17,7 @@ from rlhf_lightning.models.scalar_head import ValueHead
 from rlhf_lightning.models.shared_prompts import Sharing, sharing
 from rlhf_lightning.parallel.shard import decoder_layers, models_of
 from rlhf_lightning.planning.shapes import Lengths, generated, tokens, training_batch
-from rlhf_lightning.planning.stand_ins import reward_models, stand_in, without_numbers
+from rlhf_lightning.planning.stand_ins import experts_without_numbers, reward_models, stand_in, without_numbers
 from rlhf_lightning.planning.trace import MemoryTrace, Peak
 from rlhf_lightning.rewards.scalar_reader import ScalarReader
 from rlhf_lightning.rollout.decode import draw
@@ -361,6 +361,7 @@ class Simulation:
     @contextmanager
     def _inside(self) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.enter_context(experts_without_numbers())
             stack.enter_context(self._fake)
             stack.enter_context(self.trace)
             yield

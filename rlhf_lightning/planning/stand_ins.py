@@ -1,11 +1,13 @@
 """What stands, on tensors without numbers, for the parts of a stage that ask for numbers."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 from rlhf_lightning.core.batches import Batch
 from rlhf_lightning.core.interfaces import (
@@ -87,6 +89,23 @@ def without_numbers(model: nn.Module, known: dict[int, Tensor], dtype: torch.dty
             for name, x in tensors.items():
                 if x is not None:
                     tensors[name] = new(x)
+
+
+@contextmanager
+def experts_without_numbers() -> Iterator[None]:
+    """Inside, the experts of a mixture are multiplied by an operation of transformers that is the same on shapes.
+
+    torch's own gives no shape but in bfloat16.
+    """
+    name = "_can_use_grouped_mm"
+    own = getattr(moe, name, None)
+    try:
+        if own is not None:
+            setattr(moe, name, lambda *args, **kwargs: False)
+        yield
+    finally:
+        if own is not None:
+            setattr(moe, name, own)
 
 
 def reward_models(rewards: Any) -> Iterator[ScalarReader]:

@@ -24,10 +24,12 @@ from rlhf_lightning.core.interfaces import BatchFormat
 from rlhf_lightning.models.export import ModelCard
 from rlhf_lightning.models.loading import context_length, load_tokenizer, not_finite
 from rlhf_lightning.models.quantized import check_trainable
+from rlhf_lightning.models.routing import Hearing
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
 from rlhf_lightning.parallel.sharded_checkpoint import guard
 from rlhf_lightning.parallel.strategy import check_strategy
+from rlhf_lightning.stages.router_balance import Over, RouterBalance
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.splitting import Splitter
 from rlhf_lightning.stages.step_loader import StepLoader
@@ -48,6 +50,8 @@ class RLHFModule(L.LightningModule, ABC):
         lr_scheduler: called with the optimiser instead of `schedule`, for shapes that it lacks; asked after each
             optimiser step, or, if it watches a metric, after each validation.
         seed: of every draw the stage makes; None: the run's seed_everything.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts; 0: none.
+        router_aux_loss_over: what that loss is taken over; see `RouterBalance`.
     """
 
     batch_format: ClassVar[BatchFormat]
@@ -61,6 +65,9 @@ class RLHFModule(L.LightningModule, ABC):
         schedule: Schedule,
         lr_scheduler: LRSchedulerCallable | None,
         seed: int | None,
+        *,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
     ) -> None:
         super().__init__()
         check_trainable(model_spec)
@@ -76,6 +83,7 @@ class RLHFModule(L.LightningModule, ABC):
         """Numbers that the optimiser's groups were made with: learning rate, weight decay and the like."""
         self.step_means = StepMeans()
         self.splitter = Splitter(self)
+        self.router_balance = RouterBalance(router_aux_loss_coef, router_aux_loss_over)
         self.figures: dict[str, float] = {}
         """Numbers of the last validation, for the model card."""
 
@@ -104,6 +112,8 @@ class RLHFModule(L.LightningModule, ABC):
         """Options set away from their default that the rest of the configuration leaves without effect, and why."""
         if self.lr_scheduler is not None and self.schedule != Schedule():
             yield "schedule", "lr_scheduler replaces it"
+        if self.router_balance.over != "step" and not self.router_balance.enabled:
+            yield "router_aux_loss_over", "router_aux_loss_coef is 0"
 
     @property
     def reads_pretraining(self) -> bool:
@@ -166,16 +176,33 @@ class RLHFModule(L.LightningModule, ABC):
         if self.ends_step(batch_idx):
             self.log_dict(self.step_means.take(self.add_over_ranks), prog_bar=prog_bar, batch_size=1)
 
+    def router_loss(self, hearing: Hearing | None, batch: Batch, batch_idx: int) -> Tensor | float:
+        """This micro-batch's share of the load-balancing loss, weighted; its metrics logged as those of `step_means`.
+
+        Args:
+            hearing: what `router_balance.heard` gave, after the model has run on the batch.
+        """
+        share = self.router_balance.share(hearing, batch)
+        if self.router_balance.enabled and self.ends_step(batch_idx):
+            self.log_dict(self.router_balance.take(self.add_over_ranks), batch_size=1)
+        return share
+
     # ---- out of memory ---------------------------------------------------------------------------------------------
 
     def step_state(self) -> dict[str, Any]:
         """What a training step changes, beside gradients, as it is now."""
-        return {name: copy.copy(getattr(self, name)) for name in self.changed_by_steps}
+        return {name: copy.copy(getattr(self, name)) for name in (*self.changed_by_steps, "router_balance")}
 
     def put_back(self, state: Mapping[str, Any]) -> None:
         """Go back to where `step_state` was taken."""
         for name, value in state.items():
             setattr(self, name, copy.copy(value))
+
+    def ready_to_cut(self, batch: Batch) -> Batch:
+        """A micro-batch that is going to be cut, with all in its totals that its parts ask for."""
+        if self.router_balance.knows(batch):
+            return batch
+        return batch.with_totals({**(batch.totals or {}), **self.router_balance.measure(self, [batch], cut=True)})
 
     def inseparable(self) -> str | None:
         """Why a micro-batch must not be cut, in words; None: its parts have the same loss."""
@@ -219,9 +246,10 @@ class RLHFModule(L.LightningModule, ABC):
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """Sums over an optimiser step's micro-batches of this rank, taken before its first one is trained on.
 
-        They join the totals of its batches, added over ranks.
+        They join the totals of its batches, added over ranks. A stage with sums of its own adds them to these.
         """
-        return {}
+        cut = any(self.splitter.cuts(batch) for batch in batches)
+        return self.router_balance.measure(self, batches, cut=cut)
 
     def on_train_start(self) -> None:
         # here rather than on load: the loader may be built before or after the checkpoint is read

@@ -24,6 +24,7 @@ from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.pair_objective import PairObjective, loss_per_pair, summed_loss
 from rlhf_lightning.stages.pair_scores import AnyReference, Measured, measure, measure_pairs
 from rlhf_lightning.stages.reference_cache import measure_reference
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_means import StepMeans
 
@@ -46,6 +47,9 @@ class DPOModule(RLHFModule):
         reference_cache: folder where the reference's log-probabilities are kept: they are measured once, and training
             holds no second model; None: the reference is asked at every step.
         share_prompts: compute each pair's prompt once for both answers: the same loss, and less work.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -66,12 +70,22 @@ class DPOModule(RLHFModule):
         reference_sync: ReferenceSync | None = None,
         reference_cache: str | None = None,
         share_prompts: bool = False,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
+        super().__init__(
+            policy,
+            optimizer,
+            schedule,
+            lr_scheduler,
+            seed,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
+        )
         if reference_sync is not None and reference_cache is not None:
             raise UserError(
                 f"reference_sync moves the reference, and reference_cache={reference_cache!r} keeps what it said at "
@@ -152,6 +166,7 @@ class DPOModule(RLHFModule):
             self._frozen["reference"] = MeasuredReference()
         elif self.needs_reference:
             self._frozen["reference"] = make_reference(self.policy, self.reference_spec, sync=self.reference_sync)
+        self.router_balance.watch(self.policy)
 
     @property
     def reference(self) -> AnyReference | None:
@@ -199,18 +214,19 @@ class DPOModule(RLHFModule):
 
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """Sums of what the loss wants the mean of over the step, from the policy as it is before the step."""
+        known = super().measure_step(batches)
         if self._objective is None or not self._objective.loss.step_means:
-            return {}
+            return known
         assert self.policy is not None
         if self.loss_draws:
-            return self._draw(batches)
+            return {**known, **self._draw(batches)}
         sums = self._objective.no_sums()
         with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 assert isinstance(batch, PairBatch)
                 for of_part in self.splitter.results(batch.to(self.device), self._sums_of):
                     sums = {name: value + of_part[name] for name, value in sums.items()}
-        return sums
+        return {**known, **sums}
 
     @property
     def loss_draws(self) -> bool:
@@ -241,9 +257,11 @@ class DPOModule(RLHFModule):
 
     def training_step(self, batch: PairBatch | RankedBatch, batch_idx: int) -> Tensor:
         if isinstance(batch, RankedBatch):
-            loss = self._rank(batch, self.step_means)
+            with self.router_balance.heard() as hearing:
+                loss = self._rank(batch, self.step_means)
         else:
-            pairs, _ = self._pairs(batch)
+            with self.router_balance.heard() as hearing:
+                pairs, _ = self._pairs(batch)
             output = self.pair_loss(batch, pairs)
             kept = self.objective.kept(batch)
             loss = self.objective.share(output, batch, kept)
@@ -256,6 +274,7 @@ class DPOModule(RLHFModule):
             self.log_dict({k: v for k, v in metrics.items() if k not in shown}, batch_size=1)
             if self._objective is not None:
                 self._objective.end_step(self.add_over_ranks)
+        loss = loss + self.router_loss(hearing, batch, batch_idx)
         return loss * self.loss_scale
 
     def _rank(self, batch: RankedBatch, means: StepMeans) -> Tensor:

@@ -37,6 +37,7 @@ from rlhf_lightning.stages.on_policy import OldLogprobs
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 
 
@@ -125,6 +126,9 @@ class GRPOModule(PolicyGradientModule):
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         engine: what samples the answers.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -169,6 +173,8 @@ class GRPOModule(PolicyGradientModule):
         ptx_coef: float = 0.0,
         engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -203,6 +209,8 @@ class GRPOModule(PolicyGradientModule):
             correction=correction,
             clip_advantages=clip_advantages,
             auxiliary_reduction=auxiliary_reduction,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
         )
         if not 0 < entropy_top_frac <= 1:
             raise UserError(f"entropy_top_frac={entropy_top_frac} is no share of the tokens: give 0.2, or 1 for all")
@@ -391,12 +399,14 @@ class GRPOModule(PolicyGradientModule):
         if not self.takes_part():
             return self.zero_loss()
         assert self.policy is not None
-        hidden = self.policy.hidden_states(
-            batch.tokens, batch.attention_mask, batch.positions, answers=self.shared(batch)
-        )
-        terms = self.policy_terms(batch, self.policy_scores(batch, hidden))
+        with self.router_balance.heard() as hearing:
+            hidden = self.policy.hidden_states(
+                batch.tokens, batch.attention_mask, batch.positions, answers=self.shared(batch)
+            )
+            terms = self.policy_terms(batch, self.policy_scores(batch, hidden))
         self.log_step_means(batch_idx)
-        return torch.stack(list(terms.values())).sum() * self.loss_scale
+        loss = torch.stack(list(terms.values())).sum() + self.router_loss(hearing, batch, batch_idx)
+        return loss * self.loss_scale
 
     # ---- state and export ------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from rlhf_lightning.models.reference import MeasuredReference, Reference, make_r
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.reference_cache import measure_reference
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class KTOModule(RLHFModule):
         reference: the model that the policy is compared with; None: the policy as it was at the start.
         reference_cache: folder where the reference's log-probabilities are kept: they are measured once, and training
             holds no second model; None: the reference is asked at every step.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -68,12 +72,22 @@ class KTOModule(RLHFModule):
         loss: UnpairedLoss = KTO(),
         reference: ModelSpec | None = None,
         reference_cache: str | None = None,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
+        super().__init__(
+            policy,
+            optimizer,
+            schedule,
+            lr_scheduler,
+            seed,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
+        )
         self.save_hyperparameters()
         self.loss = loss
         self.reference_spec = reference
@@ -131,6 +145,7 @@ class KTOModule(RLHFModule):
                 if self.reference_cache is None
                 else MeasuredReference()
             )
+            self.router_balance.watch(self.policy)
 
     @property
     def reference(self) -> Reference | MeasuredReference:
@@ -168,15 +183,17 @@ class KTOModule(RLHFModule):
 
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """The sum behind the step's KL, from the policy as it is before the step."""
+        known = super().measure_step(batches)
         if self.loss.baseline != "mismatched_kl":
-            return {}
+            return known
         sums = []
         with self.trainer.precision_plugin.forward_context():
             for batch in batches:
                 assert isinstance(batch, UnpairedBatch)
                 of_parts = self.splitter.results(batch.to(self.device), self._mismatched_log_ratios)
                 sums += [ratios.sum() for ratios in of_parts]
-        return {"mismatched_log_ratio": float(torch.stack(sums).sum())}  # the step's one wait for the device
+        # one wait for the device
+        return {**known, "mismatched_log_ratio": float(torch.stack(sums).sum())}
 
     def baseline(self, batch: UnpairedBatch) -> Tensor:
         """What the loss compares completions with, the same for the whole optimiser step []."""
@@ -197,7 +214,8 @@ class KTOModule(RLHFModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: UnpairedBatch, batch_idx: int) -> Tensor:
-        scores = self(batch.completions)
+        with self.router_balance.heard() as hearing:
+            scores = self(batch.completions)
         baseline = self.baseline(batch)
         per_completion = self.loss(scores.log_ratio, batch.labels, baseline)
         loss = per_completion.sum() / batch.total("sequences")
@@ -209,6 +227,7 @@ class KTOModule(RLHFModule):
             self._rewards.add(rewards, batch.labels)
         if self.ends_step(batch_idx):
             self._finish_step(batch, baseline)
+        loss = loss + self.router_loss(hearing, batch, batch_idx)
         return loss * self.loss_scale
 
     def _finish_step(self, batch: UnpairedBatch, baseline: Tensor) -> None:

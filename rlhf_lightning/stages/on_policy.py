@@ -35,6 +35,7 @@ from rlhf_lightning.rollout.samples import decode_samples
 from rlhf_lightning.stages.answered import Answered, without_dropped
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.splitting import told
 
@@ -56,7 +57,7 @@ class OnPolicyModule(RLHFModule):
         generation: how answers are sampled.
         updates: how often and in what pieces rollouts are trained on.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
-        optimizer, schedule, lr_scheduler, seed: as for every stage.
+        optimizer, schedule, lr_scheduler, seed, router_aux_loss_coef, router_aux_loss_over: as for every stage.
         engine: what samples.
         use_reference: whether a reference is built at all; without one no KL is measured.
         reference_sync: let the reference follow the policy; None: it stays.
@@ -88,8 +89,18 @@ class OnPolicyModule(RLHFModule):
         reference_sync: ReferenceSync | None = None,
         renormalise_truncated: bool = True,
         old_logprobs: OldLogprobs = "recomputed",
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
     ) -> None:
-        super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
+        super().__init__(
+            policy,
+            optimizer,
+            schedule,
+            lr_scheduler,
+            seed,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
+        )
         if not rewards:
             raise UserError("rewards is empty: name at least one reward function, such as a trained reward model")
         if generation.temperature == 0:
@@ -152,6 +163,7 @@ class OnPolicyModule(RLHFModule):
             self.policy = load_policy(self.model_spec)
             if self.use_reference:
                 self._frozen["reference"] = make_reference(self.policy, self.reference_spec, sync=self.reference_sync)
+            self.router_balance.watch(self.policy, self._answers_of_rows)
 
     @property
     def reference(self) -> Reference | None:
@@ -423,6 +435,9 @@ class OnPolicyModule(RLHFModule):
     def shared(self, batch: Generated | Rollouts) -> Tensor | None:
         """Which tokens are answers, where several share a prompt that then need be computed only once."""
         return batch.mask if self.generation.num_samples > 1 else None
+
+    def _answers_of_rows(self, rows: TokenBatch | Rollouts) -> Tensor | None:
+        return self.shared(rows) if isinstance(rows, Rollouts) else None
 
     def measured(self, answers: Generated, run: Callable[[Generated], Measured]) -> list[Measured]:
         """What `run` says of the answers, so many rows after so many."""

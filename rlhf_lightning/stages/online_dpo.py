@@ -29,6 +29,7 @@ from rlhf_lightning.stages.pair_objective import PairObjective, summed_loss
 from rlhf_lightning.stages.pair_scores import measure_pairs
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.rollout_metrics import answer_metrics
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 
 
@@ -75,6 +76,9 @@ class OnlineDPOModule(OnPolicyModule):
         updates: inner epochs and minibatches of each batch of pairs.
         engine: what samples the policy's answers; an opponent's come from HFGenerate.
         rows_at_once: sequences measured in one forward pass in validation; None: all.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -105,6 +109,8 @@ class OnlineDPOModule(OnPolicyModule):
         updates: UpdateSpec = UpdateSpec(inner_epochs=1),
         engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -130,6 +136,8 @@ class OnlineDPOModule(OnPolicyModule):
             engine=engine,
             use_reference=needs_reference,
             reference_sync=reference_sync if needs_reference else None,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
         )
         if generation.num_samples < 2:
             raise UserError(
@@ -292,16 +300,17 @@ class OnlineDPOModule(OnPolicyModule):
 
     def measure_step(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """Sums of what the loss wants the mean of over the step, from the policy as it is before the step."""
+        known = super().measure_step(batches)
         sums = self.objective.no_sums()
         if not sums:
-            return sums
+            return known
         assert self.policy is not None
         with torch.no_grad(), evaluating(self.policy), self.trainer.precision_plugin.forward_context():
             for batch in cast(Sequence[PairRollouts], batches):
                 here = batch.to(self.device)
                 for of_part in self.splitter.results(here, self._sums_of):
                     sums = {name: value + of_part[name] for name, value in sums.items()}
-        return sums
+        return {**known, **sums}
 
     def _sums_of(self, batch: PairRollouts) -> dict[str, float]:
         return self.objective.sums(self._measured(batch), batch.counts_in_loss)
@@ -313,7 +322,9 @@ class OnlineDPOModule(OnPolicyModule):
         self.log_pending()
         if self._step_is_empty:
             return self.zero_loss()
-        pairs, counts = self._measured(batch), batch.counts_in_loss
+        with self.router_balance.heard() as hearing:
+            pairs = self._measured(batch)
+        counts = batch.counts_in_loss
         as_pairs = batch.as_pairs()
         output = self.objective(pairs, as_pairs)
         self.objective.count(self.step_means, pairs, output, counts)
@@ -324,7 +335,8 @@ class OnlineDPOModule(OnPolicyModule):
             self.log_dict({k: v for k, v in metrics.items() if k in shown}, prog_bar=True, batch_size=1)
             self.log_dict({k: v for k, v in metrics.items() if k not in shown}, batch_size=1)
             self.objective.end_step(self.add_over_ranks)
-        return self.objective.share(output, as_pairs, counts) * self.loss_scale
+        loss = self.objective.share(output, as_pairs, counts) + self.router_loss(hearing, batch, batch_idx)
+        return loss * self.loss_scale
 
     # ---- state and export ------------------------------------------------------------------------------------------
 

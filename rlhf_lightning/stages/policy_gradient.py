@@ -30,6 +30,7 @@ from rlhf_lightning.stages.on_policy import OldLogprobs, OnPolicyModule
 from rlhf_lightning.stages.phases import Phases
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping, Shaped
 from rlhf_lightning.stages.rollout_metrics import NOTHING_MORE, answer_metrics
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_means import StepMeans
 
@@ -60,7 +61,7 @@ class PolicyGradientModule(OnPolicyModule):
         correction: weights for answers whose sampler was not quite the policy, or an older one.
         policy, rewards, reference, generation, updates, rows_at_once: as for every on-policy stage.
         engine, use_reference, reference_sync, renormalise_truncated, old_logprobs: likewise.
-        optimizer, schedule, lr_scheduler, seed: as for every stage.
+        optimizer, schedule, lr_scheduler, seed, router_aux_loss_coef, router_aux_loss_over: as for every stage.
     """
 
     changed_by_steps = ("step_means", "_step_kl", "_step_entropy")
@@ -96,6 +97,8 @@ class PolicyGradientModule(OnPolicyModule):
         correction: SamplerCorrection | None = None,
         clip_advantages: Limit | None = None,
         auxiliary_reduction: Reduction | None = None,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
     ) -> None:
         super().__init__(
             policy,
@@ -113,6 +116,8 @@ class PolicyGradientModule(OnPolicyModule):
             reference_sync=reference_sync,
             renormalise_truncated=renormalise_truncated,
             old_logprobs=old_logprobs,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
         )
         for name, value in (("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
             if not value >= 0:

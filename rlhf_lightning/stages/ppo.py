@@ -30,6 +30,7 @@ from rlhf_lightning.stages.answered import Answered
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 
 
@@ -71,6 +72,9 @@ class PPOModule(PolicyGradientModule):
         correction: weights for answers whose sampler was not quite the policy, by generation.keep_logprobs; None: 1.
         engine: what samples the answers.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -108,6 +112,8 @@ class PPOModule(PolicyGradientModule):
         correction: SamplerCorrection | None = None,
         engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -138,6 +144,8 @@ class PPOModule(PolicyGradientModule):
             correction=correction,
             clip_advantages=clip_advantages,
             auxiliary_reduction=auxiliary_reduction,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
         )
         if not value_coef >= 0:
             raise UserError(f"value_coef={value_coef} would train towards the opposite: give 0 or more")
@@ -214,13 +222,13 @@ class PPOModule(PolicyGradientModule):
             return self.zero_loss()
         assert self.policy is not None
         assert self.critic is not None
-        hidden = self.policy.hidden_states(
-            batch.tokens, batch.attention_mask, batch.positions, answers=self.shared(batch)
-        )
-        scores = self.policy_scores(batch, hidden)
+        with self.router_balance.heard() as hearing:  # not the critic's routers
+            hidden = self.policy.hidden_states(
+                batch.tokens, batch.attention_mask, batch.positions, answers=self.shared(batch)
+            )
+            terms = self.policy_terms(batch, self.policy_scores(batch, hidden))
         values = critic_values(self.critic, self.policy, batch, hidden)
         per_value, value_clipped = self.value_loss(values, batch.values, batch.returns)
-        terms = self.policy_terms(batch, scores)
         terms["value"] = self.value_coef * self._auxiliary_mean(per_value, batch)
         self.step_means.add(
             {
@@ -232,7 +240,8 @@ class PPOModule(PolicyGradientModule):
             batch.mask,
         )
         self.log_step_means(batch_idx)
-        return torch.stack(list(terms.values())).sum() * self.loss_scale
+        loss = torch.stack(list(terms.values())).sum() + self.router_loss(hearing, batch, batch_idx)
+        return loss * self.loss_scale
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)

@@ -26,6 +26,7 @@ from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.scalar_head import Pooling, ScalarModel
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.stages.base import RLHFModule
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 
 CALIBRATED = ("pairs", "steps")
@@ -57,6 +58,9 @@ class RewardModule(RLHFModule):
             scale are stored with the model. `none` leaves scores as trained (Ziegler et al. normalise; so do
             Stiennon et al.).
         normalise_batches: how many batches of that set to use.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -73,12 +77,22 @@ class RewardModule(RLHFModule):
         pooling: Pooling = "last",
         normalise_on: Literal["none", "train", "val"] = "none",
         normalise_batches: int = 64,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(model, optimizer, schedule, lr_scheduler, seed)
+        super().__init__(
+            model,
+            optimizer,
+            schedule,
+            lr_scheduler,
+            seed,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
+        )
         self.save_hyperparameters()
         _check_steps(loss, pooling, normalise_on)
         self.loss = loss
@@ -106,6 +120,7 @@ class RewardModule(RLHFModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = load_scalar_model(self.model_spec, pooling=self.pooling, seed=self.seed)
+            self.router_balance.watch(self.model)
 
     def forward(self, completions: TokenBatch) -> Tensor:
         """One score per completion; of steps, at every token."""
@@ -120,13 +135,15 @@ class RewardModule(RLHFModule):
         return self(batch.completions)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        scores = self.scores(batch)
+        with self.router_balance.heard() as hearing:
+            scores = self.scores(batch)
         output = self.loss(scores, batch)
         loss = output.per_element.sum() / batch.total(self.loss.denominator)
         elements = {"train/loss": output.per_element, "train/accuracy": output.accuracy, "train/margin": output.margin}
         self.step_means.add(elements, _scored(batch, output.per_element))
         self.step_means.add({"train/score_mean": scores}, _scored(batch, scores))
         self.log_step_means(batch_idx, prog_bar=True)
+        loss = loss + self.router_loss(hearing, batch, batch_idx)
         return loss * self.loss_scale
 
     def evaluate(self, batch: Batch, batch_idx: int) -> None:

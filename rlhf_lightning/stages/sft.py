@@ -22,6 +22,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.teacher import inert_teacher_options, load_teacher
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.lesson import Lesson, teach
+from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_means import StepMeans
 
@@ -42,6 +43,9 @@ class SFTModule(RLHFModule):
         policy: the model to train.
         loss: of a token; validation is by the likelihood, whatever it is.
         teacher: of `Distillation`: the model to learn from, frozen; its tokenizer is the policy's.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
+        router_aux_loss_over: it is taken over the whole optimiser step (as transformers takes it over a batch), or in
+            each sequence (DeepSeek-V3).
         optimizer: called with the parameters.
         schedule: shape of the learning rate over the run.
         lr_scheduler: a scheduler class instead of `schedule`.
@@ -55,12 +59,22 @@ class SFTModule(RLHFModule):
         policy: ModelSpec,
         loss: SupervisedLoss | TeacherLoss = NLL(),
         teacher: ModelSpec | None = None,
+        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_over: Over = "step",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
         schedule: Schedule = Schedule(),
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(policy, optimizer, schedule, lr_scheduler, seed)
+        super().__init__(
+            policy,
+            optimizer,
+            schedule,
+            lr_scheduler,
+            seed,
+            router_aux_loss_coef=router_aux_loss_coef,
+            router_aux_loss_over=router_aux_loss_over,
+        )
         if isinstance(loss, TeacherLoss) and teacher is None:
             raise UserError(
                 f"teacher=null: {type(loss).__name__} learns from another model: set teacher: {{path: ...}}, a folder "
@@ -82,6 +96,7 @@ class SFTModule(RLHFModule):
             self.policy = load_policy(self.model_spec)
             if self.teacher_spec is not None:
                 self._frozen["teacher"] = load_teacher(self.teacher_spec, self.policy, self.tokenizer)
+            self.router_balance.watch(self.policy)
 
     @property
     def teacher(self) -> Reference | None:
@@ -126,16 +141,18 @@ class SFTModule(RLHFModule):
         return teach(self.policy, self.teacher, batch, loss, everything=everything)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        if isinstance(self.loss, TeacherLoss):
-            lesson = self.lesson(batch, self.loss)
-            per_token, metrics = lesson.loss(self.loss), lesson.metrics()
-        else:
-            scores = self(batch)
-            per_token, metrics = self.loss(scores.logprobs), {"token_accuracy": scores.is_argmax.float()}
+        with self.router_balance.heard() as hearing:
+            if isinstance(self.loss, TeacherLoss):
+                lesson = self.lesson(batch, self.loss)
+                per_token, metrics = lesson.loss(self.loss), lesson.metrics()
+            else:
+                scores = self(batch)
+                per_token, metrics = self.loss(scores.logprobs), {"token_accuracy": scores.is_argmax.float()}
         loss = reduce_tokens(per_token, batch.mask, "token_mean", batch.total("tokens"))
         named = {"train/loss": per_token} | {f"train/{name}": values for name, values in metrics.items()}
         self.step_means.add(named, scored_tokens(batch.mask))
         self.log_step_means(batch_idx, prog_bar=True)
+        loss = loss + self.router_loss(hearing, batch, batch_idx)
         return loss * self.loss_scale
 
     def evaluate(self, batch: TokenBatch, batch_idx: int) -> None:

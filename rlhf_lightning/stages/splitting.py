@@ -159,6 +159,7 @@ class Splitter:
         Args:
             with_last: also the backward pass of the last part, and nothing is counted.
         """
+        batch = self.module.ready_to_cut(batch)
         self._zero_grad()
         for earlier, index in self._window:
             for part in self._cut(earlier, "training"):
@@ -236,6 +237,10 @@ class Splitter:
         return done  # type: ignore[return-value]
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
+
+    def cuts(self, batch: Batch) -> bool:
+        """Whether a micro-batch will be trained on in parts."""
+        return len(self._cut(batch, "training")) > 1
 
     def _cut(self, batch: Batch, purpose: str) -> list[Any]:
         """The batch in parts that are no larger than what has fitted."""

@@ -15,7 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlhf-light
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl_peers import TOLERANCE, gradients_of, options
+from trl_peers import TOLERANCE, assert_same_loss_and_gradients, gradients_of, options
 
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.masked import reduce_tokens
@@ -140,6 +140,26 @@ def test_sft_loss_and_gradient_of_the_same_records(tiny_model, write_jsonl, tmp_
     torch.testing.assert_close(our_loss, their_loss, **TOLERANCE)
     their_gradient = gradients_of(their_loss, theirs.model.lm_head.weight)
     torch.testing.assert_close(gradients_of(our_loss, ours.policy.model.lm_head.weight), their_gradient, **TOLERANCE)
+
+
+def test_sft_with_the_load_balancing_loss_of_a_mixture_of_experts(tiny_experts, write_jsonl, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    theirs = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_experts),
+        args=options(SFTConfig, tmp_path, max_length=64, router_aux_loss_coef=0.5),
+        train_dataset=Dataset.from_list(ANSWERS),
+        processing_class=AutoTokenizer.from_pretrained(tiny_experts),
+    )
+    their_loss = theirs.compute_loss(theirs.model, their_batch(theirs))
+
+    ours = SFTModule(ModelSpec(path=str(tiny_experts)), router_aux_loss_coef=0.5)
+    ours.configure_model()
+    ours.splitter.more_follow = True  # nothing is logged outside of a run
+    our_loss = ours.training_step(our_batch("tokens", tiny_experts, write_jsonl("records.jsonl", ANSWERS)), 0)
+    assert our_loss.item() > 1.0  # the loss of the experts alone is half of two, or more
+    assert_same_loss_and_gradients(our_loss, their_loss, ours.policy, theirs.model)
 
 
 # --- PPO's arithmetic

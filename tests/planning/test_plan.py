@@ -86,6 +86,16 @@ def test_every_stage_can_be_planned(name, spec):
         assert plan.generate(64).total > plan.generate(2).total
 
 
+def test_a_mixture_of_experts_is_planned_with_what_its_routers_say(spec, tiny_config):
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    spec = replace(spec, config=tiny_config | experts)
+    plain, balanced = (simulation(SFTModule(spec, router_aux_loss_coef=coef)).train(8).total for coef in (0.0, 0.1))
+    # the probabilities of 4 experts for 96 tokens in 2 layers are kept for the backward pass
+    assert balanced - plain >= 96 * 2 * 4 * 4
+    sequences = SFTModule(spec, router_aux_loss_coef=0.1, router_aux_loss_over="sequence")
+    assert simulation(sequences).train(8).total >= balanced
+
+
 def test_shapes_hold_what_numbers_hold(spec):
     """The same step, once without numbers and once with them."""
     lengths = Lengths(20, 0, 1, "")

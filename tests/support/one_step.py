@@ -1,6 +1,6 @@
 """One optimiser step of a stage on fixed records, cut in any way: its loss and its gradients.
 
-Run as a script it takes the same step in two processes: one_step.py STAGE MODEL RECORDS OUT
+Run as a script it takes the same step in two processes: one_step.py STAGE MODEL RECORDS OUT [STRATEGY]
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.advantages import FixedKL, GroupNormalised
 from rlhf_lightning.core.batches import Generated, PromptBatch
@@ -42,6 +43,7 @@ from rlhf_lightning.stages import (
     SFTModule,
 )
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
+from rlhf_lightning.stages.router_balance import RouterBalance
 
 WORDS = ("the", "film", "was", "good", "bad", "long", "short", "great", "dull", "and", "but", "very", "not", "a")
 
@@ -106,7 +108,9 @@ def another(model: str, **other: Any) -> ModelSpec:
     config = json.loads((Path(model) / "config.json").read_text())
     shape = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape += ("num_key_value_heads", "max_position_embeddings", "initializer_range")
-    return ModelSpec(config={name: config[name] for name in shape} | other, tokenizer=model, seed=7)
+    shape += ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    same = {name: config[name] for name in shape if name in config}
+    return ModelSpec(config=same | other, tokenizer=model, seed=7)
 
 
 class Canned:
@@ -156,7 +160,11 @@ class Keep(L.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+            self.gradients = {n: whole(p.grad).clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
@@ -224,8 +232,14 @@ def step(
     attributes: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Metrics and gradients of one optimiser step over all records of `path`."""
+    """Metrics and gradients of one optimiser step over all records of `path`.
+
+    Of a stage called "..., balanced per step" (or sequence) the routers' load-balancing loss too.
+    """
+    stage, _, over = stage.partition(", balanced per ")
     module = module_for(stage, model, **(spec or {}))
+    if over:
+        module.router_balance = RouterBalance(0.5, over)
     if stage.endswith("cached"):  # each number of processes measures its own
         module.reference_cache = str(Path(path).parent / f"{stage} {trainer.get('devices', 1)}")
     for name, value in (attributes or {}).items():
@@ -248,8 +262,8 @@ def step(
 
 
 if __name__ == "__main__":
-    stage, model, path, out = sys.argv[1:]
-    on_policy = stage in ("ppo", "grpo", "online dpo")
+    stage, model, path, out, *strategy = sys.argv[1:]
+    on_policy = stage.split(", balanced")[0] in ("ppo", "grpo", "online dpo")
     metrics, gradients = step(
         stage,
         model,
@@ -258,7 +272,7 @@ if __name__ == "__main__":
         accumulate=3,
         accelerator="cpu",
         devices=2,
-        strategy="ddp",
+        strategy=strategy[0] if strategy else "ddp",
     )
     if torch.distributed.get_rank() == 0:
         torch.save({"metrics": metrics, "gradients": gradients}, out)
