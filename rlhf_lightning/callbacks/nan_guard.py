@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from rlhf_lightning.core.errors import UserError
 
@@ -107,17 +108,21 @@ class NaNGuard(Callback):
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether no entry is NaN or infinite; a bool tensor: nothing waits for the device."""
+    """Whether no entry is NaN or infinite, on any process that holds a share; a bool tensor: no wait for the device."""
     alike: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        alike.setdefault((type(tensor), tensor.dtype, tensor.device), []).append(tensor)
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        alike.setdefault((mesh, tensor.dtype, tensor.device), []).append(tensor)
     finite = torch.tensor(True)
-    for some in alike.values():
+    for (mesh, _, device), some in alike.items():
+        here = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in some]
+        here = [tensor for tensor in here if tensor.numel()]  # one row, a value head, leaves nothing to most processes
         # the largest entry, not a sum: sums of finite numbers may overflow
-        largest = torch.nn.utils.get_total_norm(some, norm_type=math.inf)
-        gather = getattr(largest, "full_tensor", None)  # of sharded gradients
-        here = torch.isfinite(largest if gather is None else gather())
-        finite = finite.to(here.device) & here
+        largest = torch.nn.utils.get_total_norm(here, norm_type=math.inf) if here else torch.zeros((), device=device)
+        is_bad = (~torch.isfinite(largest)).float()
+        if mesh is not None:  # whether it is bad, not the entry itself: the largest of NaN and 1 may be 1
+            is_bad = DTensor.from_local(is_bad, mesh, [Partial("max")] * mesh.ndim).full_tensor()
+        finite = finite.to(device) & (is_bad == 0)
     return finite
 
 

@@ -18,7 +18,7 @@ from parallel_fits import (
 )
 from parallel_processes import in_processes
 from safetensors.torch import load_file
-from sharded_cases import SHARDED, following_reference, shared_critic, tied
+from sharded_cases import SHARDED, following_reference, poisoned, shared_critic, tied
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.spec import ModelSpec
@@ -118,6 +118,17 @@ def test_compiled_layers_share_their_graphs_when_sharded(folder, alone):
 @pytest.mark.slow
 def test_a_value_head_is_a_unit_of_its_own(folder, tiny_model):
     assert_same(result(folder, "ppo, shared critic"), shared_critic(str(tiny_model), folder, 1))
+
+
+@pytest.mark.slow
+def test_a_step_is_refused_by_all_whoever_holds_what_is_not_finite(folder, tiny_model):
+    """A value head has one row, of which the second process holds nothing."""
+    found, expected = result(folder, "ppo, poisoned"), poisoned(str(tiny_model), folder, 1)
+    assert_same(found, expected)
+    assert found["shares"][1][0] == 0
+    assert all(shares[1] > 0 for shares in found["shares"])
+    taken = result(folder, "ppo, fsdp2")["weights"]["critic.head.weight"]
+    assert not torch.allclose(found["weights"]["critic.head.weight"], taken), "no step was refused"
 
 
 @pytest.mark.slow

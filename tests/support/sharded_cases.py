@@ -1,5 +1,6 @@
 """What is run under `fsdp2`, and under `ddp` beside it: cases by name."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,8 +33,10 @@ from parallel_fits import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.callbacks.hf_export import export
+from rlhf_lightning.callbacks.nan_guard import NaNGuard
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.preference_online import NashMD
@@ -207,6 +210,34 @@ def foreign_checkpoint(model: str, folder: Path, world: int) -> dict[str, Any]:
     return {"said": said}
 
 
+class Poison(L.Callback):
+    """A NaN in the gradients of two steps: in the only row of the value head, and where the last process has a share."""
+
+    def __init__(self) -> None:
+        self.shares: list[int] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        parts = {1: module.critic.head.weight, 3: module.policy.model.lm_head.weight}
+        if trainer.global_step not in parts:
+            return
+        gradient = parts[trainer.global_step].grad
+        here = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        self.shares.append(here.numel())
+        if trainer.global_step == 1 or trainer.global_rank == trainer.world_size - 1:
+            here.fill_(math.nan)
+
+
+def poisoned(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """PPO of which two steps are refused; and how much of the two parameters each process holds."""
+    module, poison, strategy = module_for("ppo", model), Poison(), "fsdp2" if world > 1 else "auto"
+    losses = fit(module, "ppo", folder, devices=world, strategy=strategy, callbacks=[poison, NaNGuard()])
+    shares: list[Any] = [poison.shares]
+    if world > 1:
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, poison.shares)
+    return outcome(module, losses) | {"shares": shares}
+
+
 def exported(model: str, folder: Path, world: int) -> dict[str, Any]:
     """Hugging Face folders of policy and critic, and the weights that they were written from."""
     module = sampling_ppo(model)
@@ -267,6 +298,7 @@ SHARDED |= {
     "ppo, replicas": compared("ppo", lambda: FSDP2Strategy(num_replicas=2)),
     "ppo, shared critic": shared_critic,
     "dpo, following reference": following_reference,
+    "ppo, poisoned": poisoned,
     "ppo, generation": generation,
     "online dpo, mixture": mixture,
     "sft, resumed": resumed("sft"),
