@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
+from rlhf_lightning.cli import stacks
 from rlhf_lightning.cli.first_error import claim, code_of_another, forget_job
 from rlhf_lightning.core.errors import Stopped, UserError
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 a mistake of the user (one message on stderr), 130 interrupted, 143 terminated.
     """
+    stacks.enable()
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not debug and (said := _out_of_memory(error)):
             return _report(UserError(said), debug)
+        stacks.ask_the_first(error)
         code = code_of_another()
         if code is None or debug:
             raise

@@ -2,45 +2,74 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from rlhf_lightning.cli import ranks
+from rlhf_lightning.cli import ranks, stacks
 from rlhf_lightning.cli.first_error import JOB, claim, code_of_another, exit_code, first_failure, forget_job
 from rlhf_lightning.cli.ranks import RankLauncher, obituary
 from rlhf_lightning.core.errors import Stopped, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGE = '''
+import ctypes
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Literal
+
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rlhf_lightning import ModelSpec, SFTModule
 from rlhf_lightning.core.errors import UserError
 
 
 class Troubled(SFTModule):
-    """Waits a little at each batch; in the process that is named, raises what is named."""
+    """Waits a little at each batch; in the process that is named, does what is named."""
 
-    def __init__(self, policy: ModelSpec, rank: int = -1, **kwargs):
+    def __init__(
+        self, policy: ModelSpec, rank: int = -1, does: Literal["fail", "crash", "hang"] = "fail", **kwargs
+    ):
         super().__init__(policy, **kwargs)
         self.rank = rank
+        self.does = does
 
     def on_train_batch_start(self, batch, batch_idx):
         Path(f"pid{self.global_rank}").write_text(str(os.getpid()))
         time.sleep(0.1)
+        if self.does == "hang":
+            _set_pg_timeout(timedelta(seconds=2))
         if self.rank in (self.global_rank, 9):
-            raise UserError("the record is bad")
+            getattr(self, self.does)()
+
+    def fail(self):
+        raise UserError("the record is bad")
+
+    def crash(self):
+        ctypes.string_at(0)  # crashes here
+
+    def hang(self):
+        time.sleep(1000)  # hangs here
 '''
+
+
+def line_of(comment: str) -> str:
+    """Where a stack names the line of `STAGE` that ends in this comment."""
+    number = next(i for i, line in enumerate(STAGE.splitlines(), start=1) if line.endswith(comment))
+    return f'mine.py", line {number} in '
 
 
 @pytest.fixture
@@ -169,6 +198,20 @@ def test_the_first_process_is_watched_by_those_that_it_started(tmp_path, stopped
     assert "the process of rank 0 has been stopped" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("launcher", [None, _SubprocessScriptLauncher(LightningEnvironment(), 2, 1)])
+def test_the_others_watch_whether_or_not_their_strategy_gave_them_a_launcher(launcher, tmp_path, monkeypatch):
+    """`ddp` gives them one, `fsdp2` does not."""
+    monkeypatch.setenv(JOB, f"{os.getppid()}:{tmp_path}")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    begun = []
+    monkeypatch.setattr(ranks, "_in_background", begun.append)
+    ranks.watched(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher, _launcher=launcher)))
+    assert len(begun) == 1
+    monkeypatch.setenv(JOB, f"{os.getpid()}:{tmp_path}")
+    ranks.watched(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher, _launcher=launcher)))
+    assert len(begun) == 1, "a run of its own, started by hand within another one's environment"
+
+
 def test_nobody_outlives_the_first_process_by_more_than_some_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv(JOB, f"{2**30}:{tmp_path}")
     waited = []
@@ -183,6 +226,89 @@ def test_a_process_whose_starter_was_killed_says_nothing(tmp_path, monkeypatch):
     assert code_of_another() is None, "a run of its own, within another one's environment"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert code_of_another() == 1
+
+
+# --- where processes are
+
+
+@pytest.fixture
+def working(tmp_path):
+    """A process that would write its stacks; its stderr is a file."""
+    code = "import time\nfrom rlhf_lightning.cli import stacks\nstacks.enable()\nprint(flush=True)\ntime.sleep(60)\n"
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=said, env={**os.environ, "PYTHONPATH": path}
+        )
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_process_that_is_asked_says_where_it_is_and_goes_on(working, tmp_path, capsys):
+    stacks.ask(1, working.pid)
+    assert re.search(r'"<string>", line [45] in <module>', (tmp_path / "said").read_text())
+    assert working.poll() is None
+    assert f"rank 1, for which others waited, is here (pid {working.pid})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_a_crash_is_told_and_stays_one(number, working, tmp_path):
+    working.send_signal(number)
+    assert working.wait(10) == -number
+    assert re.search(r'"<string>", line [45] in <module>', (tmp_path / "said").read_text())
+
+
+def test_signals_that_end_a_run_are_not_touched(working, tmp_path):
+    working.send_signal(signal.SIGTERM)
+    assert working.wait(10) == -signal.SIGTERM
+    assert not (tmp_path / "said").read_text()
+
+
+def test_a_signal_that_is_spoken_for_is_left_alone(monkeypatch):
+    before = signal.signal(stacks.ASK, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(stacks.faulthandler, "register", lambda *_: pytest.fail("it was somebody's"))
+        stacks.enable()
+    finally:
+        signal.signal(stacks.ASK, before)
+
+
+def test_who_waited_in_vain_asks_the_first_process_unless_that_one_has_failed_too(working, tmp_path, monkeypatch):
+    monkeypatch.setenv(JOB, f"{working.pid}:{tmp_path}")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(stacks.os, "getppid", lambda: working.pid)
+    monkeypatch.setattr(stacks, "TO_FAIL_SECONDS", 0.2)
+    asked = []
+    monkeypatch.setattr(stacks, "ask", lambda rank, pid: asked.append((rank, pid)))
+    late = RuntimeError("[unbound_buffer.cc:129] Timed out waiting 2000ms for send operation to complete")
+    stacks.ask_the_first(RuntimeError("Connection closed by peer"))
+    stacks.ask_the_first(TimeoutError("timed out"))
+    assert not asked, "nobody was waited for"
+    stacks.ask_the_first(late)
+    assert asked == [(0, working.pid)]
+    assert claim(1)
+    stacks.ask_the_first(late)
+    assert len(asked) == 2, "that this one has failed says nothing of the first"
+    (tmp_path / "first").unlink()
+    assert claim(1, owner=working.pid)
+    stacks.ask_the_first(late)
+    assert len(asked) == 2
+
+
+def test_only_those_are_asked_that_have_not_timed_out_themselves(working, job, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ranks, "ask", lambda rank, pid: asked.append(rank))
+    launcher = RankLauncher(None, 3, 1, grace_seconds=0.5)
+    launcher.procs = [subprocess.Popen(["sleep", "0.1"]), working]
+    launcher._failed(RuntimeError("Timed out waiting 2000ms for send operation to complete"))
+    assert asked == [2]
+    assert working.poll() == -signal.SIGKILL
+    asked.clear()
+    launcher._failed(RuntimeError("Connection closed by peer"))
+    assert not asked
 
 
 # --- two real processes
@@ -246,3 +372,23 @@ def test_a_signal_to_any_process_stops_all_with_a_checkpoint(two, tmp_path):
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] >= 1
     assert len(saved["loader_progress"]) == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_crashes_is_named_and_says_where(two):
+    started = two("--model.rank", "1", "--model.does", "crash")
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 1, said
+    assert "error: the process of rank 1 was killed by SIGSEGV" in said
+    crashed = said.partition("Fatal Python error: Segmentation fault")[2]
+    assert line_of("# crashes here") in crashed
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_and_says_where(two, tmp_path):
+    started = two("--model.rank", "1", "--model.does", "hang")
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 1, said
+    assert "the process of rank 1, for which others waited, is here" in said
+    assert line_of("# hangs here") in said
+    assert not Path("/proc", (tmp_path / "pid1").read_text()).exists()

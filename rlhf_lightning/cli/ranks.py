@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -25,6 +26,7 @@ from rlhf_lightning.cli.first_error import (
     forget_job,
     starter,
 )
+from rlhf_lightning.cli.stacks import ask, is_timeout
 
 GRACE_SECONDS = 5.0
 STOPPED_SECONDS = 15.0
@@ -71,7 +73,19 @@ class RankLauncher(_SubprocessScriptLauncher):
         if code == 1:
             self._blame_the_dead()  # what fails here may only be the connection to a process that is gone
         claim(code)
+        if is_timeout(error):
+            self._ask_the_hanging()
         end(self.procs, 2 * self.grace_seconds if code in ORDERLY else 1.0)
+
+    def _ask_the_hanging(self) -> None:
+        """Has those write where they are that have not timed out like this process, and so are what it waited for."""
+        deadline = time.monotonic() + self.grace_seconds
+        for process in self.procs:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+        for rank, process in enumerate(self.procs, start=1):
+            if process.poll() is None:
+                ask(rank, process.pid)
 
     def _blame_the_dead(self) -> None:
         """Says which process died without a word, if one did."""
@@ -107,12 +121,12 @@ class RankLauncher(_SubprocessScriptLauncher):
 
 
 def watched(trainer: Trainer) -> None:
-    """Puts a `RankLauncher` in the place of Lightning's own; a process that one started has none, and watches it."""
+    """Puts a `RankLauncher` in the place of Lightning's own, and has a process that one started watch it."""
     launcher = trainer.strategy.launcher
-    if type(launcher) is _SubprocessScriptLauncher:
+    if type(launcher) is _SubprocessScriptLauncher:  # under some strategies the others have one too, and start nobody
         ours = RankLauncher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
         trainer.strategy._launcher = ours
-    elif "LOCAL_RANK" in os.environ and starter() == os.getppid():
+    if "LOCAL_RANK" in os.environ and starter() == os.getppid():
         _in_background(lambda: _end_with_parent(STOPPED_SECONDS))
 
 

@@ -211,7 +211,7 @@ def foreign_checkpoint(model: str, folder: Path, world: int) -> dict[str, Any]:
 
 
 class Poison(L.Callback):
-    """A NaN in the gradients of two steps: in the only row of the value head, and where the last process has a share."""
+    """A NaN in the gradients of two steps: in the value head's only row, and where the last process has a share."""
 
     def __init__(self) -> None:
         self.shares: list[int] = []
