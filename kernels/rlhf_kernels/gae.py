@@ -175,10 +175,10 @@ def gae_reference(
         shaped = shaped + torch.where(mask & (remaining == 1), scores[:, None], 0.0)
     kept = torch.where(mask, values, 0.0).double()
     delta = torch.where(mask, shaped + gamma * _next_values(kept, mask) - kept, 0.0)
-    advantages = _suffix_scan(delta, torch.where(mask, gamma * lam, 1.0).double())
+    advantages = _suffix_scan(delta, _decay(kept, mask, gamma * lam))
     for_critic = advantages
     if critic_lam != lam:
-        for_critic = _suffix_scan(delta, torch.where(mask, gamma * critic_lam, 1.0).double())
+        for_critic = _suffix_scan(delta, _decay(kept, mask, gamma * critic_lam))
     advantages = torch.where(mask, advantages, 0.0)
     returns = torch.where(mask, for_critic + kept, 0.0)
     moments = torch.stack((mask.sum().double(), advantages.sum(), advantages.square().sum()))
@@ -192,6 +192,11 @@ def _next_values(values: Tensor, mask: Tensor) -> Tensor:
     following = here.flip(-1).cummin(-1).values.flip(-1)  # first that counts at t or after
     index = torch.nn.functional.pad(following[:, 1:], (0, 1), value=length)
     return torch.nn.functional.pad(values, (0, 1)).gather(-1, index)
+
+
+def _decay(like: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """`factor` in the dtype of `like` where a token counts, 1 elsewhere; `where` of two numbers would be float32."""
+    return torch.where(mask, torch.full_like(like, factor), 1.0)
 
 
 def _suffix_scan(b: Tensor, a: Tensor) -> Tensor:

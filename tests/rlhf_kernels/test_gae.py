@@ -118,3 +118,12 @@ def test_targets_carry_no_gradient():
     advantages, returns = gae(rewards, values.requires_grad_(), mask, gamma=1.0, lam=1.0)
     assert not advantages.requires_grad
     assert not returns.requires_grad
+
+
+def test_float64_stays_float64():
+    """gamma lam as float32 would be 0.95 + 1e-8."""
+    rewards, values, mask = problem(3, 40)
+    advantages, returns = gae(rewards.double(), values.double(), mask, gamma=1.0, lam=0.95)
+    expected = loop(rewards, values, mask, 1.0, 0.95)
+    torch.testing.assert_close(advantages, expected, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(returns, torch.where(mask, expected + values.double(), 0.0), atol=1e-13, rtol=1e-13)
