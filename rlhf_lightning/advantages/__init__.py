@@ -4,6 +4,7 @@ from rlhf_lightning.advantages.answers import Answers, OutcomeCredit, informativ
 from rlhf_lightning.advantages.gae import Gae
 from rlhf_lightning.advantages.group import (
     BatchCentred,
+    BestOfGroup,
     Centred,
     Gdpo,
     Gpg,
@@ -32,6 +33,7 @@ __all__ = [
     "Answers",
     "BatchCentred",
     "BatchNormalised",
+    "BestOfGroup",
     "Centred",
     "CentredBatchNormalised",
     "FixedKL",

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, on_one_rank
 
 
@@ -41,11 +42,14 @@ class Answers:
         squares = self.group_sum((x - self.group_mean(x)).square())
         return (squares / (self.sizes - ddof).clamp(min=1)).sqrt()
 
-    def batch_mean_std(self, x: Float[Tensor, " batch"], ddof: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Mean and standard deviation of `x` over the answers of all ranks."""
-        count, total = self.add_over_ranks(torch.stack((torch.ones_like(x).sum(), x.sum()))).unbind()
+    def batch_mean_std(
+        self, x: Float[Tensor, " batch"], ddof: int, *, weights: Float[Tensor, " batch"] | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Mean and standard deviation of `x` over the answers of all ranks, each counted `weights` times (None: 1)."""
+        times = torch.ones_like(x) if weights is None else weights
+        count, total = self.add_over_ranks(torch.stack((times.sum(), (times * x).sum()))).unbind()
         mean = total / count.clamp(min=1)
-        squares = self.add_over_ranks((x - mean).square().sum())
+        squares = self.add_over_ranks((times * (x - mean).square()).sum())
         return mean, (squares / (count - ddof).clamp(min=1)).sqrt()
 
     @property
@@ -144,6 +148,11 @@ def spread(
 
 
 # ---- helpers -------------------------------------------------------------------------------------------------------
+
+
+def check_ddof(ddof: int) -> None:
+    if ddof not in (0, 1):
+        raise UserError(f"ddof={ddof}: 0 divides squares by n, 1 by n - 1; give one of these")
 
 
 def _numbered(groups: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:

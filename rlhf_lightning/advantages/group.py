@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_lightning.advantages.answers import Answers, OutcomeCredit
+from rlhf_lightning.advantages.answers import Answers, OutcomeCredit, check_ddof
 
 # configs that runs have saved name these here
 from rlhf_lightning.advantages.per_token import BatchNormalised, CentredBatchNormalised, ReMax  # noqa: F401
@@ -137,13 +137,15 @@ class Opo(OutcomeCredit):
 class Gpg(OutcomeCredit):
     """GPG: the centred score, scaled up to make good for groups that give no gradient.
 
-        A_i = alpha (r_i - mean_group(r)) [/ std_group(r)],     alpha = answers / answers in groups whose scores differ
+        A_i = alpha (r_i - mean_group(r)) [/ std_group(r)],     alpha = answers / answers that give a gradient
 
-    Both counts over all ranks. verl's alpha divides by the number of answers whose score is not 0 instead, which for
-    scores of 0 and 1 also counts unanimous groups as informative. Goes with the loss `Reinforce`.
+    Both counts over all ranks. Goes with the loss `Reinforce`.
 
     Args:
         divide_by_std: the paper's F_norm: 1, or the group's standard deviation (divided by n - 1).
+        informative: which answers alpha divides by: those of groups whose scores differ, as in the paper, or those
+            whose own score is not 0, as verl has it: with scores of 0 and 1 that leaves out the wrong answers of mixed
+            groups, and counts groups that are right throughout.
     References:
         Chu et al., GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning, 2025.
         arXiv:2504.02546
@@ -152,9 +154,11 @@ class Gpg(OutcomeCredit):
     needs_groups: ClassVar[bool] = True
 
     divide_by_std: bool = False
+    informative: Literal["group_differs", "score_not_zero"] = "group_differs"
 
     def of_answers(self, answers: Answers) -> Float[Tensor, " batch"]:
-        informative = answers.informative.to(answers.scores)
+        counted = answers.informative if self.informative == "group_differs" else answers.scores != 0
+        informative = counted.to(answers.scores)
         counts = torch.stack((torch.ones_like(informative).sum(), informative.sum()))
         total, useful = answers.add_over_ranks(counts).unbind()
         centred = answers.scores - answers.group_mean(answers.scores)
@@ -195,8 +199,7 @@ class PassAtK(OutcomeCredit):
 
     This is the mean advantage of an answer over all subsets that hold it. Groups with p = 0 or 1 get 0; k = 1 is
     `GroupNormalised` with ddof 0. Groups that have become smaller than k are treated as pass@G. Keep KL in the loss:
-    in the reward it would count as part of the score. verl's `grpo_passk` is another method: it credits the best answer
-    alone, with its lead over the second best (arXiv:2503.19595).
+    in the reward it would count as part of the score. `BestOfGroup` is another way to the same end.
 
     Args:
         k: size of the subsets.
@@ -233,23 +236,61 @@ class PassAtK(OutcomeCredit):
 
 
 @dataclass(frozen=True)
+class BestOfGroup(OutcomeCredit):
+    """Credit for the best of a group being better than it would have been without this answer.
+
+        A_i = max_group(r) - max_{j != i} r_j [/ (std_group(r) + floor)]
+
+    So the best answer gets its lead over the second best, and every other 0; where two are best, all get 0. It is the
+    gradient of the expected best of G answers with a leave-one-out baseline. verl's `grpo_passk`.
+
+    Args:
+        divide_by_std: whether to divide by the standard deviation of the group (by n - 1), as GRPO does.
+        floor: added to it, outside of the root.
+    References:
+        Tang et al., Optimizing Language Models for Inference Time Objectives using Reinforcement Learning, 2025.
+        arXiv:2503.19595
+    """
+
+    needs_groups: ClassVar[bool] = True
+
+    divide_by_std: bool = True
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_normaliser(1, self.floor)
+
+    def of_answers(self, answers: Answers) -> Float[Tensor, " batch"]:
+        scores, group = answers.scores, answers.group
+        best = torch.zeros_like(scores).scatter_reduce(0, group, scores, "amax", include_self=False)[group]
+        is_best = scores == best
+        # -inf where nobody is below the best: the group is alone, or unanimous
+        below = scores.masked_fill(is_best, -torch.inf)
+        second = torch.full_like(scores, -torch.inf).scatter_reduce(0, group, below, "amax")[group]
+        leads = is_best & (answers.group_sum(is_best.to(scores)) == 1) & (second > -torch.inf)
+        lead = torch.where(leads, best - second.clamp(min=torch.finfo(scores.dtype).min), 0.0)
+        return lead / (answers.group_std(scores, 1) + self.floor) if self.divide_by_std else lead
+
+
+@dataclass(frozen=True)
 class Gdpo(OutcomeCredit):
     """GDPO: each reward function normalised within the group by itself, then added, then normalised over the batch.
 
         a_i = sum_f weight_f (r_fi - mean_group(r_f)) / (std_group(r_f) + floor)
-        A_i = (a_i - mean_batch(a)) / (std_batch(a) + floor)
+        A_i = (a_i - mean_batch(a)) / (std_batch(a) + floor)       over: answers
+            = (a_i - mean_tokens(a)) / sqrt(var_tokens(a) + 1e-8)  over: tokens, an answer counting by its length
 
     A function with large scores cannot drown the others, and combinations that add up to equal sums are told apart.
     Normalising takes the size of the weights in `rewards` out again and leaves their sign: give the sizes here. KL in
     the reward has no effect on it: put KL in the loss.
 
-    TRL (`multi_objective_aggregation: normalize_then_sum`): floor 1e-4. verl normalises the second time over tokens,
-    longer answers counting more, with 1e-8 inside of the root.
+    TRL (`multi_objective_aggregation: normalize_then_sum`): floor 1e-4, over answers; verl: floor 1e-6, over tokens.
 
     Args:
         weights: of the reward functions, by the name that the metrics give them; 1 for those that are not named.
         ddof: 1 divides squares by n - 1, 0 by n.
         floor: added to the standard deviations, of the weighted scores the first time.
+        over: what the second mean and standard deviation are over.
     References:
         GDPO: Group reward-Decoupled Normalization Policy Optimization, 2026. arXiv:2601.05242
     """
@@ -259,6 +300,7 @@ class Gdpo(OutcomeCredit):
     weights: Mapping[str, float] = field(default_factory=dict)
     ddof: int = 1
     floor: float = 1e-4
+    over: Literal["answers", "tokens"] = "answers"
 
     def __post_init__(self) -> None:
         _check_normaliser(self.ddof, self.floor)
@@ -280,8 +322,11 @@ class Gdpo(OutcomeCredit):
             centred = scores - answers.group_mean(scores)
             normalised = centred / (answers.group_std(scores, self.ddof) + self.floor)
             total = total + self.weights.get(name, 1.0) * normalised
-        mean, std = answers.batch_mean_std(total, self.ddof)
-        return (total - mean) / (std + self.floor)
+        if self.over == "answers":
+            mean, std = answers.batch_mean_std(total, self.ddof)
+            return (total - mean) / (std + self.floor)
+        mean, std = answers.batch_mean_std(total, self.ddof, weights=answers.lengths.to(total))
+        return (total - mean) / (std.square() + 1e-8).sqrt()
 
 
 # ---- credit per token ----------------------------------------------------------------------------------------------
@@ -302,7 +347,6 @@ def _ratio_of_choices(
 
 
 def _check_normaliser(ddof: int, floor: float) -> None:
-    if ddof not in (0, 1):
-        raise UserError(f"ddof={ddof}: 0 divides squares by n, 1 by n - 1; give one of these")
+    check_ddof(ddof)
     if not floor > 0:
         raise UserError(f"floor={floor} lets a group of equal scores divide by 0: give a small number, such as 1e-6")

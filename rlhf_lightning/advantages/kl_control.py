@@ -26,7 +26,8 @@ class KLControl(ABC):
 
         Args:
             coef: the one that the rollout used.
-            observed_kl: mean over its sequences of what `observes` names (nats), all ranks together.
+            observed_kl: mean over its sequences of what `observes` names (nats), all ranks together, by the estimator
+                that the reward has.
             num_samples: how many sequences it had, all ranks together.
         """
 
@@ -65,7 +66,7 @@ class AdaptiveKL(KLControl):
         target: KL per sequence to settle at (nats, summed over tokens), or per token.
         horizon: in sequences; the larger, the slower. A rollout may not exceed 5 times as many.
         per: what the target is of: a sequence (Ziegler et al.), or a token, the mean of each sequence counting once
-            (OpenRLHF).
+            (OpenRLHF, verl).
     References:
         Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019, sec. 2.2. arXiv:1909.08593
     """

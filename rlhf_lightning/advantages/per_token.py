@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from rlhf_kernels import gae
 from torch import Tensor
 
-from rlhf_lightning.advantages.answers import answers_of, spread
+from rlhf_lightning.advantages.answers import answers_of, check_ddof, spread
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, CreditBaseline, on_one_rank
 from rlhf_lightning.core.masked import masked_centre, masked_moments, masked_whiten
@@ -22,19 +22,22 @@ class BatchNormalised(Credit):
         R_t = sum_{s >= t} gamma^(s - t) r_s
         A_t = (R_t - mean_batch(R)) / sqrt(var_batch(R) + 1e-8)
 
-    The variance is divided by n (verl: by n - 1). Returns are R.
+    Returns are R.
 
     Args:
         gamma: discount per token that counts.
         divide_by_std: false takes the mean off alone.
+        ddof: 0 divides the variance by n, 1 by n - 1 (verl).
     References:
         Hu et al., REINFORCE++, 2025. arXiv:2501.03262
     """
 
     gamma: float = 1.0
     divide_by_std: bool = True
+    ddof: int = 0
 
     def __post_init__(self) -> None:
+        check_ddof(self.ddof)
         if not 0 <= self.gamma <= 1:
             raise UserError(f"gamma={self.gamma} is outside of 0 to 1: give a fraction, such as 1")
 
@@ -49,7 +52,7 @@ class BatchNormalised(Credit):
         add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
         to_come = rewards_to_come(rewards, mask, gamma=self.gamma)
-        return _whitened(to_come, mask, add_over_ranks, self.divide_by_std), to_come
+        return _whitened(to_come, mask, add_over_ranks, self.divide_by_std, self.ddof), to_come
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class CentredBatchNormalised(Credit):
         a_i = r_i - mean_group(r),     A_i = (a_i - mean_batch(a)) / sqrt(var_batch(a) + 1e-8)
 
     Mean and variance are over tokens: an answer counts as often as it is long, so the mean is not 0 in general and a
-    group of equal scores gets a small advantage. The variance is divided by n (verl: by n - 1). Returns are scores.
+    group of equal scores gets a small advantage. Returns are scores.
 
     Args:
         divide_by_std: false takes the mean off alone.
+        ddof: 0 divides the variance by n, 1 by n - 1 (verl).
     References:
         Hu et al., REINFORCE++, 2025. arXiv:2501.03262
     """
@@ -70,6 +74,10 @@ class CentredBatchNormalised(Credit):
     needs_groups: ClassVar[bool] = True
 
     divide_by_std: bool = True
+    ddof: int = 0
+
+    def __post_init__(self) -> None:
+        check_ddof(self.ddof)
 
     def __call__(
         self,
@@ -83,7 +91,8 @@ class CentredBatchNormalised(Credit):
     ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
         answers = answers_of(rewards, mask, groups)
         centred = spread(answers.scores - answers.group_mean(answers.scores), mask, rewards)
-        return _whitened(centred, mask, add_over_ranks, self.divide_by_std), spread(answers.scores, mask, rewards)
+        whitened = _whitened(centred, mask, add_over_ranks, self.divide_by_std, self.ddof)
+        return whitened, spread(answers.scores, mask, rewards)
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,9 @@ def _whitened(
     mask: Bool[Tensor, "batch time"],
     add_over_ranks: Callable[[Tensor], Tensor],
     divide_by_std: bool,
+    ddof: int,
 ) -> Float[Tensor, "batch time"]:
     moments = add_over_ranks(masked_moments(x, mask))
-    return masked_whiten(x, mask, moments=moments) if divide_by_std else masked_centre(x, mask, moments=moments)
+    if not divide_by_std:
+        return masked_centre(x, mask, moments=moments)
+    return masked_whiten(x, mask, moments=moments, ddof=ddof)

@@ -34,8 +34,10 @@ class PolicyLossOutput:
 class PolicyLoss(ABC):
     """The policy's loss, per token, from log-probabilities and advantages."""
 
-    whole_batch: ClassVar[bool] = False
-    """Whether its value depends on which sequences share a micro-batch."""
+    @property
+    def whole_batch(self) -> bool:
+        """Whether its value depends on which sequences share a micro-batch."""
+        return False
 
     @abstractmethod
     def __call__(

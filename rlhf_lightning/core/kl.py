@@ -1,6 +1,6 @@
 """Estimates of KL(policy || reference) from the log-probabilities of sampled tokens."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from rlhf_kernels.arithmetic import torch_kl_term
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlhf_lightning.core.ratio import MAX_LOG_RATIO, bounded_exp
 
-KLEstimator = Literal["k1", "k2", "k3"]
-KLLossEstimator = Literal["k1", "k2", "k3", "k3+"]
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
+KLLossEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
 
 _ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
@@ -27,27 +27,31 @@ def kl_estimate(
         k1  = d                  unbiased, high variance, may be negative; as a loss its gradient is 0 on average
         k2  = d^2 / 2            biased, low variance, never negative; as a loss its gradient is that of the KL
         k3  = exp(-d) - 1 + d    unbiased, low variance, never negative; as a loss it pulls towards the forward KL
-        k3+ = value of k3, gradient of k2: unbiased in both (straight-through)
+        abs = |d|                no estimate of the KL: it also grows where the policy is the less sure of the two
+        k1+, k3+, abs+ = their value, the gradient of k2 (straight-through); k1+ and k3+ are unbiased in both
 
     Use k1 inside a reward (it is what the KL-regularised objective asks for) and another inside a loss; `kl_penalty`
-    also corrects for tokens that an older policy sampled. verl calls k3 `low_var_kl`.
+    also corrects for tokens that an older policy sampled. verl calls k1 `kl`, k2 `mse` and k3 `low_var_kl`.
 
     Args:
-        bound: hold the estimate within +-bound, without gradient beyond (but for k3+, whose gradient is k2's all the
-            same); None: it is not held. OpenRLHF holds k1, k2 and k3, verl k3, within +-10.
+        bound: hold the estimate within +-bound, without gradient beyond (but for that of k2 with a +); None: it is not
+            held. OpenRLHF holds k1, k2 and k3, verl k3, within +-10.
     References:
         Schulman, Approximating KL Divergence, 2020. http://joschu.net/blog/kl-approx.html
     """
+    if estimator not in get_args(KLLossEstimator):
+        raise ValueError(f"unknown KL estimator {estimator!r}: use {', '.join(get_args(KLLossEstimator))}")
     difference = logprobs - ref_logprobs
-    if estimator == "k3+":
-        straight = 0.5 * difference.square()
-        return straight - straight.detach() + kl_estimate(logprobs, ref_logprobs, "k3", bound=bound).detach()
-    if estimator not in _ESTIMATORS:
-        raise ValueError(f"unknown KL estimator {estimator!r}: use k1, k2, k3 or k3+")
-    if bound is not None and estimator == "k3":
+    base = estimator.removesuffix("+")
+    if bound is not None and base == "k3":
         difference = difference.clamp(min=-MAX_LOG_RATIO)  # exp must not overflow: a slope of 0 times infinity is NaN
-    value: Tensor = torch_kl_term(difference, _ESTIMATORS[estimator])[0]
-    return value if bound is None else value.clamp(-bound, bound)
+    value: Tensor = difference.abs() if base == "abs" else torch_kl_term(difference, _ESTIMATORS[base])[0]
+    if bound is not None:
+        value = value.clamp(-bound, bound)
+    if base == estimator:
+        return value
+    straight = 0.5 * (logprobs - ref_logprobs).square()
+    return straight - straight.detach() + value.detach()
 
 
 def kl_penalty(
@@ -65,9 +69,10 @@ def kl_penalty(
         kl_t = w_t estimate_t,     w_t = exp(logprobs_t - old_logprobs_t) if importance_weighted else 1
 
     Tokens were sampled by the old policy, so after the first optimiser step on a rollout the plain estimate is biased;
-    the weight takes the bias out. With k1 and k3 the gradient also flows through the weight, which makes the expected
-    gradient that of the KL even on-policy (DeepSeek-V3.2); with k2 and k3+, whose own gradient is right already, it
-    does not. With the weight, all but k2 are unbiased in value, and all four in gradient.
+    the weight takes the bias out. With k1, k3 and abs the gradient also flows through the weight, which makes the
+    expected gradient that of the KL (of the mean of |d|) even on-policy (DeepSeek-V3.2); with k2 and those with a +,
+    whose own gradient is right already, it does not. With the weight, k1, k3, k1+ and k3+ are unbiased in value, and
+    all but abs in gradient.
 
     TRL's `use_bias_correction_kl` is k3 with the weight; where its ratio is the sequence's, it weighs by that one.
     OpenRLHF's `unbiased_gradient` has the gradient of the weighted k3+ with `max_weight` 10, and an unweighted value.
@@ -89,4 +94,4 @@ def kl_penalty(
     ratio = bounded_exp(logprobs - old_logprobs)
     if max_weight is not None:
         ratio = ratio.clamp(max=max_weight)
-    return estimate * (ratio if estimator in ("k1", "k3") else ratio.detach())
+    return estimate * (ratio if estimator in ("k1", "k3", "abs") else ratio.detach())

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from rlhf_kernels import masked_whiten as _masked_whiten
 from torch import Tensor
 
-Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "length_weighted"]
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length", "length_weighted", "token_sum"]
 
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -64,6 +64,7 @@ def masked_whiten(
     *,
     shift_mean: bool = True,
     moments: Float[Tensor, "3"] | None = None,
+    ddof: int = 0,
 ) -> Float[Tensor, "*shape"]:
     """Scale the entries that count to standard deviation 1, and to mean 0 if `shift_mean`.
 
@@ -72,11 +73,17 @@ def masked_whiten(
     Args:
         shift_mean: True gives a zero-mean result; False keeps the mean of x.
         moments: count, sum, sum of squares to use instead of those of x: `masked_moments` added over ranks.
+        ddof: 0 divides squares by n (OpenAI, TRL), 1 by n - 1 (verl).
     Returns:
         Same shape; 0 where `mask` is False.
     References:
         Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019. arXiv:1909.08593
     """
+    if ddof:
+        moments = masked_moments(x, mask) if moments is None else moments.double()
+        count, total, _ = moments.unbind()
+        mean, var = total / count.clamp(min=1), _variance(moments) * count / (count - ddof).clamp(min=1)
+        moments = torch.stack((count, total, count * (mean.square() + var)))
     return _masked_whiten(x, mask, shift_mean=shift_mean, moments=moments)
 
 
@@ -108,9 +115,11 @@ def reduce_tokens(
         sequence_mean    sum over sequences of their token mean / sequences  (GRPO, GSPO)
         fixed_length     sum over all tokens / (sequences * max_length)      (Dr.GRPO)
         length_weighted  sum over all tokens / sequences                     (LUSPO)
+        token_sum        sum over all tokens
 
     `length_weighted` weighs the mean of each sequence by its length. TRL's `bnpo` is `token_mean` over one micro-batch
-    alone; verl's names are token-mean, seq-mean-token-mean, seq-mean-token-sum-norm and seq-mean-token-sum.
+    alone; verl's names are token-mean, seq-mean-token-mean, seq-mean-token-sum-norm, seq-mean-token-sum and
+    token-sum.
 
     Args:
         denominator: tokens (token_mean) or sequences (the others) of the *whole optimiser step*: over micro-batches
@@ -123,6 +132,8 @@ def reduce_tokens(
         Length-Unbiased Sequence Policy Optimization (LUSPO), 2026. arXiv:2602.05261
     """
     zeroed = torch.where(mask, per_token, torch.zeros_like(per_token))
+    if how == "token_sum":
+        return zeroed.sum()
     if denominator is None:
         denominator = mask.sum() if how == "token_mean" else mask.any(-1).sum()
     divisor = torch.as_tensor(denominator, dtype=torch.float32, device=per_token.device).clamp(min=1)

@@ -11,6 +11,7 @@ from rlhf_lightning.losses.divergence import AlphaDivergence, ChiSquaredKL, Forw
 from rlhf_lightning.losses.entropy import top_entropy_mask
 from rlhf_lightning.losses.entropy_control import AdaptiveEntropy
 from rlhf_lightning.losses.policy import Cispo, ClippedSurrogate, Gspo, Reinforce, Sapo, clipped_surrogate
+from rlhf_lightning.losses.policy_corrected import Corrected
 from rlhf_lightning.losses.policy_covariance import ClipCov, KlCov
 from rlhf_lightning.losses.policy_divergence import Dppo
 from rlhf_lightning.losses.policy_quadratic import Dro
@@ -81,6 +82,7 @@ __all__ = [
     "ClipCov",
     "ClippedSurrogate",
     "ClippedValue",
+    "Corrected",
     "CorrectionOutput",
     "DiscoPOP",
     "Distillation",

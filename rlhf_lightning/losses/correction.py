@@ -5,7 +5,7 @@ its own. What it said about its tokens (`sampler_logprobs`) against what the tra
 importance weight that the policy loss is multiplied by, token by token. Denominators stay those of all tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.core.interfaces import on_one_rank
 from rlhf_lightning.core.kl import kl_estimate
+from rlhf_lightning.core.masked import masked_moments
 from rlhf_lightning.core.ratio import MAX_LOG_RATIO, bounded_exp
 from rlhf_lightning.losses.policy_divergence import binary_divergence
 
@@ -133,6 +135,8 @@ class SamplerCorrection:
         low: a token whose `keep` ratio is below gets weight 0; null = no bound.
         high: the same above.
         filters: further conditions on a token, or its answer, all of which it has to meet: `SamplerFilter`.
+        normalise: divide the weights by their mean over the rollout, before `filters`: over its tokens, or its answers
+            where `weight` is that of a sequence.
     References:
         Yao et al., Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (TIS), 2025.
         Liu et al., When Speed Kills Stability (sequence-level MIS), 2025.
@@ -146,6 +150,7 @@ class SamplerCorrection:
     low: float | None = None
     high: float | None = None
     filters: list[SamplerFilter] = field(default_factory=list)
+    normalise: bool = False
 
     def __post_init__(self) -> None:
         if self.cap is not None and not self.cap >= 1:
@@ -153,6 +158,8 @@ class SamplerCorrection:
         if self.floor is not None and not 0 <= self.floor <= 1:
             raise UserError(f"correction.floor={self.floor} excludes a ratio of 1: give 0 to 1, such as 0.5, or null")
         _check_ratio_bounds("correction", self.low, self.high)
+        if self.normalise and self.weight == "none":
+            raise UserError("correction.normalise=true has no weights to divide: set weight to token or sequence")
         bounds = self.low is not None or self.high is not None
         if self.keep != "all" and not bounds:
             raise UserError(f"correction.keep={self.keep!r} needs a bound to keep within: give low, high or both")
@@ -167,6 +174,8 @@ class SamplerCorrection:
         old_logprobs: Float[Tensor, "batch time"],
         sampler_logprobs: Float[Tensor, "batch time"],
         mask: Bool[Tensor, "batch time"],
+        *,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
     ) -> CorrectionOutput:
         """The weights, without gradient.
 
@@ -174,6 +183,7 @@ class SamplerCorrection:
             old_logprobs: of the sampled tokens, under the policy that sampled, by the trainer's arithmetic.
             sampler_logprobs: of the same tokens, as the engine that sampled them said.
             mask: True on the tokens of the answers.
+            add_over_ranks: adds a tensor over all ranks, where there are several.
         """
         difference = sampler_gap(old_logprobs, sampler_logprobs, mask)
         logs = {
@@ -183,21 +193,32 @@ class SamplerCorrection:
         }
         weights = torch.ones_like(difference) if self.weight == "none" else bounded_exp(logs[self.weight])
         bounded = weights if self.floor is None and self.cap is None else weights.clamp(self.floor, self.cap)
+        truncated = bounded != weights
         kept = mask
         if self.keep != "all":
             within = _within(bounded_exp(logs["token" if self.keep == "every" else self.keep]), self.low, self.high)
             if self.keep == "every":
                 within = (within | ~mask).all(-1, keepdim=True)
             kept = kept & within
+        if self.normalise:
+            bounded = bounded / self._mean(torch.where(kept, bounded, 0.0), mask, add_over_ranks)
         for condition in self.filters:
             kept = kept & condition.keeps(old_logprobs.detach(), difference, mask)
         metrics = {
             "ratio": bounded_exp(difference),
             "kept_frac": kept.to(difference),
-            "truncated_frac": (kept & (bounded != weights)).to(difference),
+            "truncated_frac": (kept & truncated).to(difference),
             "kl": kl_estimate(-difference, torch.zeros_like(difference), "k3"),
         }
         return CorrectionOutput(weights=torch.where(kept, bounded, 0.0), metrics=metrics)
+
+    def _mean(self, weights: Tensor, mask: Tensor, add_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of the weights of all tokens, or of all answers; 1 where all of them are 0."""
+        if self.weight == "sequence":  # the mean over an answer: where a filter of tokens has dropped some
+            weights, mask = weights.sum(-1) / mask.sum(-1).clamp(min=1), mask.any(-1)
+        count, total, _ = add_over_ranks(masked_moments(weights, mask)).unbind()
+        mean = total / count.clamp(min=1)
+        return torch.where(mean > 1e-8, mean, 1.0).to(weights)
 
 
 def sampler_gap(

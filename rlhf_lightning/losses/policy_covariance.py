@@ -7,7 +7,6 @@ that depend on the micro-batch size.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,12 +38,15 @@ class ClipCov(PolicyLoss):
         arXiv:2505.22617
     """
 
-    whole_batch: ClassVar[bool] = True
     clip_low: float = 0.2
     clip_high: float = 0.2
     frac: float = 2e-4
     cov_low: float = 1.0
     cov_high: float = 5.0
+
+    @property
+    def whole_batch(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         _check_frac(self.frac)
@@ -87,9 +89,12 @@ class KlCov(PolicyLoss):
         arXiv:2505.22617
     """
 
-    whole_batch: ClassVar[bool] = True
     kl_coef: float = 1.0
     frac: float = 2e-4
+
+    @property
+    def whole_batch(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         _check_frac(self.frac)

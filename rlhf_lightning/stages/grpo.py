@@ -106,7 +106,8 @@ class GRPOModule(PolicyGradientModule):
         entropy_top_frac: share of the tokens, those of highest entropy, that carry the policy's loss; 1: all (Wang et
             al., 2025: 0.2).
         clip_advantages: how far the credit's advantages may go, c for -c to c or both ends; None: as far as they go.
-        whiten_advantages: scale advantages once more, over the tokens of the rollout; mean: to mean 0 alone.
+        whiten_advantages: scale advantages once more, over the tokens of the rollout; mean: to mean 0 alone; sample:
+            squares divided by n - 1, not n.
         reduction: what the policy's loss is averaged over.
         auxiliary_reduction: what KL and entropy are averaged over; None: the same (OpenRLHF: always token_mean).
         dynamic_sampling: draw prompts until enough groups differ in score; None: take groups as they come.

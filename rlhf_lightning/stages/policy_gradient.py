@@ -34,7 +34,7 @@ from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.step_means import StepMeans
 
-Whitening = bool | Literal["mean"]
+Whitening = bool | Literal["mean", "sample"]
 """Whether advantages are scaled over a rollout's tokens: to mean 0 and standard deviation 1, or to mean 0 alone."""
 
 
@@ -53,7 +53,7 @@ class PolicyGradientModule(OnPolicyModule):
         entropy_control: what moves that weight, from step to step; None: nothing.
         clip_advantages: how far the credit's advantages may go, before KL and whitening; None: as far as they go.
         whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout; mean: to
-            mean 0 alone.
+            mean 0 alone; sample: squares divided by n - 1, not n.
         reduction: what the policy's loss is averaged over.
         auxiliary_reduction: what the other terms (KL, entropy, critic) are averaged over; None: the same.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
@@ -258,7 +258,7 @@ class PolicyGradientModule(OnPolicyModule):
                 f"correction compares the policy with its sampler, and {type(self.engine).__name__} does not say the "
                 "log-probabilities of its tokens: use another engine, or leave correction out"
             )
-        corrected = self.correction(rollouts.old_logprobs, said, mask)
+        corrected = self.correction(rollouts.old_logprobs, said, mask, add_over_ranks=self.add_over_ranks)
         sums = [torch.where(mask, x, 0.0).sum().double() for x in corrected.metrics.values()]
         *sums, tokens = self.add_over_ranks(torch.stack((*sums, mask.sum().double()))).tolist()
         names = [f"correction/{name}" for name in corrected.metrics]
@@ -298,9 +298,11 @@ class PolicyGradientModule(OnPolicyModule):
             to_come = rewards_to_come(kl_rewards, mask)
             advantages, returns = advantages + to_come, returns + to_come
         if self.whiten_advantages:
-            scale = masked_centre if self.whiten_advantages == "mean" else masked_whiten
             moments = self.add_over_ranks(masked_moments(advantages, mask))
-            advantages = scale(advantages, mask, moments=moments)
+            if self.whiten_advantages == "mean":
+                return masked_centre(advantages, mask, moments=moments), returns
+            ddof = 1 if self.whiten_advantages == "sample" else 0
+            advantages = masked_whiten(advantages, mask, moments=moments, ddof=ddof)
         return advantages, returns
 
     def rollout_metrics(

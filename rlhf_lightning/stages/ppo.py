@@ -61,7 +61,7 @@ class PPOModule(PolicyGradientModule):
             stays.
         clip_advantages: how far the credit's advantages may go, c for -c to c or both ends; None: as far as they go.
         whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout, all ranks
-            together (Ziegler et al., 2019); mean: to mean 0 alone.
+            together (Ziegler et al., 2019); mean: to mean 0 alone; sample: squares divided by n - 1 (verl), not n.
         reduction: what the policy's loss is averaged over.
         auxiliary_reduction: what KL, entropy and the critic's loss are averaged over; None: the same (OpenRLHF: always
             token_mean).

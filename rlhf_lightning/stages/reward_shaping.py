@@ -75,8 +75,8 @@ class KLSpec:
         bound: hold the KL of a token within +-bound in reward and loss, without gradient beyond (OpenRLHF: 10, verl: 10
             of k3); null: not held.
         loss_coef: weight of a KL term inside the loss, in addition.
-        loss_estimator: of that term: k2 has the gradient of the KL, k3 is GRPO's, k3+ has the value of k3 and the
-            gradient of k2.
+        loss_estimator: of that term: k2 has the gradient of the KL, k3 is GRPO's, k1+, k3+ and abs+ have the value of
+            k1, k3 and |log-ratio|, and the gradient of k2.
         loss_importance_weighted: weigh that term by the ratio to the policy that sampled: its gradient is then that of
             the KL, whatever the estimator and the step on a rollout (DeepSeek-AI, 2025: DeepSeek-V3.2). false: the
             term of Shao et al., 2024 (GRPO).
@@ -193,7 +193,7 @@ class RewardShaper:
             moments = self._add_over_ranks(masked_moments(rewards, answers.mask))
             rewards = masked_whiten(rewards, answers.mask, shift_mean=False, moments=moments)
         metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(masked_mean(scores, counts))}
-        observed = (old - ref).sum(-1)
+        observed = kl.sum(-1)
         if self.kl.control.observes == "token":
             observed = observed / answers.mask.sum(-1).clamp(min=1)
         self._steer(observed, counts)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rlhf_lightning.advantages import (
     BatchCentred,
     BatchNormalised,
+    BestOfGroup,
     Centred,
     CentredBatchNormalised,
     Gdpo,
@@ -37,6 +38,8 @@ GROUP_CREDITS = [
     Gpg(divide_by_std=True),
     MaxRl(),
     PassAtK(k=2),
+    BestOfGroup(),
+    BestOfGroup(divide_by_std=False),
 ]
 ALL = [*GROUP_CREDITS, BatchCentred(), CentredBatchNormalised(), BatchNormalised(), ReMax()]
 
@@ -81,6 +84,10 @@ GROUPS = [7, 7, 7, 3, 3]
         (GroupNormalised(std_over="batch"), [x / 5.8**0.5 for x in (-2.0, -1.0, 3.0, -2.0, 2.0)]),
         (MaxRl(), [-2 / 3, -1 / 3, 1.0, -1.0, 1.0]),
         (Gpg(), [-2.0, -1.0, 3.0, -2.0, 2.0]),
+        # 4 of 5 scores are not 0
+        (Gpg(informative="score_not_zero"), [x * 5 / 4 for x in (-2.0, -1.0, 3.0, -2.0, 2.0)]),
+        (BestOfGroup(divide_by_std=False), [0.0, 0.0, 6 - 2.0, 0.0, 4 - 0.0]),
+        (BestOfGroup(), [0.0, 0.0, 4 / 7**0.5, 0.0, 4 / 8**0.5]),
     ],
     ids=repr,
 )
@@ -128,6 +135,28 @@ def test_pass_at_k_of_groups_that_are_too_small():
     close(small[3:], [0.0, 0.0])  # pass@2 of two answers is always 1
     with pytest.raises(UserError, match=r"k=4.*largest group has 3.*num_samples to 4"):
         advantages_of(PassAtK(k=4), [1.0, 0.0, 0.0], [0, 0, 0])
+
+
+def test_the_best_of_a_group_is_credited_with_what_it_adds():
+    """max of all minus max of all others, as it is defined; two that are best add nothing."""
+    scores = [0.3, 2.0, -1.0, 2.0, -4.0, -0.5, -3.0, 7.0]
+    groups = [0, 0, 0, 0, 1, 1, 1, 2]
+    expected = []
+    for i, (score, group) in enumerate(zip(scores, groups, strict=True)):
+        others = [s for j, (s, g) in enumerate(zip(scores, groups, strict=True)) if g == group and j != i]
+        expected.append(max(score, *others) - max(others) if others else 0.0)
+    close(advantages_of(BestOfGroup(divide_by_std=False), scores, groups), expected)
+    assert expected == [0, 0, 0, 0, 0, 2.5, 0, 0]
+
+
+def test_gdpo_over_tokens_counts_an_answer_as_often_as_it_is_long():
+    scores, lengths = [1.0, 0.0, 3.0, 2.0], [3, 1, 1, 1]
+    credit = Gdpo(over="tokens", floor=1e-9, ddof=1)
+    advantages = advantages_of(credit, scores, [0, 0, 1, 1], lengths, breakdown={"only": torch.tensor(scores)})
+    once = torch.tensor([1.0, -1.0, 1.0, -1.0]) / 2**0.5
+    tokens = once.repeat_interleave(torch.tensor(lengths))
+    close(advantages, ((once - tokens.mean()) / tokens.std()).tolist())
+    close(advantages.repeat_interleave(torch.tensor(lengths)).mean(), 0.0)
 
 
 def test_gdpo_hears_the_quiet_reward():
@@ -311,6 +340,9 @@ def test_who_needs_groups():
         (lambda: Gdpo(weights={"a": -1.0}), r"weights\.a=-1\.0"),
         (lambda: PassAtK(k=0), "k=0"),
         (lambda: BatchNormalised(gamma=1.5), "gamma=1.5"),
+        (lambda: BatchNormalised(ddof=2), "ddof=2"),
+        (lambda: CentredBatchNormalised(ddof=-1), "ddof=-1"),
+        (lambda: BestOfGroup(floor=0.0), "floor=0.0"),
     ],
 )
 def test_impossible_options_are_named(build, message):

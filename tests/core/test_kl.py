@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,3 +135,17 @@ def test_the_weight_of_a_penalty_may_be_capped():
     penalty = kl_penalty(logprobs, zero, zero, estimator="k2", importance_weighted=True, max_weight=10.0)
     assert penalty.tolist() == pytest.approx([10 * 4.5, 0.5 * 2.7182818])
     assert torch.autograd.grad(penalty.sum(), logprobs)[0].tolist() == pytest.approx([30.0, 2.7182818])
+
+
+def test_absolute_values_and_straight_through_by_hand():
+    """With a +: the value of what stands before it, the slope of k2, which is d."""
+    for estimator, value, slope in (
+        ("abs", 2.0, -1.0),
+        ("abs+", 2.0, -2.0),
+        ("k1+", -2.0, -2.0),
+        ("k3+", math.exp(2) - 3, -2.0),
+    ):
+        logprob = torch.tensor(-3.0, requires_grad=True)
+        estimate = kl_estimate(logprob, torch.tensor(-1.0), estimator)
+        assert estimate.item() == pytest.approx(value)
+        assert torch.autograd.grad(estimate, logprob)[0].item() == pytest.approx(slope)

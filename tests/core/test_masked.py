@@ -94,6 +94,7 @@ COUNTS = torch.tensor([[True, True, True], [True, False, False]])
         ("sequence_mean", (2 + 5) / 2),
         ("fixed_length", 11 / (2 * 10)),
         ("length_weighted", 11 / 2),
+        ("token_sum", 11.0),
     ],
 )
 def test_reductions_by_hand(how, expected):
@@ -116,7 +117,7 @@ def test_fixed_length_asks_for_its_length():
     st.integers(1, 6),
     st.integers(1, 8),
     st.integers(0, 2**31),
-    st.sampled_from(("token_mean", "sequence_mean", "length_weighted")),
+    st.sampled_from(("token_mean", "sequence_mean", "length_weighted", "token_sum")),
     st.data(),
 )
 def test_a_loss_does_not_depend_on_how_its_batch_was_cut(rows, time, seed, how, data):
@@ -128,6 +129,19 @@ def test_a_loss_does_not_depend_on_how_its_batch_was_cut(rows, time, seed, how, 
     whole = reduce_tokens(loss, mask, how)
     parts = sum(reduce_tokens(loss[s], mask[s], how, denominator) for s in (slice(0, cut), slice(cut, rows)))
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_whitening_by_the_sample_variance():
+    """0, 2, 4: squares 8, over 3 or over 2; the same from moments that others have added."""
+    x, mask = torch.tensor([[0.0, 2.0], [4.0, 99.0]]), torch.tensor([[True, True], [True, False]])
+    for ddof, std in ((0, (8 / 3) ** 0.5), (1, 2.0)):
+        for moments in (None, masked_moments(x, mask)):
+            whitened = masked_whiten(x, mask, moments=moments, ddof=ddof)
+            torch.testing.assert_close(whitened, torch.tensor([[-2 / std, 0.0], [2 / std, 0.0]]))
+    kept = masked_whiten(x, mask, shift_mean=False, ddof=1)
+    torch.testing.assert_close(kept, torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    alone = masked_whiten(x, torch.tensor([[True, False], [False, False]]), ddof=1)
+    assert (alone == 0).all()
 
 
 def test_explained_variance_by_hand():

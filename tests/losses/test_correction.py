@@ -100,6 +100,23 @@ def test_a_weight_makes_the_samplers_expectation_the_trainers():
     torch.testing.assert_close(sampler.exp() * weights, trainer.exp())
 
 
+def test_normalised_weights_have_mean_1():
+    """Of tokens, each counting once, and of answers, each counting once; what a filter drops is in the mean."""
+    tokens = SamplerCorrection(cap=2.0, normalise=True)(OLD, SAMPLER, MASK).weights  # of 2, 0.25, 1.5, 2, 2
+    assert tokens[MASK].tolist() == pytest.approx([x * 5 / 7.75 for x in (2, 0.25, 1.5, 2, 2)])
+    answers = SamplerCorrection(weight="sequence", normalise=True)(OLD, SAMPLER, MASK).weights  # of 1.5 and 2
+    assert answers[MASK].tolist() == pytest.approx([1.5 / 1.75] * 3 + [2 / 1.75] * 2)
+    kept = SamplerCorrection(cap=2.0, keep="token", low=0.5, normalise=True)(OLD, SAMPLER, MASK).weights
+    assert kept[MASK].tolist() == pytest.approx([x * 5 / 7.5 for x in (2, 0, 1.5, 2, 2)])
+    dropped = SamplerCorrection(cap=2.0, normalise=True, filters=[SamplerFilter("ratio", low=0.5)])
+    assert dropped(OLD, SAMPLER, MASK).weights[MASK].tolist() == pytest.approx(
+        [x * 5 / 7.75 for x in (2, 0, 1.5, 2, 2)]
+    )
+    nothing = SamplerCorrection(keep="token", cap=None, high=1.0, normalise=True)(OLD, OLD - 1.0, MASK)
+    assert (nothing.weights == 0).all()
+    assert SamplerCorrection(normalise=True)(OLD, SAMPLER, MASK).metrics["truncated_frac"].sum() == 3
+
+
 def test_the_same_numbers_change_nothing():
     correction = SamplerCorrection(keep="geometric", low=0.5, high=5.0)
     assert torch.equal(correction(OLD, OLD, MASK).weights, MASK.double())
@@ -121,6 +138,7 @@ def test_an_unknown_log_probability_counts_as_exact():
         ({"keep": "token", "high": 0.5}, r"correction\.high=0\.5"),
         ({"keep": "token"}, r"correction\.keep='token' needs a bound"),
         ({"high": 3.0}, r"high=3\.0 bound nothing while keep is 'all'"),
+        ({"weight": "none", "normalise": True}, r"correction\.normalise=true has no weights"),
     ],
 )
 def test_options_that_contradict_are_named(options, message):

@@ -11,12 +11,14 @@ from rlhf_lightning.losses import (
     Cispo,
     ClipCov,
     ClippedSurrogate,
+    Corrected,
     Dppo,
     Dro,
     Gmpo,
     Gspo,
     KlCov,
     Reinforce,
+    SamplerCorrection,
     Sapo,
     Vespo,
 )
@@ -38,6 +40,8 @@ EXACT = [
     Dppo(),
     Dppo(divergence="kl", limit_low=0.05, limit_high=0.05),
     Dro(),
+    Corrected(),
+    Corrected(ClippedSurrogate(), SamplerCorrection(weight="none", keep="geometric", low=0.8, high=1.25)),
 ]
 ALL = [*EXACT, ClipCov(frac=0.2, cov_low=0.1), KlCov(frac=0.2)]
 
@@ -306,3 +310,20 @@ def test_dro_pulls_back_by_the_log_ratio_and_stops_at_advantage_over_beta():
 def test_dro_without_a_pull_is_refused():
     with pytest.raises(UserError, match=r"beta=0\.0 would not hold the policy.*give 0\.1, or Reinforce"):
         Dro(beta=0.0)
+
+
+def test_corrected_weighs_by_the_policy_that_trains():
+    """REINFORCE with the capped ratio of the present policy is CISPO without a lower bound."""
+    logprobs, old, advantages, mask = rollout()
+    ours = Corrected(Reinforce(), SamplerCorrection(cap=1.5))(logprobs, old, advantages, mask)
+    cispo = Cispo(clip_high=0.5)(logprobs, old, advantages, mask)
+    assert cispo.clipped[mask].any()
+    torch.testing.assert_close(ours.per_token[mask], cispo.per_token[mask])
+
+
+def test_corrected_says_when_it_depends_on_the_micro_batch():
+    assert not Corrected().whole_batch
+    assert Corrected(ClipCov()).whole_batch
+    assert Corrected(Reinforce(), SamplerCorrection(normalise=True)).whole_batch
+    with pytest.raises(UserError, match="weighs twice"):
+        Corrected(Corrected())

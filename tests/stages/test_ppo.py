@@ -168,6 +168,10 @@ def test_whitened_advantages_have_mean_0_and_deviation_1_over_real_tokens(tiny_m
         rewards, on_mask(0.1, 0.2, 0.3, 0.4), MASK, torch.arange(2)
     )
     torch.testing.assert_close(centred, torch.where(MASK, plain - plain[MASK].mean(), 0.0))
+    sample, _ = ppo(tiny_model, whiten_advantages="sample").advantages(
+        rewards, on_mask(0.1, 0.2, 0.3, 0.4), MASK, torch.arange(2)
+    )
+    assert sample[MASK].std(correction=1).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_advantages_are_clipped_before_they_are_whitened(tiny_model):
