@@ -42,9 +42,10 @@ class HFContinuousBatching(RolloutEngine):
     ) -> None:
         name = type(self).__name__
         refuse_options_of_batches(spec, name)
-        refused = {"stop_strings": list(spec.stop_strings), "min_new_tokens": spec.min_new_tokens, "min_p": spec.min_p}
-        for option, value in refused.items():
-            if value:
+        plain = GenerationSpec()
+        for option in ("stop_strings", "min_new_tokens", "min_p", "repetition_penalty"):
+            value = getattr(spec, option)
+            if value != getattr(plain, option):
                 raise UserError(f"generation.{option}={value} is not known to {name}: leave it out, or use HFGenerate")
         if not 0 < cache_memory_frac <= 1:
             raise UserError(f"engine.cache_memory_frac={cache_memory_frac}: give a share, above 0 and up to 1")

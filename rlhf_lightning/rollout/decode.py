@@ -20,6 +20,7 @@ from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.shared_prompts import why_no_cache
 from rlhf_lightning.rollout.growing_cache import growing_cache
 from rlhf_lightning.rollout.mixture import MixtureSpec, mixed_logits
+from rlhf_lightning.rollout.penalty import penalise_repetition
 
 LEAVE_AT = 0.875
 """The batch is cut down to its unfinished rows once they are no more than this share of it."""
@@ -33,6 +34,8 @@ class Rule:
 
     forbid: LogitsProcessorList
     """What forbids tokens, in front of everything else: a minimum length."""
+    repetition_penalty: float
+    """What repeating costs, behind a mixture of models and in front of the temperature; 1: nothing."""
     warp: LogitsProcessorList | None
     """Temperature and truncation; None: the most probable token is taken."""
     keep_sets: bool
@@ -150,6 +153,8 @@ def decode(
             scores = rule.forbid(batch.ids[:, :here], scores)
             if mixture is not None:
                 scores = mixed_logits(scores, readers[1].logits, mixture.share)
+            if rule.repetition_penalty != 1:
+                scores = penalise_repetition(scores, batch.ids[:, :here], readers[0].mask, rule.repetition_penalty)
             drawn, broken = _pick(rule, batch, scores, here, step, notes)
             done = batch.lengths >= 0
             drawn = torch.where(done, pad_id, drawn)

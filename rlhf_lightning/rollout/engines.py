@@ -72,6 +72,7 @@ def vllm_sampling(spec: GenerationSpec, ends: Sequence[int]) -> dict[str, Any]:
         "top_p": spec.top_p,
         "top_k": spec.top_k,
         "min_p": spec.min_p,
+        "repetition_penalty": spec.repetition_penalty,
         "max_tokens": spec.max_new_tokens,
         "min_tokens": spec.min_new_tokens,
         "stop": list(spec.stop_strings),

@@ -31,6 +31,7 @@ from rlhf_lightning.core.kept import pack_kept
 from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.rollout.decode import Drawn, Rule, concatenate, decode, why_not
 from rlhf_lightning.rollout.mixture import GeometricMixture, MixtureSpec
+from rlhf_lightning.rollout.penalty import RepetitionPenalty
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class GenerationSpec:
         top_p: sample from the smallest set of tokens with this much mass; 1 = all.
         top_k: sample from the k most probable tokens; 0 = all.
         min_p: drop tokens less probable than this times the most probable one; 0 = none.
+        repetition_penalty: logits of tokens that the prompt or the answer holds already are divided by it where they
+            are positive, multiplied where they are not; 1 = none. Log-probabilities that are recomputed are the
+            policy's, without it.
         num_samples: answers per prompt.
         stop_strings: an answer also ends, finished, when its text holds one of these; the string stays in the answer.
         rows_at_once: sequences generated in one batch, those to prompts of like length together; None: all of them. It
@@ -62,6 +66,7 @@ class GenerationSpec:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     num_samples: int = 1
     stop_strings: list[str] = field(default_factory=list)
     rows_at_once: int | None = None
@@ -90,6 +95,11 @@ class GenerationSpec:
             raise UserError(f"generation.top_p={self.top_p}: use a share of the probability mass, 0 < top_p <= 1")
         if not 0 <= self.min_p < 1 or self.top_k < 0:
             raise UserError(f"generation.min_p={self.min_p}, top_k={self.top_k}: 0 <= min_p < 1 and top_k >= 0")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"generation.repetition_penalty={self.repetition_penalty}: use a positive number, above 1 to make "
+                "repeating less likely; 1 = none"
+            )
         if self.rows_at_once is not None and self.rows_at_once < 1:
             raise UserError(
                 f"generation.rows_at_once={self.rows_at_once}: give at least 1, or leave it out for all rows"
@@ -125,8 +135,8 @@ class _FinishedLengths(StoppingCriteria):
 class _SamplingRecord(LogitsProcessor):
     """Remembers, of every step, which tokens could be drawn and what the drawn one's log-probability was.
 
-    Stands behind the rules that forbid tokens (a minimum length) and in front of temperature and truncation, whose
-    own classes it calls: what it records is what transformers samples from.
+    Stands behind the rules that forbid tokens (a minimum length) or penalise them, and in front of temperature and
+    truncation, whose own classes it calls: what it records is what transformers samples from.
 
     Args:
         spec: how to sample.
@@ -308,6 +318,7 @@ class HFGenerate(RolloutEngine):
             stops = lambda ids: criterion(ids, None)  # noqa: E731
         rule = Rule(
             forbid=forbid,
+            repetition_penalty=spec.repetition_penalty,
             warp=_warpers(spec) if spec.temperature > 0 else None,
             keep_sets=spec.truncates,
             keep_logprobs=spec.keep_logprobs,
@@ -336,6 +347,8 @@ class HFGenerate(RolloutEngine):
         if self.spec.truncates or (self.spec.keep_logprobs and self.spec.temperature > 0):
             record = _SamplingRecord(self.spec, keep_sets=self.spec.truncates)
         processors: list[LogitsProcessor] = [] if record is None else [record]
+        if self.spec.repetition_penalty != 1:
+            processors.insert(0, RepetitionPenalty(self.spec.repetition_penalty, attention_mask))
         if self.mixture is not None:
             processors.insert(0, GeometricMixture(self.mixture, attention_mask))
         config = self._config(eos)

@@ -138,7 +138,12 @@ class PolicyGradientModule(OnPolicyModule):
                 "such as Centred"
             )
         if updates.async_rollouts:
-            _check_corrected(correction, old_logprobs)
+            why = "updates.async_rollouts=true trains on answers that an older policy sampled"
+            _check_corrected(correction, old_logprobs, why, "async_rollouts")
+        if generation.repetition_penalty != 1:
+            given = f"generation.repetition_penalty={generation.repetition_penalty}"
+            why = f"{given} samples answers from another distribution than the policy's"
+            _check_corrected(correction, old_logprobs, why, "repetition_penalty")
         self.correction = correction
         self.loss = loss
         self.credit = credit
@@ -454,22 +459,25 @@ class PolicyGradientModule(OnPolicyModule):
                 self.entropy_bonus.load_state_dict(state["entropy_bonus"])
 
 
-def _check_corrected(correction: SamplerCorrection | None, old_logprobs: OldLogprobs) -> None:
-    """Answers of an older policy must not count as the policy's own."""
+def _check_corrected(correction: SamplerCorrection | None, old_logprobs: OldLogprobs, why: str, option: str) -> None:
+    """Answers of another distribution must not count as the policy's own.
+
+    Args:
+        why: they are of another, in words.
+        option: what makes them so.
+    """
     if correction is None:
         raise UserError(
-            "updates.async_rollouts=true trains on answers that an older policy sampled, and correction=null would "
-            "count them as the policy's own: set correction: {cap: 2.0} (TIS) or another one and "
-            "generation.keep_logprobs: true, or leave async_rollouts out"
+            f"{why}, and correction=null would count them as the policy's own: set correction: {{cap: 2.0}} (TIS) or "
+            f"another one and generation.keep_logprobs: true, or leave {option} out"
         )
     if correction.weight == "none":
         raise UserError(
-            "updates.async_rollouts=true trains on answers that an older policy sampled, and correction.weight='none' "
-            "weighs none of them: set it to token or sequence, or leave async_rollouts out"
+            f"{why}, and correction.weight='none' weighs none of them: set it to token or sequence, or leave {option} "
+            "out"
         )
     if old_logprobs == "sampler":
         raise UserError(
-            "updates.async_rollouts=true trains on answers that an older policy sampled, and old_logprobs='sampler' "
-            "leaves correction without the policy's own log-probabilities: set it to recomputed, or leave "
-            "async_rollouts out"
+            f"{why}, and old_logprobs='sampler' leaves correction without the policy's own log-probabilities: set it "
+            f"to recomputed, or leave {option} out"
         )

@@ -93,6 +93,7 @@ def test_a_stage_trains_through_it(tiny_model, write_jsonl, tmp_path):
         ({"stop_strings": ["a"]}, {}, r"generation.stop_strings=\['a'\] is not known to HFContinuousBatching"),
         ({"min_new_tokens": 2}, {}, "generation.min_new_tokens=2 is not known to HFContinuousBatching"),
         ({"min_p": 0.1}, {}, "generation.min_p=0.1 is not known to HFContinuousBatching"),
+        ({"repetition_penalty": 1.1}, {}, "generation.repetition_penalty=1.1 is not known to HFContinuousBatching"),
         ({"rows_at_once": 2}, {}, "generation.rows_at_once=2 does nothing with HFContinuousBatching"),
         ({}, {"cache_memory_frac": 0.0}, "engine.cache_memory_frac=0.0: give a share"),
         ({}, {"page_size": 1}, "engine.page_size=1: give at least 4 tokens"),

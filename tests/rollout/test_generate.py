@@ -142,6 +142,7 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_named(policy, tokenizer)
         ({"max_new_tokens": 0}, "max_new_tokens=0: an answer needs at least 1"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9 exceeds max_new_tokens=8"),
         ({"min_new_tokens": -1}, "min_new_tokens=-1: give 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: use a positive number, above 1"),
         ({"stop_strings": ["\n", ""]}, "stop_strings holds an empty string"),
         ({"temperature": -1.0}, "temperature=-1.0: use 0 for greedy"),
         ({"top_p": 0.0}, "top_p=0.0: use a share"),
