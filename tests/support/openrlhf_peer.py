@@ -65,3 +65,13 @@ def assert_same_value_and_gradient(ours: Tensor, theirs: Tensor, parameter: Tens
     mine, other = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (ours, theirs))
     assert other.abs().max() > 1e-4, "a comparison of zeros shows nothing"
     torch.testing.assert_close(mine, other, **within)
+
+
+def their_actor(model: Any, *, temperature: float = 1.0) -> Any:
+    """Their `Actor` around a language model, or around the one in a folder."""
+    from transformers import AutoModelForCausalLM
+
+    network = model if isinstance(model, torch.nn.Module) else AutoModelForCausalLM.from_pretrained(model)
+    actor = peer_module("openrlhf.models.actor").Actor(network, temperature=temperature)
+    actor.packing_samples = False  # set only where it loads a model itself
+    return actor
