@@ -116,7 +116,7 @@ def test_grpo_has_the_numbers_of_openrlhf():
 
 
 def test_differs_the_warm_up_begins_with_a_step():
-    """Theirs, as in transformers, begins at a rate of 0: its first step changes nothing. After it, both are the same."""
+    """Theirs, as in transformers, begins at a rate of 0: its first step changes nothing. After it, both are alike."""
     strategy = peer_module("openrlhf.utils.deepspeed.deepspeed")
     assert strategy.get_scheduler is get_scheduler
     theirs, total = openrlhf_arguments().actor, 100
