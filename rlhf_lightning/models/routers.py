@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import OutputRecorder
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.body import attention_of, body_states, evaluating
@@ -53,8 +52,8 @@ def watch_routers(body: Any, option: str) -> None:
 
 def _routers_of(body: Any) -> Iterator[nn.Module]:
     known = (getattr(type(body), "_can_record_outputs", None) or {}).get("router_logits", [])
-    recorders = [x for x in (known if isinstance(known, list) else [known]) if isinstance(x, OutputRecorder)]
-    kinds = tuple(x.target_class for x in recorders if x.target_class is not None)
+    recorders = known if isinstance(known, list) else [known]
+    kinds = tuple(kind for x in recorders if (kind := getattr(x, "target_class", None)) is not None)
     return (part for part in body.modules() if isinstance(part, kinds))
 
 

@@ -43,7 +43,7 @@ class HFContinuousBatching(RolloutEngine):
         name = type(self).__name__
         refuse_options_of_batches(spec, name)
         plain = GenerationSpec()
-        for option in ("stop_strings", "min_new_tokens", "min_p", "repetition_penalty"):
+        for option in ("stop_strings", "min_new_tokens", "min_p", "repetition_penalty", "suppress_tokens"):
             value = getattr(spec, option)
             if value != getattr(plain, option):
                 raise UserError(f"generation.{option}={value} is not known to {name}: leave it out, or use HFGenerate")

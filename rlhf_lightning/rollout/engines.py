@@ -62,6 +62,11 @@ def vllm_sampling(spec: GenerationSpec, ends: Sequence[int]) -> dict[str, Any]:
     Args:
         ends: ids that end an answer.
     """
+    if spec.suppress_tokens:
+        raise UserError(
+            f"generation.suppress_tokens={list(spec.suppress_tokens)} is not known to vLLM's engines here: leave it "
+            "out, or use HFGenerate"
+        )
     if spec.stop_strings and spec.min_new_tokens:
         raise UserError(
             f"generation.min_new_tokens={spec.min_new_tokens} keeps vLLM from seeing "

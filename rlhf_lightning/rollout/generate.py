@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -50,6 +52,7 @@ class GenerationSpec:
         repetition_penalty: logits of tokens that the prompt or the answer holds already are divided by it where they
             are positive, multiplied where they are not; 1 = none. Log-probabilities that are recomputed are the
             policy's, without it.
+        suppress_tokens: tokens, as the vocabulary writes them, that are never drawn.
         num_samples: answers per prompt.
         stop_strings: an answer also ends, finished, when its text holds one of these; the string stays in the answer.
         rows_at_once: sequences generated in one batch, those to prompts of like length together; None: all of them. It
@@ -67,6 +70,7 @@ class GenerationSpec:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    suppress_tokens: list[str] = field(default_factory=list)
     num_samples: int = 1
     stop_strings: list[str] = field(default_factory=list)
     rows_at_once: int | None = None
@@ -76,7 +80,8 @@ class GenerationSpec:
     @property
     def truncates(self) -> bool:
         """Whether some tokens could not be drawn, however probable the policy found them."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.min_new_tokens > 0)
+        by_probability = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.temperature > 0 and (by_probability or self.min_new_tokens > 0 or bool(self.suppress_tokens))
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -216,6 +221,7 @@ class HFGenerate(RolloutEngine):
     def __init__(self, spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
+        self._suppressed = suppressed_ids(spec, tokenizer)
         self.mixture: MixtureSpec | None = None
 
     def with_spec(self, spec: GenerationSpec) -> "HFGenerate":
@@ -312,6 +318,8 @@ class HFGenerate(RolloutEngine):
             forbid.append(
                 MinNewTokensLengthLogitsProcessor(tokens.shape[1], spec.min_new_tokens, eos, device=str(tokens.device))
             )
+        if self._suppressed:
+            forbid.append(SuppressTokensLogitsProcessor(self._suppressed, device=str(tokens.device)))
         stops = None
         if spec.stop_strings:
             criterion = _stop_strings(self.tokenizer, spec.stop_strings)
@@ -384,6 +392,7 @@ class HFGenerate(RolloutEngine):
         return GenerationConfig(
             max_new_tokens=spec.max_new_tokens,
             min_new_tokens=spec.min_new_tokens or None,
+            suppress_tokens=self._suppressed or None,
             eos_token_id=eos,
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=self.tokenizer.bos_token_id,
@@ -466,6 +475,31 @@ def _say_once(model_type: str, reason: str) -> None:
         model_type,
         reason,
     )
+
+
+def suppressed_ids(spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that are never drawn.
+
+    Raises:
+        UserError: the vocabulary has no such token, or it is the end token.
+    """
+    if not spec.suppress_tokens:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    for token in spec.suppress_tokens:
+        if token not in vocabulary:
+            near = get_close_matches(token, vocabulary, n=1)
+            raise UserError(
+                f"generation.suppress_tokens: the vocabulary has no token {token!r}"
+                + (f", the nearest is {near[0]!r}" if near else "")
+                + "; a token is written as in tokenizer.json, where a space may be another sign"
+            )
+        if vocabulary[token] == tokenizer.eos_token_id:
+            raise UserError(
+                f"generation.suppress_tokens={token!r} is the end token, and no answer would end: leave it out, or set "
+                "min_new_tokens to have longer ones"
+            )
+    return [vocabulary[token] for token in spec.suppress_tokens]
 
 
 def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

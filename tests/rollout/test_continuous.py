@@ -94,6 +94,7 @@ def test_a_stage_trains_through_it(tiny_model, write_jsonl, tmp_path):
         ({"min_new_tokens": 2}, {}, "generation.min_new_tokens=2 is not known to HFContinuousBatching"),
         ({"min_p": 0.1}, {}, "generation.min_p=0.1 is not known to HFContinuousBatching"),
         ({"repetition_penalty": 1.1}, {}, "generation.repetition_penalty=1.1 is not known to HFContinuousBatching"),
+        ({"suppress_tokens": ["a"]}, {}, r"generation.suppress_tokens=\['a'\] is not known to HFContinuousBatching"),
         ({"rows_at_once": 2}, {}, "generation.rows_at_once=2 does nothing with HFContinuousBatching"),
         ({}, {"cache_memory_frac": 0.0}, "engine.cache_memory_frac=0.0: give a share"),
         ({}, {"page_size": 1}, "engine.page_size=1: give at least 4 tokens"),

@@ -160,6 +160,7 @@ TRUNCATIONS = [
     {"min_p": 0.4},
     {"top_p": 0.8, "top_k": 6, "min_p": 0.1, "temperature": 1.7},
     {"min_new_tokens": 3, "temperature": 0.5},
+    {"suppress_tokens": ["film", "<unk>"], "temperature": 0.7},
     {"temperature": 0.6},
 ]
 
@@ -195,3 +196,33 @@ def test_what_is_noted_of_answers_does_not_depend_on_how_long_their_rows_stay(po
 
 def test_greedy_answers_keep_no_sets(policy, tokenizer):
     assert answer(policy, tokenizer, asked(tokenizer, "the film"), temperature=0.0, top_k=3).kept is None
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_suppressed_tokens_are_never_drawn(policy, tokenizer, cache):
+    prompts = asked(tokenizer, "the film", "a plot was very")
+    options = {"num_samples": 40, "max_new_tokens": 6, "cache": cache, "temperature": 2.0}
+    free, held = (answer(policy, tokenizer, prompts, **options, suppress_tokens=some) for some in ([], ["film", "a"]))
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(["film", "a"]))
+    assert torch.isin(free.tokens[free.mask], ids).any()
+    assert not torch.isin(held.tokens[held.mask], ids).any()
+    greedy = answer(policy, tokenizer, prompts, temperature=0.0, cache=cache)
+    first = tokenizer.convert_ids_to_tokens(int(greedy.tokens[0][greedy.mask[0]][0]))
+    other = answer(policy, tokenizer, prompts, temperature=0.0, cache=cache, suppress_tokens=[first])
+    logits = policy.causal_lm(input_ids=prompts.tokens[:1], attention_mask=prompts.attention_mask[:1].long()).logits
+    assert int(other.tokens[0][other.mask[0]][0]) == int(logits[0, -1].topk(2).indices[1])
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (
+            "films",
+            "the vocabulary has no token 'films', the nearest is 'film'; a token is written as in tokenizer.json",
+        ),
+        ("<eos>", "suppress_tokens='<eos>' is the end token, and no answer would end: leave it out"),
+    ],
+)
+def test_tokens_that_cannot_be_suppressed_are_named(tokenizer, token, message):
+    with pytest.raises(UserError, match=message):
+        HFGenerate(GenerationSpec(suppress_tokens=[token]), tokenizer)

@@ -167,6 +167,12 @@ def test_the_policys_loss_is_weighed_by_policy_over_sampler(tiny_model, write_js
     assert float(trainer.callback_metrics["rollout/logprob_gap"]) > 0.05
 
 
+def test_a_correction_between_one_and_one_weighs_every_token_alike():
+    old, said = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -1.0]])
+    corrected = SamplerCorrection(cap=1.0, floor=1.0)(old, said, torch.ones(1, 2, dtype=torch.bool))
+    assert corrected.weights.tolist() == [[1.0, 1.0]]
+
+
 PLAIN = GenerationSpec(max_new_tokens=5, num_samples=4, repetition_penalty=1.5)
 
 

@@ -232,6 +232,7 @@ def test_vllm_that_is_not_installed_is_named(tiny_model, monkeypatch):
             {},
             "generation.min_new_tokens=2 keeps vLLM from seeing stop_strings",
         ),
+        ({"suppress_tokens": ["a"]}, {}, r"generation.suppress_tokens=\['a'\] is not known to vLLM's engines here"),
         ({}, {"gpu_memory_utilization": 0.0}, "engine.gpu_memory_utilization=0.0: give a share"),
         ({}, {"kv_cache_gib": -1.0}, "engine.kv_cache_gib=-1.0: give a positive number"),
     ],

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fits import fit
 from one_step import records, step
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.losses.router import experts_chosen, load_balancing_loss
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.stages import SFTModule, splitting
+from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.text_rules import LengthReward
+from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.stages import PPOModule, SFTModule, splitting
 from rlhf_lightning.stages.router_balance import RouterBalance
 
 SUPPORT = Path(__file__).parents[1] / "support" / "one_step.py"
@@ -99,6 +104,28 @@ def test_a_step_that_memory_has_no_room_for_is_cut_and_stays_the_same(where, who
     monkeypatch.setattr(owner, name, out_of_memory)
     assert_same(expected, step("sft, balanced per step", moe, path))
     assert failed
+
+
+def test_a_second_source_is_balanced_with_the_answers(moe, write_jsonl, tmp_path):
+    data = {
+        "train": write_jsonl("prompts.jsonl", [{"prompt": "the film"}, {"prompt": "a plot was"}]),
+        "pretraining": write_jsonl("texts.jsonl", [{"text": "the film was good"}, {"text": "dull"}]),
+        "batch_size": 2,
+    }
+    found = []
+    for ptx_coef in (0.0, 1e-9):
+        module = PPOModule(
+            ModelSpec(path=moe),
+            [WeightedReward(LengthReward(target=4))],
+            ptx_coef=ptx_coef,
+            updates=UpdateSpec(inner_epochs=1),
+            router_aux_loss_coef=0.5,
+            generation=GenerationSpec(max_new_tokens=4),
+            seed=1,
+        )
+        used = {name: value for name, value in data.items() if ptx_coef or name != "pretraining"}
+        found.append(fit(module, tmp_path, data=used, accumulate_grad_batches=2).callback_metrics["router/aux_loss"])
+    assert float(found[0]) != pytest.approx(float(found[1]), abs=1e-4)
 
 
 def test_the_loss_is_added_with_its_weight(whole, moe):
