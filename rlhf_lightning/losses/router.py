@@ -37,7 +37,7 @@ def load_balancing_loss(
     chosen: Float[Tensor, "*groups experts"],
     tokens: Float[Tensor, "*groups"],
 ) -> Float[Tensor, "*groups"]:
-    """The load-balancing loss of groups of tokens: top_k where experts are used alike, more where they are not.
+    """The load-balancing loss of groups of tokens: top_k where experts are used alike, else more as a rule.
 
         loss = E sum_e f_e P_e,    f_e = chosen_e / tokens,    P_e = probs_e / tokens
 

@@ -41,8 +41,10 @@ class RouterBalance:
     """
 
     def __init__(self, coef: float, over: Over) -> None:
-        if not coef >= 0:
-            raise UserError(f"router_aux_loss_coef={coef} would train towards few experts: give 0 or more")
+        if not 0 <= coef < float("inf"):
+            raise UserError(
+                f"router_aux_loss_coef={coef} is no weight of a loss that evens experts out: give 0 (none) or more"
+            )
         self.coef = coef
         self.over = over
         self._model: Policy | ScalarModel | None = None

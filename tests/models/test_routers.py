@@ -193,5 +193,5 @@ def test_what_cannot_be_balanced_is_refused(config, options, message):
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(UserError, match=r"router_aux_loss_coef=-1.0 .*: give 0 or more"):
+    with pytest.raises(UserError, match=r"router_aux_loss_coef=-1.0 is no weight .*: give 0 \(none\) or more"):
         RouterBalance(-1.0, "step")
