@@ -19,7 +19,7 @@ from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.models.sharded import is_sharded
-from rlhf_lightning.rewards.combine import ScoredSamples, score_samples
+from rlhf_lightning.rewards.combine import ScoredSamples
 from rlhf_lightning.rollout.generate import GenerationSpec
 
 TEXT_PROMPT_LENGTH = 8
@@ -282,11 +282,11 @@ def _prompt_of(batch: TokenBatch, row: int) -> list[int]:
 def _scores(module: LightningModule, samples: list[Sample]) -> tuple[list[Any], list[Any]]:
     """Scores and breakdowns by the stage's reward functions, if it has any that can do with what is known."""
     nothing = [None] * len(samples)
-    rewards = getattr(module, "rewards", None)
-    if not rewards:
+    score = getattr(module, "score_samples", None)
+    if score is None:
         return nothing, nothing
     try:
-        scored = score_samples(rewards, samples)
+        scored: ScoredSamples = score(samples)
     except (UserError, KeyError):
         return nothing, nothing
     return scored.total.tolist(), [breakdown for _, breakdown in _with_breakdown(scored)]

@@ -27,15 +27,20 @@ def reshard(module: nn.Module) -> None:
 
 
 @contextmanager
-def gathered_once(module: nn.Module) -> Iterator[None]:
+def gathered_once(module: nn.Module, *, before_use: bool = False) -> Iterator[None]:
     """While inside, each unit's weights stay after its first use: one all-gather per unit, however often it runs.
 
     Generation uses every layer once a token. Ranks may run the model differently often, if each does so at least once:
     after the first time nothing is exchanged. Needs memory for the whole model. Weights must not change inside.
+
+    Args:
+        before_use: gather on the way in: then nothing is exchanged inside, and a rank need not run the model at all.
     """
     units = list(_units(module))
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
+        if before_use:
+            unit.unshard()
     try:
         yield
     finally:

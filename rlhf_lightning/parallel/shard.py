@@ -1,6 +1,6 @@
 """What a model is cut into: one unit per decoder layer, and one of everything else."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,8 @@ ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
     ValueHead: (),
 }
 """Methods besides `forward` through which a model is run; weights are gathered on the way in."""
+RUNS = "runs_now"
+"""Attribute of a sharded model: whether it is inside one of these methods, or `forward`."""
 
 
 def models_of(module: nn.Module) -> list[nn.Module]:
@@ -57,8 +59,32 @@ def shard_model(
     # gathered then, as must an embedding that it is tied to
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, ignored_params=apart)
     setattr(model, RESHARDS, False)
+    model.register_forward_pre_hook(lambda model, _: setattr(model, RUNS, True))
+    model.register_forward_hook(lambda model, *_: setattr(model, RUNS, False), always_call=True)
     for name in next(names for kind, names in ENTRANCES.items() if isinstance(model, kind)):
-        register_fsdp_forward_method(model, name)
+        _make_entrance(model, name)
+
+
+def _make_entrance(model: nn.Module, name: str) -> None:
+    """Gather weights on the way into a method, if the model is not running already.
+
+    torch takes the way out of a method that `forward` calls for the end of `forward`: weights that were to stay would
+    be let go then, and gathered anew at the next call, which processes need not make equally often.
+    """
+    inside: Callable[..., Any] = getattr(model, name)
+    register_fsdp_forward_method(model, name)
+    gathering: Callable[..., Any] = getattr(model, name)
+
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        if getattr(model, RUNS, False):
+            return inside(*args, **kwargs)
+        setattr(model, RUNS, True)
+        try:
+            return gathering(*args, **kwargs)
+        finally:
+            setattr(model, RUNS, False)
+
+    setattr(model, name, enter)
 
 
 def decoder_layers(model: nn.Module) -> Iterable[nn.Module]:

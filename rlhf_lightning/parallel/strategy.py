@@ -130,6 +130,10 @@ class FSDP2Strategy(ModelParallelStrategy):
                 reshard_after_forward=self.reshard_after_forward,
                 cut_vocabulary=self.tensor_parallel_size > 1,
             )
+        if trainer.state.fn != TrainerFn.PREDICTING:
+            for model in getattr(module, "reward_models", list)():
+                # scores are as exact as the dtype that was asked for them says, whatever the policy is computed in
+                shard_model(model, self._shard_mesh, MixedPrecisionPolicy(), reshard_after_forward=True)
         reshard(module)
         check_all_sharded(module)
         # weights are gathered into tensors that training uses again, and inference mode would leave its own kind there

@@ -17,8 +17,9 @@ from rlhf_lightning.models.scalar_head import ValueHead
 from rlhf_lightning.models.shared_prompts import Sharing, sharing
 from rlhf_lightning.parallel.shard import decoder_layers, models_of
 from rlhf_lightning.planning.shapes import Lengths, generated, tokens, training_batch
-from rlhf_lightning.planning.stand_ins import experts_without_numbers, reward_models, stand_in, without_numbers
+from rlhf_lightning.planning.stand_ins import experts_without_numbers, stand_in, without_numbers
 from rlhf_lightning.planning.trace import MemoryTrace, Peak
+from rlhf_lightning.rewards.readers import readers_of
 from rlhf_lightning.rewards.scalar_reader import ScalarReader
 from rlhf_lightning.rollout.decode import draw
 from rlhf_lightning.rollout.frozen_copy import FrozenCopy
@@ -199,7 +200,7 @@ class Simulation:
 
     def reward_models(self) -> list[ScalarReader]:
         """Models that score answers."""
-        return list(reward_models(getattr(self.module, "rewards", [])))
+        return [reader for reader, _ in readers_of(getattr(self.module, "rewards", ()))]
 
     # ---- phases ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +282,8 @@ class Simulation:
                 with torch.no_grad():
                     score.model(tokens(min(score.batch_size, rows), length))
 
-        return self._phase(run, 0)
+        gathered = sum(self._bytes(score.model.parameters()) for score in models) if self.run.shards > 1 else 0
+        return self._phase(run, gathered)
 
     def generate(self, rows: int) -> Peak:
         """Prompts read, and the last token of the answers drawn, so many rows at a time."""

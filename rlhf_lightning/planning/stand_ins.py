@@ -18,7 +18,6 @@ from rlhf_lightning.core.interfaces import (
     RewardLoss,
     RewardLossOutput,
 )
-from rlhf_lightning.rewards.scalar_reader import ScalarReader
 
 NOT_COUNTED: dict[str, tuple[Any, str]] = {
     "padding_free": (False, "rows are taken to be full; shorter ones will need less"),
@@ -106,12 +105,3 @@ def experts_without_numbers() -> Iterator[None]:
     finally:
         if own is not None:
             setattr(moe, name, own)
-
-
-def reward_models(rewards: Any) -> Iterator[ScalarReader]:
-    """The models behind some reward functions, ensembles' members included."""
-    for weighted in rewards:
-        reader = getattr(weighted.reward, "reader", None)
-        if isinstance(reader, ScalarReader):
-            yield reader
-        yield from reward_models(getattr(weighted.reward, "members", []))

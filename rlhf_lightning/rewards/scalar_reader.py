@@ -82,7 +82,7 @@ class ScalarReader:
         """What it reads with."""
         return self._parts()[1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def scores(self, encoded: Sequence[Encoded]) -> list[Tensor]:
         """What the model says of each text: one number, or with pooling `steps` one per token that counts."""
         # the longest first, so that rows of a batch are of a length and a batch too big for memory is seen at once

@@ -3,9 +3,10 @@
 Knows no algorithm. A stage says what becomes of scored answers (`prepare`) and gives a `training_step`.
 """
 
+import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -27,6 +28,7 @@ from rlhf_lightning.models.reference import Reference, ReferenceSync, make_refer
 from rlhf_lightning.models.sharded import gathered_once, is_sharded
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
+from rlhf_lightning.rewards.readers import readers_of
 from rlhf_lightning.rollout.ahead import Ahead
 from rlhf_lightning.rollout.engines import truncating_options
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
@@ -38,6 +40,8 @@ from rlhf_lightning.stages.phases import Phases, tell
 from rlhf_lightning.stages.router_balance import Over
 from rlhf_lightning.stages.schedule import Schedule
 from rlhf_lightning.stages.splitting import told
+
+logger = logging.getLogger(__name__)
 
 OldLogprobs = Literal["recomputed", "sampler"]
 Measured = TypeVar("Measured")
@@ -172,8 +176,23 @@ class OnPolicyModule(RLHFModule):
     def frozen_models(self) -> list[nn.Module]:
         return [] if self.reference is None else list(self.reference.own_models())
 
+    def reward_models(self) -> list[nn.Module]:
+        """Models that score answers, shared out over processes where the policy is.
+
+        One that is asked under a time limit stays whole: a thread that is left behind at the limit goes on reading
+        weights, which must not be taken away then.
+        """
+        return [reader.model for reader, timed in readers_of(self.rewards) if not timed]
+
     def on_fit_start(self) -> None:
         self._move_frozen()
+        if is_sharded(self):
+            for reader in (reader for reader, timed in readers_of(self.rewards) if timed):
+                logger.warning(
+                    "reward model %r is whole on every process, because it is asked under a timeout_s: without one it "
+                    "would be shared out",
+                    reader.spec.path,
+                )
         precision = self.trainer.precision_plugin
         if self.updates.async_rollouts and type(precision) not in (Precision, MixedPrecision):
             raise UserError(
@@ -386,10 +405,17 @@ class OnPolicyModule(RLHFModule):
 
     def score(self, prompts: PromptBatch, answers: Generated) -> ScoredSamples:
         """Scores of answers by the reward functions, weighted and added, with their breakdown."""
-        if self.tensor_parallel is None:
-            return score_samples(self.rewards, self.samples(prompts, answers))
-        # of one process: those of a group must learn from the same scores, and a judge or a time limit may differ
-        return self.tensor_parallel.of_first(lambda: score_samples(self.rewards, self.samples(prompts, answers)))
+        return self.score_samples(self.samples(prompts, answers))
+
+    def score_samples(self, samples: Sequence[Sample]) -> ScoredSamples:
+        """What the reward functions say of samples; all ranks call it together, each with its own."""
+        with ExitStack() as stack:
+            for model in self.reward_models():  # functions ask as often as they like, in threads of their own perhaps
+                stack.enter_context(gathered_once(model, before_use=True))
+            if self.tensor_parallel is None:
+                return score_samples(self.rewards, samples)
+            # of one process: those of a group must learn from the same scores, and a judge or a time limit may differ
+            return self.tensor_parallel.of_first(lambda: score_samples(self.rewards, samples))
 
     def _measure_policy(self, answers: Generated) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Log-probabilities, entropy, and what there is to say about the sampler, by the names of the metrics."""

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from judged_fits import write_judge
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from parallel_fits import (
     SPECS,
@@ -36,6 +37,7 @@ def folder(tmp_path_factory, tiny_model):
     """What two processes on the CPU gave, a file per case."""
     made = tmp_path_factory.mktemp("parallel")
     write_records(made)
+    write_judge(str(tiny_model), made)
     in_processes(IN_CI, str(tiny_model), made)
     return made
 
@@ -181,6 +183,18 @@ def test_validations_and_samples_are_those_of_whole_weights(stage, folder):
 def test_validations_are_those_of_one_process(stage, folder, tiny_model):
     alone = evaluated(stage, lambda _: "auto")(str(tiny_model), folder, 1)
     assert_evaluated_alike(result(folder, f"{stage}, evaluated, fsdp2"), alone, samples=False)
+
+
+@pytest.mark.slow
+def test_reward_models_are_shared_out_and_say_the_same(folder):
+    """Each process keeps half of a judge, but of one that a thread may still be reading after its time is up."""
+    sharded, whole = result(folder, "ppo, judged, fsdp2"), result(folder, "ppo, judged, ddp")
+    assert_same(sharded, whole, steps=4)
+    assert_evaluated_alike(sharded, whole)
+    assert sharded["held"] == [pytest.approx(0.5, abs=0.01), pytest.approx(0.5, abs=0.01), 1.0]
+    assert whole["held"] == [1.0, 1.0, 1.0]
+    assert sharded["half"] == pytest.approx(sharded["whole"], rel=0.05, abs=0.05)
+    assert not torch.equal(sharded["half"], sharded["whole"]), "that was float32"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from judged_fits import judged, write_judge
 from lightning.pytorch.trainer.states import TrainerFn
 from parallel_fits import (
     EVALUATED,
@@ -36,6 +37,7 @@ def folder(tmp_path_factory, tiny_model):
     """What a group of two processes gave, a file per case."""
     made = tmp_path_factory.mktemp("tensor_parallel")
     write_records(made)
+    write_judge(str(tiny_model), made)
     names = [name for name in IN_PARTS if not name.endswith("two groups")]
     in_processes(names, str(tiny_model), made)
     return made
@@ -77,6 +79,13 @@ def test_a_group_validates_and_writes_samples_as_one_process_does(stage, folder,
     found = result(folder, f"{stage}, {PARTS}, evaluated")
     assert_evaluated_alike(found, evaluated(stage, by_groups)(str(tiny_model), folder, 1))
     assert bool(found["samples"]) == (stage != "reward"), "a reward model answers nothing"
+
+
+def test_a_group_asks_reward_models_that_are_shared_out(folder, tiny_model):
+    found, alone = result(folder, f"ppo, {PARTS}, judged"), judged(by_groups)(str(tiny_model), folder, 1)
+    assert_same(found, alone, steps=4)
+    assert_evaluated_alike(found, alone)
+    assert found["held"] == [pytest.approx(0.5, abs=0.01), pytest.approx(0.5, abs=0.01), 1.0]
 
 
 def test_a_run_resumes_with_the_same_bits(folder):

@@ -12,6 +12,7 @@ from unittest import mock
 import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
+from judged_fits import judged
 from lightning.pytorch.callbacks import ModelCheckpoint
 from one_step import another, module_for
 from parallel_fits import (
@@ -310,6 +311,7 @@ SHARDED |= {
         for draws in ("draws again", "replays")
         for strategy in ("fsdp2", "ddp")
     },
+    **{f"ppo, judged, {strategy}": judged(lambda _, name=strategy: name) for strategy in ("fsdp2", "ddp")},
     "sft, foreign checkpoint": foreign_checkpoint,
     "ppo, exported": exported,
     "sft, loose parameter": loose_parameter,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judged_fits import judged
 from one_step import another
 from parallel_fits import EVALUATED, SPECS, Case, compared, evaluated, fit, outcome, resumed, sampling_ppo
 
@@ -107,6 +108,7 @@ IN_PARTS |= {
     "ppo, tensor parallel, sampled in half": sampled_in_half,
     "ppo, tensor parallel, resumed": resumed("ppo", cut_vocabulary),
     "ppo, tensor parallel, exported": exported_in_parts,
+    "ppo, tensor parallel, judged": judged(by_groups),
     "sft, tensor parallel, refused": refused,
     **{f"{stage}, tensor parallel, evaluated": evaluated(stage, by_groups) for stage in EVALUATED},
 }
