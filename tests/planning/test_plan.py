@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from judged_fits import write_judge
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
@@ -22,6 +23,7 @@ from rlhf_lightning.planning.report import does_not_fit, report
 from rlhf_lightning.planning.shapes import Lengths, lengths_of, training_batch
 from rlhf_lightning.planning.trace import MemoryTrace
 from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rewards.reward_model import RewardModelScore
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
@@ -139,6 +141,20 @@ def test_shards_checkpointing_and_accumulation(spec):
     assert again["gradients"] > whole.get("gradients", 0)
     recomputed = Simulation(module, Run(), Lengths(12, 0, 1, ""), checkpointing=True).train(4).parts
     assert recomputed["activations"] < whole["activations"]
+
+
+def test_reward_models_are_shared_out_and_gathered_to_score(spec, tiny_model, tmp_path):
+    write_judge(str(tiny_model), tmp_path)
+    module = stages(spec)["ppo"]
+    module.rewards = [WeightedReward(RewardModelScore(str(tmp_path / "judge")))]
+    module.use_reference = False
+    judge = sum(p.numel() * p.element_size() for p in module.rewards[0].reward.reader.model.parameters())
+    whole = simulation(module).score(4).parts
+    shard = simulation(module, strategy="fsdp2", processes=4, shards=4).score(4).parts
+    assert whole["frozen models"] == pytest.approx(judge, rel=0.01)
+    assert shard["frozen models"] == pytest.approx(judge / 4, rel=0.01)
+    assert "gathered weights" not in whole
+    assert shard["gathered weights"] == judge
 
 
 def test_answers_that_share_a_prompt_read_it_once(spec):
