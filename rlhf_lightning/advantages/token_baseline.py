@@ -21,7 +21,8 @@ class OptimalTokenBaseline(Credit):
 
     over the answers of the group that have a t-th token; G are the rewards to come. The bracket is the squared length
     of the gradient of log pi with respect to the logits. An answer that is alone in its group gets 0 (verl: its score).
-    Needs the policy's own probabilities: one more forward pass of it. Returns are the rewards to come.
+    Needs the policy's own probabilities: one more forward pass of it. Under the stage's `correction` the bracket is
+    multiplied by the square of the token's weight, as its gradient is by the weight. Returns are the rewards to come.
 
     Args:
         uncompared: of tokens that no other answer of the group is long enough for: zero, or score, what is to come

@@ -83,7 +83,8 @@ class Credit(ABC):
     baseline: ClassVar[CreditBaseline] = "none"
     """What `values` holds. none: zeros; critic: its estimate of what is to come; greedy: the rewards of the greedy
     answer to the same prompt, spread over the tokens so that they sum to its score; variance: 1 - 2 pi(token) +
-    sum_v pi(v)^2, the squared gradient of the token's log-probability with respect to the logits."""
+    sum_v pi(v)^2, the squared gradient of the token's log-probability with respect to the logits, times the square of
+    the weight that `correction` gives the token."""
 
     @abstractmethod
     def __call__(

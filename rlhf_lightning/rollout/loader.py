@@ -30,12 +30,15 @@ class UpdateSpec:
     Args:
         inner_epochs: passes over each batch of rollouts.
         num_minibatches: optimiser steps per pass.
+        shuffle: draw the minibatches of each pass anew from all rollouts; false: cut them in the order of the prompts,
+            answers to one prompt side by side, every pass alike.
         async_rollouts: sample the first batch of each rollout by the policy as it was before it was trained on the
             rollout before, in the background, while it is (one step off policy; PPO and GRPO).
     """
 
     inner_epochs: int = 4
     num_minibatches: int = 1
+    shuffle: bool = True
     async_rollouts: bool = False
 
     def __post_init__(self) -> None:
@@ -190,7 +193,7 @@ class RolloutLoader:
             generator = torch.Generator().manual_seed(
                 counter_seed(self.seed, "minibatches", self.rollouts, self.rank, epoch)
             )
-            order = torch.randperm(num_rows, generator=generator)
+            order = torch.randperm(num_rows, generator=generator) if self.updates.shuffle else torch.arange(num_rows)
             for minibatch in order.tensor_split(self.updates.num_minibatches):
                 pieces.extend(minibatch.tensor_split(self.accumulate))
         return pieces
@@ -221,11 +224,12 @@ class RolloutLoader:
 
     @property
     def _cut(self) -> dict[str, int]:
-        """What an epoch is cut into, by the options that decide it."""
+        """What an epoch is cut into, by the options that decide it; checkpoints of before may lack some."""
         plan = getattr(getattr(self.prompts, "sampler", None), "plan", None)
         return {
             "updates.inner_epochs": self.updates.inner_epochs,
             "updates.num_minibatches": self.updates.num_minibatches,
+            "updates.shuffle": self.updates.shuffle,
             "trainer.accumulate_grad_batches": self.accumulate,
             "data.batch_size": 0 if plan is None else plan.batch_size,
             "batches of prompts per epoch": len(self.prompts),  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from rlhf_lightning.core.interfaces import NO_BREAKDOWN, Credit, PolicyLoss, Pol
 from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import Reduction, masked_centre, masked_moments, masked_whiten, reduce_tokens
-from rlhf_lightning.losses.correction import SamplerCorrection
+from rlhf_lightning.losses.correction import CorrectionOutput, SamplerCorrection
 from rlhf_lightning.losses.entropy_control import AdaptiveEntropy, EntropyBonus
 from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.models.reference import ReferenceSync
@@ -170,7 +170,7 @@ class PolicyGradientModule(OnPolicyModule):
     def inert_options(self) -> Iterable[tuple[str, str]]:
         yield from super().inert_options()
         if self.old_logprobs == "sampler" and self.correction is not None:
-            yield "correction", "old_logprobs are the sampler's own: every ratio is 1"
+            yield "correction", "old_logprobs are the sampler's own: every ratio is 1 (the loss Corrected weighs anew)"
         if self.kl.loss_coef == 0 and self.kl.loss_estimator != "k3":
             yield "kl.loss_estimator", "kl.loss_coef is 0"
         if self.kl.loss_coef == 0 and not self.kl.loss_importance_weighted:
@@ -219,6 +219,8 @@ class PolicyGradientModule(OnPolicyModule):
             old, entropy, per_token = self._measure_policy(answers)
             ref = self._measure_reference(answers)
             values = self.values_of(answered)
+        if self.correction is not None and self.credit.baseline == "variance":
+            values = values * self._correction_of(old, answers).weights.square()  # as the gradient is weighed
         shaped = self.shape_rewards(answers, scored, old, ref)
         rewards, apart = shaped.rewards, {}
         if shaped.kl_rewards is not None:
@@ -257,19 +259,23 @@ class PolicyGradientModule(OnPolicyModule):
         """The policy's loss of every token is multiplied by what `correction` makes of its sampler."""
         if self.correction is None:
             return rollouts, {}
-        said, mask = answered.answers.sampler_logprobs, rollouts.mask
-        if said is None:
-            raise UserError(
-                f"correction compares the policy with its sampler, and {type(self.engine).__name__} does not say the "
-                "log-probabilities of its tokens: use another engine, or leave correction out"
-            )
-        corrected = self.correction(rollouts.old_logprobs, said, mask, add_over_ranks=self.add_over_ranks)
+        mask = rollouts.mask
+        corrected = self._correction_of(rollouts.old_logprobs, answered.answers)
         sums = [torch.where(mask, x, 0.0).sum().double() for x in corrected.metrics.values()]
         *sums, tokens = self.add_over_ranks(torch.stack((*sums, mask.sum().double()))).tolist()
         names = [f"correction/{name}" for name in corrected.metrics]
         metrics = {name: total / max(tokens, 1) for name, total in zip(names, sums, strict=True)}
         weights = corrected.weights if rollouts.weights is None else rollouts.weights * corrected.weights
         return replace(rollouts, weights=weights), metrics
+
+    def _correction_of(self, old: Tensor, answers: Generated) -> CorrectionOutput:
+        assert self.correction is not None
+        if answers.sampler_logprobs is None:
+            raise UserError(
+                f"correction compares the policy with its sampler, and {type(self.engine).__name__} does not say the "
+                "log-probabilities of its tokens: use another engine, or leave correction out"
+            )
+        return self.correction(old, answers.sampler_logprobs, answers.mask, add_over_ranks=self.add_over_ranks)
 
     def values_of(self, answered: Answered) -> Tensor:
         """What the credit compares with, [batch, time]: a critic's estimate before each token; 0 without a critic."""

@@ -26,8 +26,10 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.resample import Resample
 from rlhf_lightning.stages.answered import Answered
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
+from rlhf_lightning.stages.on_policy import OldLogprobs
 from rlhf_lightning.stages.policy_gradient import PolicyGradientModule, Whitening
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
 from rlhf_lightning.stages.router_balance import Over
@@ -70,6 +72,10 @@ class PPOModule(PolicyGradientModule):
         critic_warmup_steps: optimiser steps in which only the critic learns.
         ptx_coef: weight of the likelihood of a second source, data.pretraining (Ouyang et al., 2022: PPO-ptx).
         correction: weights for answers whose sampler was not quite the policy, by generation.keep_logprobs; None: 1.
+        resample: train on answers drawn anew from the rollout, by their scores (Shen and Zhang, 2024: PF-PPO); None: on
+            each once.
+        old_logprobs: of the policy that sampled: recomputed by its own forward pass, or what the sampler said, which
+            saves that pass; in 16 bits the two differ (rollout/logprob_gap), and recomputed is the exact one.
         engine: what samples the answers.
         rows_at_once: sequences measured in one forward pass while collecting; None: all.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts (TRL's); 0: none.
@@ -110,6 +116,8 @@ class PPOModule(PolicyGradientModule):
         critic_warmup_steps: int = 0,
         ptx_coef: float = 0.0,
         correction: SamplerCorrection | None = None,
+        resample: Resample | None = None,
+        old_logprobs: OldLogprobs = "recomputed",
         engine: EngineFactory = HFGenerate,
         rows_at_once: int | None = None,
         router_aux_loss_coef: float = 0.0,
@@ -141,6 +149,7 @@ class PPOModule(PolicyGradientModule):
             lr_scheduler,
             seed,
             engine=engine,
+            old_logprobs=old_logprobs,
             correction=correction,
             clip_advantages=clip_advantages,
             auxiliary_reduction=auxiliary_reduction,
@@ -161,6 +170,7 @@ class PPOModule(PolicyGradientModule):
         self.value_loss = value_loss
         self.value_coef = value_coef
         self.critic_warmup_steps = critic_warmup_steps
+        self.resample = resample
         self.critic: Critic | None = None
 
     def inert_options(self) -> Iterable[tuple[str, str]]:
@@ -169,6 +179,8 @@ class PPOModule(PolicyGradientModule):
             yield "value_coef", "0 leaves the critic untrained while its values are used"
         if self.critic_spec.model is None and not self.critic_spec.keep_head:
             yield "critic.keep_head", "the critic starts from no reward model: its head is zeros in any case"
+        if self.resample is not None and self.resample.by != "power" and self.resample.power != 2:
+            yield "resample.power", f"resample.by is {self.resample.by}"
 
     @property
     def _has_auxiliary_terms(self) -> bool:
@@ -199,6 +211,19 @@ class PPOModule(PolicyGradientModule):
         with gathered_once(policy), gathered_once(critic):
             values = self.measured(answers, lambda part: critic_values(critic, policy, part))
         return torch.where(answers.mask, torch.cat(values).float(), 0.0)
+
+    def choose(self, rollouts: Rollouts, answered: Answered, entropy: Tensor) -> tuple[Rollouts, dict[str, float]]:
+        """Everything, each answer once; or by `resample` as often as it was drawn."""
+        rollouts, metrics = super().choose(rollouts, answered, entropy)
+        if self.resample is None:
+            return rollouts, metrics
+        scores, counts = rollouts.scores.float(), rollouts.mask.any(-1)
+        ends = torch.stack((scores, -scores)).masked_fill(~counts, -torch.inf)
+        of_ranks = torch.zeros(self.data_ranks, 2, device=scores.device)
+        of_ranks[self.data_rank] = ends.amax(-1)
+        best, least = self.add_over_ranks(of_ranks).amax(0)  # a row from each, and zeros from the others
+        seed = self._rollout_seed("resample", self._loader.rollouts)
+        return rollouts.select(self.resample.draw(scores, counts, best, -least, seed=seed)), metrics
 
     def rollout_metrics(
         self,

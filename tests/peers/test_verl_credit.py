@@ -27,11 +27,14 @@ from rlhf_lightning.advantages import (
     Opo,
     OptimalTokenBaseline,
     ReMax,
+    informative_answers,
 )
 from rlhf_lightning.advantages.kl_control import KLControl
 from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.masked import masked_whiten
+from rlhf_lightning.losses import SamplerCorrection
 from rlhf_lightning.rewards.combine import ScoredSamples
+from rlhf_lightning.rollout.resample import Resample
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaper, RewardShaping
 
 ray_trainer = peer_module("verl.trainer.ppo.ray_trainer")
@@ -186,6 +189,82 @@ def test_optimal_token_baseline(name):
     both = theirs(name, batch, {"old_log_probs": batch.old, "sum_pi_squared": collision})
     variance = 1 - 2 * batch.old.exp() + collision
     assert_same_credit(batch, OptimalTokenBaseline(uncompared="score"), both, values=variance)
+
+
+@pytest.mark.parametrize("name", ["optimal_token_baseline", "tir_optimal_token_baseline"])
+def test_optimal_token_baseline_with_weights_of_the_sampler(name):
+    """The bracket is multiplied by the square of each token's weight."""
+    batch = with_rewards_on_the_way(ragged())
+    collision = batch.old.exp().square() + 0.1
+    weights = SamplerCorrection(cap=1.5)(batch.old, batch.sampler, batch.mask).weights
+    tensors = {"old_log_probs": batch.old, "sum_pi_squared": collision}
+    both = theirs(name, batch, tensors | {"rollout_is_weights": weights})
+    variance = (1 - 2 * batch.old.exp() + collision) * weights.square()
+    assert_same_credit(batch, OptimalTokenBaseline(uncompared="score"), both, values=variance)
+    assert (both[0] - theirs(name, batch, tensors)[0]).abs().max() > 1e-2
+
+
+# --- which answers are trained on
+
+
+def evicted(scores: list[list[float]], metric: str = "reward") -> list[bool]:
+    """Whether verl's replay buffer takes each group out, by `filter_groups` with that metric."""
+    module = peer_module("verl.trainer.ppo.v1.replay_buffer")
+    buffer = object.__new__(module.ReplayBuffer)
+    names = {f"{group}_{i}_0": score for group, of in enumerate(scores) for i, score in enumerate(of)}
+    buffer.filter_groups_metric, buffer._dapo_classification_cache = metric, {"train": {}}
+    buffer.partitions = {"train": dict.fromkeys(names)}
+    buffer.finished_keys = {"train": {str(group) for group in range(len(scores))}}
+
+    def kv_batch_get(keys: list[str], **_: Any) -> dict[str, list[Any]]:
+        extra = [{"reward_extra_info": {metric: names[key]}} for key in keys]
+        return {"rm_scores": [torch.tensor([0.0, names[key]]) for key in keys], "extra_fields": extra}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "tq", SimpleNamespace(kv_batch_get=kv_batch_get))
+        out, _ = buffer._dapo_filtered_keys("train")
+    return [str(group) in out for group in range(len(scores))]
+
+
+def kept(scores: list[list[float]]) -> list[bool]:
+    """Whether `dynamic_sampling` keeps each group."""
+    groups = torch.tensor([group for group, of in enumerate(scores) for _ in of])
+    informative = informative_answers(torch.tensor([score for of in scores for score in of]), groups)
+    return [bool(informative[groups == group].all()) for group in range(len(scores))]
+
+
+def test_groups_of_equal_scores_are_filtered():
+    draw = torch.Generator().manual_seed(0)
+    for values in ([0.0, 1.0], [-1.0, 0.5, 2.0]):
+        chosen = torch.randint(len(values), (200, 3), generator=draw).tolist()
+        scores = [[values[i] for i in group] for group in chosen]
+        assert kept(scores) == [not out for out in evicted(scores)]
+        assert 10 < sum(kept(scores)) < 190
+
+
+def test_differs_equal_scores_are_compared_and_not_their_deviation():
+    """In float64, as a metric of verl's is, three times 0.1 has a deviation of 1e-17: kept, as an answer alone is."""
+    scores = [[0.1, 0.1, 0.1], [0.5, 0.5, 0.5], [0.5]]
+    assert kept(scores) == [False, False, False]
+    assert evicted(scores, "score") == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("method", "resample"),
+    [("pow", Resample(power=1.5)), ("max_min", Resample("best_worst")), ("max_random", Resample("best_random"))],
+)
+def test_pf_ppo(method, resample):
+    """The same rows, by the same generator; advantages are those of the whole batch."""
+    batch = with_rewards_on_the_way(ragged(torch.float32))
+    scores = batch.rewards.sum(-1)
+    ours = resample.draw(scores, batch.mask.any(-1), scores.max(), scores.min(), seed=11)
+    settings = {"reweight_method": method, "weight_pow": 1.5}
+    names = {"gamma": 1.0, "lam": 0.9}
+    whole, _ = theirs("gae", batch, **names)
+    torch.manual_seed(11)
+    drawn, _ = theirs("gae", batch, use_pf_ppo=True, pf_ppo=settings, **names)
+    assert torch.equal(drawn, whole[ours])
+    assert len(ours.unique()) < len(ours)
 
 
 # --- KL in the reward

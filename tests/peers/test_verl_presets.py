@@ -62,6 +62,7 @@ def test_figures_that_both_share(name, theirs):
     assert (init["reduction"], config.loss_agg_mode) == ("token_mean", "token-mean")
     assert init["entropy_coef"] == config.entropy_coeff
     assert init["updates"]["inner_epochs"] == config.ppo_epochs
+    assert init["updates"]["shuffle"] == config.shuffle == theirs.critic.shuffle
     assert init["updates"]["num_minibatches"] == theirs.data.train_batch_size // config.ppo_mini_batch_size
     assert ours["data"]["batch_size"] == theirs.data.train_batch_size
     assert ours["data"]["max_prompt_length"] == theirs.data.max_prompt_length

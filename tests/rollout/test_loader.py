@@ -54,6 +54,12 @@ def test_every_rollout_is_trained_on_once_per_inner_epoch():
     assert first_epoch.tolist() == [100, 101, 102, 103]
 
 
+def test_unshuffled_minibatches_are_in_the_order_of_the_prompts():
+    updates = UpdateSpec(inner_epochs=2, num_minibatches=2, shuffle=False)
+    batches = list(RolloutLoader([prompts(5)], Answers(), updates, accumulate=1, seed=1))
+    assert [batch.scores.tolist() for batch in batches] == [[100, 101, 102], [103, 104]] * 2
+
+
 def test_totals_are_those_of_the_optimiser_step_not_of_the_micro_batch():
     batches = list(loader(Answers()))
     for one, other in zip(batches[::2], batches[1::2], strict=True):
@@ -94,6 +100,7 @@ def test_a_state_saved_at_the_end_of_an_epoch_begins_the_next_one():
 CUTS = {
     "updates.inner_epochs was 2 and is 3 now": {"updates": UpdateSpec(3, 2)},
     "updates.num_minibatches was 2 and is 1 now": {"updates": UpdateSpec(2, 1)},
+    "updates.shuffle was True and is False now": {"updates": UpdateSpec(2, 2, shuffle=False)},
     "trainer.accumulate_grad_batches was 2 and is 4 now": {"accumulate": 4},
     "batches of prompts per epoch was 2 and is 3 now": {"sizes": (4, 4, 4)},
     "data.batch_size was 4 and is 5 now": {"batch_size": 5},

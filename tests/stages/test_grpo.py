@@ -512,6 +512,32 @@ def test_the_token_baseline_is_told_how_far_gradients_vary(truncated, tiny_model
     assert rollouts.advantages.any()
 
 
+def test_the_token_baseline_weighs_gradients_as_the_correction_does(tiny_model, write_jsonl, tmp_path):
+    """A token whose gradient is multiplied by w varies w^2 times as much."""
+    seen = []
+    for correction in (None, SamplerCorrection(cap=1.2)):
+        options = {"kl": NO_KL, "optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
+        generation = GenerationSpec(max_new_tokens=4, num_samples=4, keep_logprobs=True)
+        credit = OptimalTokenBaseline()
+        module = grpo(tiny_model, credit=credit, generation=generation, correction=correction, **options)
+        sample = module.sample
+
+        def mistaken(prompts, sample=sample):
+            answers = sample(prompts)
+            wrong = answers.sampler_logprobs + 0.4 * torch.sin(answers.tokens.float())
+            return replace(answers, sampler_logprobs=wrong)
+
+        module.sample = mistaken
+        keep = Keep(module)
+        fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+        seen += keep.rollouts
+    plain, weighed = seen
+    assert len(weighed.weights[weighed.mask].unique()) > 3
+    torch.testing.assert_close(weighed.values, plain.values * weighed.weights.square())
+    expected, _ = OptimalTokenBaseline()(weighed.rewards, weighed.values, weighed.mask, weighed.groups)
+    torch.testing.assert_close(weighed.advantages, expected)
+
+
 @pytest.mark.parametrize(("others_short", "batches"), [(0, 1), (2, 3)])
 def test_a_process_that_has_enough_goes_on_drawing_while_another_is_short(
     others_short, batches, tiny_model, write_jsonl, tmp_path

@@ -18,6 +18,7 @@ from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.resample import Resample
 from rlhf_lightning.stages import PPOModule
 from rlhf_lightning.stages.critic import CriticSpec, critic_values
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped
@@ -184,6 +185,32 @@ def test_advantages_are_clipped_before_they_are_whitened(tiny_model):
     whitened, _ = ppo(tiny_model, clip_advantages=(-3.0, 4.0)).advantages(rewards, values, MASK, torch.arange(2))
     assert whitened[MASK].mean().item() == pytest.approx(0, abs=1e-6)
     assert not clipped[~MASK].any()
+
+
+def test_a_rollout_is_trained_on_by_its_scores(tiny_model, write_jsonl, tmp_path):
+    """Only the best and the worst answers are left, with the credit that they had among all."""
+    generation = GenerationSpec(max_new_tokens=6, num_samples=2, keep_logprobs=True)
+    module = ppo(tiny_model, resample=Resample("best_worst"), generation=generation, old_logprobs="sampler")
+    whole, drawn, choose = [], [], module.choose
+
+    def keeping(rollouts, *more):
+        whole.append(rollouts)
+        drawn.append(choose(rollouts, *more)[0])
+        return drawn[0], {}
+
+    module.choose = keeping
+    trainer = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+    [before], [after] = whole, drawn
+    ends = {float(before.scores.max()), float(before.scores.min())}
+    assert set(before.scores.tolist()) > ends
+    assert len(after.scores) == len(before.scores) == 24
+    assert set(after.scores.tolist()) == ends
+    for row, advantages in zip(after.tokens, after.advantages, strict=True):
+        of = (before.tokens == row).all(-1)
+        assert any(torch.equal(advantages, other) for other in before.advantages[of])
+    # what the sampler said of its tokens, without a forward pass of the policy: near its own, as both are float32
+    assert "rollout/logprob_gap" not in trainer.callback_metrics
+    assert trainer.callback_metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-4)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -545,11 +572,13 @@ def test_prices_and_factors_that_make_no_sense_are_refused(tiny_model):
 
 def test_options_without_effect_are_named(tiny_model):
     kl = KLSpec(loss_estimator="k2", loss_importance_weighted=False)
-    inert = dict(ppo(tiny_model, kl=kl, value_coef=0.0).inert_options())
+    resample = Resample("best_worst", power=3.0)
+    inert = dict(ppo(tiny_model, kl=kl, value_coef=0.0, resample=resample).inert_options())
     assert inert == {
         "kl.loss_estimator": "kl.loss_coef is 0",
         "kl.loss_importance_weighted": "kl.loss_coef is 0",
         "value_coef": "0 leaves the critic untrained while its values are used",
+        "resample.power": "resample.by is best_worst",
     }
     assert not dict(ppo(tiny_model).inert_options())
     kl = KLSpec(control=FixedKL(0.0), bound=10.0, credited="to_come", loss_max_weight=10.0)

@@ -24,7 +24,19 @@ import torch
 
 PEERS = Path(sys.prefix) / "peers"
 STAND_INS = frozenset(
-    {"ray", "deepspeed", "vllm", "flash_attn", "pylatexenc", "orjson", "cachetools", "fastapi", "uvicorn"}
+    {
+        "ray",
+        "deepspeed",
+        "vllm",
+        "flash_attn",
+        "pylatexenc",
+        "orjson",
+        "cachetools",
+        "fastapi",
+        "uvicorn",
+        "transfer_queue",
+        "hydra",
+    }
 )
 """Clusters, engines, servers, other kernels, parsers: none of them takes part in the arithmetic that is compared."""
 
