@@ -275,13 +275,12 @@ def test_what_steers_is_the_mean_kl_per_token_of_each_answer(monkeypatch):
     unheld = (old - ref).sum(-1) / MASK.sum(-1)
     held = torch.where(MASK, utils.compute_approx_kl(old, ref), 0.0).sum(-1) / MASK.sum(-1)
     assert observed == pytest.approx(held.mean().item(), rel=1e-5)
-    stage = stage_of(GRPOModule, kl=KLSpec(AdaptiveKL(0.1, observed / 1.1, 1000.0, per="token")))
-    our_advantages(stage)
-    # differs on purpose: what steers ours is the KL itself, not held within 10 per token
     assert unheld.mean().item() > observed
-    assert stage.shaper.kl_coef == pytest.approx(
-        AdaptiveKL(0.1, observed / 1.1, 1000.0).next_coef(0.1, unheld.mean().item(), 6)
-    )
+    control = AdaptiveKL(0.1, observed / 1.1, 1000.0, per="token")
+    for bound, steers in ((10.0, observed), (None, unheld.mean().item())):
+        stage = stage_of(GRPOModule, kl=KLSpec(control, bound=bound))
+        our_advantages(stage)
+        assert stage.shaper.kl_coef == pytest.approx(control.next_coef(0.1, steers, 6))
 
 
 def test_differs_a_short_horizon_makes_their_coefficient_negative():

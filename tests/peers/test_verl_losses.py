@@ -29,6 +29,7 @@ from rlhf_lightning.losses import (
     SamplerCorrection,
     SamplerFilter,
     Sapo,
+    token_nll,
 )
 
 DTYPES = [torch.float64, torch.float32]
@@ -237,6 +238,25 @@ def test_bypass_with_weights_normalised_over_the_micro_batch():
 
     arguments = (batch.old, batch.logprobs, batch.per_token, batch.response_mask, "token-mean", config)
     assert_same_loss(batch, ours, lambda: function(*arguments)[0])
+
+
+# --- supervised
+
+
+def test_sft():
+    """`sft_loss`: of the whole step's tokens, prompts' left out."""
+    batch = ragged()
+    losses = peer_module("verl.workers.utils.losses")
+    rows = [slice(0, 4), slice(4, 9)]
+    counts = {"dp_size": 1, "batch_num_tokens": int(batch.mask.sum())}
+    ours = reduce_tokens(token_nll(batch.logprobs), batch.mask, "token_mean")
+    shares = []
+    for part in rows:
+        data = losses.TensorDict({"response_mask": batch.mask[part]}, batch_size=[len(batch.mask[part])])
+        peer_module("verl.utils.tensordict_utils").assign_non_tensor(data, pad_mode="left_right", **counts)
+        shares.append(losses.sft_loss(actor(), {"log_probs": batch.logprobs[part]}, data)[0])
+    assert_same(ours, sum(shares))
+    assert_same(*(torch.autograd.grad(x, batch.logprobs)[0] for x in (ours, sum(shares))))
 
 
 # --- KL

@@ -15,7 +15,14 @@ from verl_peer import actor, core_algos
 
 from rlhf_lightning.advantages import FixedKL, Gae, GroupNormalised, kl_shaped_rewards
 from rlhf_lightning.core.batches import Generated, TokenBatch
-from rlhf_lightning.losses import ClippedSurrogate, ClippedValue
+from rlhf_lightning.losses import (
+    ClippedSurrogate,
+    ClippedValue,
+    Corrected,
+    Reinforce,
+    SamplerCorrection,
+    SamplerFilter,
+)
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
@@ -147,10 +154,13 @@ def batch() -> TokenBatch:
 class FixedAnswers:
     """Sampling and scoring replaced by the rollout above."""
 
+    sampler_logprobs: Tensor | None = None
+
     def generate(self, prompts: Any, seed: int) -> Generated:
         fixed = batch()
         finished = torch.tensor([answer[-1] == 2 for answer in ANSWERS])
-        return Generated(fixed.tokens, fixed.attention_mask, fixed.mask, fixed.positions, finished)
+        real, said = fixed.attention_mask, self.sampler_logprobs
+        return Generated(fixed.tokens, real, fixed.mask, fixed.positions, finished, sampler_logprobs=said)
 
     def score(self, prompts: Any, answers: Generated) -> ScoredSamples:
         return ScoredSamples(total=SCORES, at_end=SCORES, per_token=None, breakdown={"reward": SCORES})
@@ -251,6 +261,44 @@ def test_twenty_steps_of_grpo(tiny_model, tmp_path, write_jsonl):
         torch.nn.utils.clip_grad_norm_(other.model.parameters(), 1.0)
         optimizer.step()
     assert other.losses[-1] < other.losses[0]
+    assert_same_weights(ours.policy.causal_lm, other.model, before)
+
+
+def test_twenty_steps_of_its_bypass_mode(tiny_model, tmp_path, write_jsonl):
+    """REINFORCE with weights and a filter taken anew at every step, from the sampler's own log-probabilities."""
+    other = Theirs(tiny_model)
+    other.old = other.old + torch.where(other.mask.bool(), 0.2 * torch.sin(other.batch.tokens[:, START:].float()), 0.0)
+    correction = SamplerCorrection(cap=1.1, filters=[SamplerFilter("ratio", low=0.5, high=2.0)])
+    ours = FixedGRPO(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=3))],
+        generation=GenerationSpec(max_new_tokens=WIDTH, num_samples=3, keep_logprobs=True),
+        updates=UpdateSpec(inner_epochs=20),
+        loss=Corrected(Reinforce(), correction),
+        reduction="token_mean",
+        old_logprobs="sampler",
+        kl=KLSpec(control=FixedKL(0.0)),
+        optimizer=adamw,
+    )
+    ours.sampler_logprobs = torch.nn.functional.pad(other.old, (START, 0))
+    data = {"train": write_jsonl("prompts.jsonl", [{"prompt": "the film"}, {"prompt": "was"}]), "batch_size": 2}
+    assert fit(ours, tmp_path, data=data, gradient_clip_val=1.0).global_step == 20
+
+    before = {name: p.detach().clone() for name, p in other.model.named_parameters()}
+    settings = {"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": 1.1}
+    settings |= {"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}
+    config = actor(policy_loss={"loss_mode": "bypass_mode", "rollout_correction": settings})
+    index = torch.arange(2).repeat_interleave(3).numpy()
+    advantages, _ = core_algos.compute_grpo_outcome_advantage(other.rewards.clone(), other.mask, index)
+    optimizer, dropped = adamw(other.model.parameters()), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        other.policy_loss(advantages, config).backward()
+        torch.nn.utils.clip_grad_norm_(other.model.parameters(), 1.0)
+        optimizer.step()
+        counted = other.mask.bool()
+        dropped.append(int((correction(other.logprobs(), other.old, counted).weights[counted] == 0).sum()))
+    assert dropped[0] == 0 < dropped[-1] < int(other.mask.sum()), "first all tokens count, in the end some"
     assert_same_weights(ours.policy.causal_lm, other.model, before)
 
 
