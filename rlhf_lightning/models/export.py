@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +23,7 @@ from transformers import (
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.card import ModelCard, write_card
 from rlhf_lightning.models.loading import HEAD_FILE, no_progress_bar
-from rlhf_lightning.models.lora import merged, wrap
+from rlhf_lightning.models.lora import is_adapted, merged, unwrapped, wrap
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.quantized import dequantized_state, is_quantized
 from rlhf_lightning.models.scalar_head import ScalarModel
@@ -173,7 +172,7 @@ def _scalar_notes(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, mean: 
 
 
 def _adapter_note(model: nn.Module) -> list[str]:
-    if not isinstance(model, PeftModel):
+    if not is_adapted(model):
         return []
     if is_quantized(model):
         bits = 4 if any(type(p).__name__ == "Params4bit" for p in model.parameters()) else 8
@@ -190,7 +189,7 @@ ADAPTER_FOLDER = "adapter"
 
 def _save_adapter(model: nn.Module, state_dict: Mapping[str, Tensor] | None, folder: Path) -> None:
     """The adapter of `model` as peft writes it, if it has one; weights taken from `state_dict` if given."""
-    if isinstance(model, PeftModel):
+    if is_adapted(model):
         given = None if state_dict is None else dict(state_dict)
         model.save_pretrained(folder / ADAPTER_FOLDER, state_dict=given, save_embedding_layers=False)
 
@@ -201,12 +200,12 @@ def _whole(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> PreTrai
         state_dict = dequantized_state(model)
     if state_dict is not None:
         return merged(_rebuilt(model, state_dict))
-    return merged(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
+    return merged(copy.deepcopy(model)) if is_adapted(model) else model
 
 
 def _rebuilt(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """The same architecture around other weights. Built anew: a sharded module cannot be copied."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = unwrapped(model)
     is_language_model = inner.get_output_embeddings() is not None
     config = copy.deepcopy(inner.config)
     if hasattr(config, "quantization_config"):
@@ -215,10 +214,10 @@ def _rebuilt(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
         rebuilt = (AutoModelForCausalLM if is_language_model else AutoModel).from_config(config)
         if is_language_model:
             rebuilt.generation_config = inner.generation_config
-        if isinstance(model, PeftModel):
+        if is_adapted(model):
             rebuilt = wrap(rebuilt, copy.deepcopy(model.active_peft_config))
     rebuilt.load_state_dict({key: value.detach() for key, value in state_dict.items()}, strict=False, assign=True)
-    (rebuilt.get_base_model() if isinstance(rebuilt, PeftModel) else rebuilt).tie_weights()
+    unwrapped(rebuilt).tie_weights()
     empty = [name for name, weight in rebuilt.named_parameters() if weight.is_meta]
     assert not empty, f"no weights to export for {empty[0]}"
     return rebuilt

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.lora import is_adapted_layer, is_trained_beside
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.quantized import QUANTIZED, put_back
 from rlhf_lightning.models.sharded import is_sharded
@@ -121,14 +120,14 @@ def _state(policy: Policy) -> list[tuple[int, int]]:
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     """The layers with an adapter, by name."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    return {name: layer for name, layer in model.named_modules() if is_adapted_layer(layer)}
 
 
 def _check_adapter(policy: Policy) -> None:
     """Raise for an adapter that does more than add s B A to weights: nobody would notice what is left out."""
     for name, module in policy.causal_lm.named_modules():
-        more = isinstance(module, AuxiliaryTrainingWrapper)
-        if isinstance(module, BaseTunerLayer):
+        more = is_trained_beside(module)
+        if is_adapted_layer(module):
             kinds = [*getattr(module, "lora_variant", {}).values(), *getattr(module, "lora_bias", {}).values()]
             more = any(kinds) or not hasattr(module, "lora_A")
         if more:

@@ -6,8 +6,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from rlhf_kernels.backend import choose
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +16,7 @@ from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import agree, body_states, check_packing, evaluating
 from rlhf_lightning.models.branches import branch_states, check_branches
 from rlhf_lightning.models.compiled import not_compiled
+from rlhf_lightning.models.lora import is_adapted, is_adapted_layer, unwrapped
 from rlhf_lightning.models.shared_prompts import group_states, pair_states
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
@@ -61,7 +60,7 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, without the adapter's wrapper (its layers still hold the adapter)."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return unwrapped(self.model)
 
     @property
     def config(self) -> Any:
@@ -71,7 +70,7 @@ class Policy(nn.Module):
     @property
     def has_adapter(self) -> bool:
         """Whether low-rank adapters are trained instead of the weights."""
-        return isinstance(self.model, PeftModel)
+        return is_adapted(self.model)
 
     @property
     def body(self) -> nn.Module:
@@ -148,7 +147,7 @@ class Policy(nn.Module):
             UserError: the head has an adapter, which its weight alone would pass by.
         """
         linear: Any = self.causal_lm.get_output_embeddings()
-        if isinstance(linear, BaseTunerLayer):
+        if is_adapted_layer(linear):
             raise UserError(
                 "the output head has an adapter of its own, which would be passed by: leave the head out of the "
                 "adapter's target_modules, or merge the adapter (merge_and_unload) before"
@@ -234,7 +233,7 @@ class Policy(nn.Module):
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """The model as it was before its adapter was trained."""
-        assert isinstance(self.model, PeftModel), "this policy has no adapter to switch off"
+        assert is_adapted(self.model), "this policy has no adapter to switch off"
         with self.model.disable_adapter():
             yield
 

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from transformers import PreTrainedModel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.models.activations import on_host
 from rlhf_lightning.models.body import body_states, check_packing
+from rlhf_lightning.models.lora import unwrapped
 from rlhf_lightning.models.unpadded import check_unpadded, unpadded_states
 
 Pooling = Literal["last", "mean", "steps"]
@@ -62,7 +62,7 @@ class ScalarModel(nn.Module):
     @property
     def decoder(self) -> PreTrainedModel:
         """The transformers model, without the adapter's wrapper."""
-        return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        return unwrapped(self.backbone)
 
     @property
     def config(self) -> Any:
