@@ -11,6 +11,7 @@ _HOMES = {
     "KTOModule": "rlhf_lightning.stages.kto",
     "RewardModule": "rlhf_lightning.stages.reward",
     "PPOModule": "rlhf_lightning.stages.ppo",
+    "GKDModule": "rlhf_lightning.stages.gkd",
     "GRPOModule": "rlhf_lightning.stages.grpo",
     "OnlineDPOModule": "rlhf_lightning.stages.online_dpo",
     "RLHFModule": "rlhf_lightning.stages.base",

@@ -62,6 +62,7 @@ from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
 from rlhf_lightning.stages import (
     DPOModule,
+    GKDModule,
     GRPOModule,
     KTOModule,
     OnlineDPOModule,
@@ -85,6 +86,7 @@ STAGE_PAGES = {
     "docs/ppo.md": PPOModule,
     "docs/grpo.md": GRPOModule,
     "docs/online_dpo.md": OnlineDPOModule,
+    "docs/distillation.md": GKDModule,
 }
 METRIC = re.compile(
     r"(?:train|val|test|rollout|rewards|reward|logps|displacement|pairs|policy|value|kl|sampling|groups|correction|ptx|time"
@@ -197,12 +199,14 @@ RECORDS = {
     PPOModule: {"prompt": "the film"},
     GRPOModule: {"prompt": "the film"},
     OnlineDPOModule: {"prompt": "the film"},
+    GKDModule: {"prompt": "the film"},
 }
 VARIANTS: dict[type, list[dict[str, Any]]] = {
     SFTModule: [{}, {"teacher": {}, "loss": {"class_path": "Distillation", "init_args": {"nll_coef": 0.5}}}],
     DPOModule: [{}, {"loss": {"class_path": "TPO", "init_args": {"loss": {"class_path": "DPO"}}}}],
     KTOModule: [{}, {"loss": {"class_path": "BCO"}}],
     OnlineDPOModule: [{}, {"opponent": {}}],
+    GKDModule: [{"teacher": {}, "loss": {"class_path": "Distillation", "init_args": {"nll_coef": 0.5}}}],
 }
 """Options of a stage under which it logs what it does not by default."""
 
@@ -227,6 +231,14 @@ def logged(cls: type, folder: Path, model: Path, options: dict[str, Any]) -> set
     if cls is OnlineDPOModule:
         init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
         init_args["generation"] = {"max_new_tokens": 3, "num_samples": 4}
+    if cls is GKDModule:
+        init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
+        init_args |= {
+            "generation": {"max_new_tokens": 3},
+            "on_policy_frac": 0.5,
+            "updates": {"inner_epochs": 1, "async_rollouts": True},
+        }
+        data["pretraining"] = str(texts)
     if cls in (PPOModule, GRPOModule):
         init_args["rewards"] = [{"reward": {"class_path": "LengthReward"}, "name": "NAME"}]
         init_args |= {

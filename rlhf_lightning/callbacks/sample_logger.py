@@ -57,8 +57,8 @@ class CompletionRow:
     finished: bool
     valid: bool
     """False: a reward function could not score it, and it carried no loss."""
-    score: float
-    """Weighted sum of the reward functions, before shaping."""
+    score: float | None
+    """Weighted sum of the reward functions, before shaping; None of a stage without any."""
     breakdown: dict[str, float]
     """Each reward function's score and what is behind it (`function/part`), before weighting."""
 
@@ -133,7 +133,8 @@ class SampleLogger(Callback):
         said = [answers.tokens[row][answers.mask[row]].tolist() for row in rows]
         known = list(_with_breakdown(scored))
         self._records = [dict(known[row][0].record) for row in rows]
-        scores, breakdowns = [float(scored.total[row]) for row in rows], [known[row][1] for row in rows]
+        totals = _totals(scored)
+        scores, breakdowns = [totals[row] for row in rows], [known[row][1] or None for row in rows]
         self._remember(module, [list(ids) for ids in chosen], said, scores, breakdowns)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -289,7 +290,7 @@ def _scores(module: LightningModule, samples: list[Sample]) -> tuple[list[Any], 
         scored: ScoredSamples = score(samples)
     except (UserError, KeyError):
         return nothing, nothing
-    return scored.total.tolist(), [breakdown for _, breakdown in _with_breakdown(scored)]
+    return _totals(scored), [breakdown or None for _, breakdown in _with_breakdown(scored)]
 
 
 def _with_breakdown(scored: ScoredSamples) -> Iterator[tuple[Sample, dict[str, float]]]:
@@ -299,8 +300,13 @@ def _with_breakdown(scored: ScoredSamples) -> Iterator[tuple[Sample, dict[str, f
         yield sample, {name: values[row] for name, values in columns.items()}
 
 
+def _totals(scored: ScoredSamples) -> list[float] | list[None]:
+    """Of each sample; None where there is no reward function."""
+    return scored.total.tolist() if scored.breakdown else [None] * len(scored.total)
+
+
 def _completion_rows(scored: ScoredSamples, step: int, rollout: int) -> Iterator[CompletionRow]:
-    totals, valid = scored.total.tolist(), scored.counts.tolist()
+    totals, valid = _totals(scored), scored.counts.tolist()
     for row, (sample, breakdown) in enumerate(_with_breakdown(scored)):
         yield CompletionRow(
             step=step,

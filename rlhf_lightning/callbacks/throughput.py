@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rlhf_lightning.core.batches import (
+    AnswerRollouts,
     Generated,
     PairBatch,
     PairRollouts,
@@ -108,7 +109,7 @@ class Throughput(Callback):
 def num_real_tokens(batch: Any) -> Tensor | None:
     """How many real tokens a batch holds; None for a batch of another kind."""
     match batch:
-        case TokenBatch() | Rollouts() | PairRollouts():
+        case TokenBatch() | Rollouts() | PairRollouts() | AnswerRollouts():
             return batch.attention_mask.sum()
         case PairBatch():
             real = batch.chosen.attention_mask.sum() + batch.rejected.attention_mask.sum()

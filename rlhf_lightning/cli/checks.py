@@ -90,7 +90,9 @@ def _of_data(data: Any, model: Any) -> Iterable[Inert]:
     if isinstance(data, RLHFDataModule):
         yield from data.inert_options(model.batch_format)
         if data.options["pretraining"] is not None and not model.reads_pretraining:
-            yield "pretraining", f"{type(model).__name__} trains on no second source (one with ptx_coef above 0 does)"
+            name = type(model).__name__
+            why = f"{name} trains on no second source (with ptx_coef above 0, or on_policy_frac below 1, a stage does)"
+            yield "pretraining", why
     elif hasattr(data, "inert_options"):
         yield from data.inert_options()
 

@@ -63,6 +63,10 @@ class Batch:
         changed |= {name: x.part(start, stop) for name, x in vars(self).items() if isinstance(x, Batch)}
         return replace(self, **changed)
 
+    def without_loss(self: Same) -> Same:
+        """The same units, none of which counts."""
+        raise NotImplementedError(f"{type(self).__name__} always counts")
+
     def halves(self: Same) -> tuple[Same, Same]:
         """Two batches whose losses and gradients add up to those of this one, where the loss takes units one by one."""
         middle = (self.num_units + 1) // 2
@@ -127,7 +131,6 @@ class TokenBatch(Batch):
         return {"tokens": float(self.mask[:, 1:].sum()), "sequences": float(self.num_sequences)}
 
     def without_loss(self) -> "TokenBatch":
-        """The same sequences, none of which counts."""
         return replace(self, mask=torch.zeros_like(self.mask))
 
     @property
@@ -271,8 +274,43 @@ class Generated(Batch):
         return _select(self, rows)
 
 
+AnswersT = TypeVar("AnswersT", bound="_Answers")
+
+
+class _Answers(Batch):
+    """Sampled answers, one a row, and beside them a batch of another source: what is counted, and how they are cut."""
+
+    tokens: Tensor
+    mask: Tensor
+    extra: TokenBatch | None
+
+    def counts(self) -> dict[str, float]:
+        # one wait for the device, not two
+        tokens, sequences = torch.stack((self.mask.sum(), self.mask.any(-1).sum())).tolist()
+        counts = {"tokens": float(tokens), "sequences": float(sequences)}
+        if self.extra is not None:
+            counts["extra_tokens"] = self.extra.counts()["tokens"]
+        return counts
+
+    def select(self: Same, rows: Int[Tensor, " rows"]) -> Same:
+        """The sequences at `rows`, as a minibatch."""
+        return _select(self, rows)
+
+    @property
+    def num_units(self) -> int:
+        return max(len(self.tokens), 0 if self.extra is None else self.extra.num_units)
+
+    def part(self: AnswersT, start: int, stop: int) -> AnswersT:
+        whole, alone = self.num_units, _with(self, extra=None)
+        extra = None if self.extra is None else _share(self.extra, len(self.extra.tokens), start, stop, whole)
+        return _with(_share(alone, len(self.tokens), start, stop, whole), extra=extra)
+
+    def without_loss(self: AnswersT) -> AnswersT:
+        return _with(self, mask=torch.zeros_like(self.mask))
+
+
 @dataclass(frozen=True)
-class Rollouts(Batch):
+class Rollouts(_Answers):
     """Sampled answers and everything known about them: prompt (left-padded) + response (right-padded)."""
 
     tokens: Int[Tensor, "batch time"]
@@ -305,30 +343,19 @@ class Rollouts(Batch):
     extra: TokenBatch | None = None
     """A batch of another source to be trained on in the same step (PPO-ptx)."""
 
-    def counts(self) -> dict[str, float]:
-        # one wait for the device, not two
-        tokens, sequences = torch.stack((self.mask.sum(), self.mask.any(-1).sum())).tolist()
-        counts = {"tokens": float(tokens), "sequences": float(sequences)}
-        if self.extra is not None:
-            counts["extra_tokens"] = self.extra.counts()["tokens"]
-        return counts
 
-    def select(self, rows: Int[Tensor, " rows"]) -> "Rollouts":
-        """The sequences at `rows`, as a minibatch."""
-        return _select(self, rows)
+@dataclass(frozen=True)
+class AnswerRollouts(_Answers):
+    """Sampled answers of which nothing else is known: prompt (left-padded) + response (right-padded)."""
 
-    @property
-    def num_units(self) -> int:
-        return max(len(self.tokens), 0 if self.extra is None else self.extra.num_units)
-
-    def part(self, start: int, stop: int) -> "Rollouts":
-        whole, rows = self.num_units, replace(self, extra=None)
-        extra = None if self.extra is None else _share(self.extra, len(self.extra.tokens), start, stop, whole)
-        return replace(_share(rows, len(self.tokens), start, stop, whole), extra=extra)
-
-    def without_loss(self) -> "Rollouts":
-        """The same sequences, none of which counts."""
-        return replace(self, mask=torch.zeros_like(self.mask))
+    tokens: Int[Tensor, "batch time"]
+    attention_mask: Bool[Tensor, "batch time"]
+    """True on real tokens of prompt and response."""
+    mask: Bool[Tensor, "batch time"]
+    """True on response tokens, the end token included."""
+    positions: Int[Tensor, "batch time"]
+    extra: TokenBatch | None = None
+    """A batch of another source to be trained on in the same step."""
 
 
 @dataclass(frozen=True)
@@ -360,7 +387,6 @@ class PairRollouts(Batch):
         return _select(self, rows)
 
     def without_loss(self) -> "PairRollouts":
-        """The same pairs, none of which counts."""
         return replace(self, counts_in_loss=torch.zeros_like(self.counts_in_loss))
 
     def side(self, index: int) -> TokenBatch:
@@ -375,22 +401,25 @@ class PairRollouts(Batch):
 
 
 RowsT = TypeVar("RowsT", TokenBatch, Generated, Rollouts)
-SharedT = TypeVar("SharedT", TokenBatch, Rollouts)
-SelectedT = TypeVar("SelectedT", TokenBatch, Generated, Rollouts, PairRollouts)
 
 
-def _share(batch: SharedT, rows: int, start: int, stop: int, whole: int) -> SharedT:
+def _share(batch: Same, rows: int, start: int, stop: int, whole: int) -> Same:
     """The rows that belong to units `start` to `stop` of `whole`; where there are none, one in which nothing counts."""
     first, last = start * rows // whole, stop * rows // whole
     some = _select(batch, torch.arange(first, max(last, first + 1)).clamp(max=rows - 1))
     return some if last > first else some.without_loss()
 
 
-def _select(batch: SelectedT, rows: Int[Tensor, " rows"]) -> SelectedT:
+def _select(batch: Same, rows: Int[Tensor, " rows"]) -> Same:
     picked: dict[str, Any] = {
         f.name: getattr(batch, f.name)[rows] for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)
     }
     return replace(batch, **picked)
+
+
+def _with(batch: Same, **changed: Any) -> Same:
+    """`replace`, of fields that not every batch has."""
+    return replace(batch, **changed)
 
 
 def concatenate_rows(parts: Sequence[RowsT], *, pad_id: int) -> RowsT:

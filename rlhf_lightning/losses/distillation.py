@@ -25,7 +25,7 @@ class TeacherLoss(ABC):
 
     @property
     def reads_logprobs(self) -> bool:
-        """Whether it also reads the student's log-probabilities of the tokens themselves, which cost one more pass over
+        """Whether it also reads the student's log-probabilities of records' own tokens, which cost one more pass over
         the vocabulary."""
         return False
 
@@ -37,7 +37,7 @@ class TeacherLoss(ABC):
 
         Args:
             divergence: of student and teacher over the vocabulary (nats).
-            logprobs: of the tokens, under the student; None: not asked for.
+            logprobs: of the tokens, under the student; None: not asked for, or the student wrote them itself.
         """
 
 
@@ -56,7 +56,8 @@ class Distillation(TeacherLoss):
         beta: of jsd: the teacher's share in the mixture, above 0 and below 1; null: 0.5. Towards either end jsd goes to
             0, not to a KL: learning rates do not carry over.
         temperature: divides the logits of both. The gradient falls as 1 / temperature^2 or so; nothing makes up for it.
-        nll_coef: weight of the likelihood of the tokens themselves, at temperature 1.
+        nll_coef: weight of the likelihood of the tokens themselves, at temperature 1; of records, not of the student's
+            own answers.
     References:
         Hinton et al., Distilling the Knowledge in a Neural Network, 2015. arXiv:1503.02531
         Agarwal et al., On-Policy Distillation of Language Models (GKD), 2023. arXiv:2306.13649

@@ -12,6 +12,21 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.tokenizer import load_tokenizer, say_once
 
 
+def named_teacher(spec: ModelSpec | None, learner: str) -> ModelSpec:
+    """The teacher's spec.
+
+    Args:
+        learner: what learns from it, in words.
+    Raises:
+        UserError: it names no model.
+    """
+    if spec is None or (spec.path is None and spec.config is None):
+        raise UserError(
+            f"{learner} learns from a teacher, and none is named: set teacher: {{path: ...}}, a folder or hub id"
+        )
+    return spec
+
+
 def load_teacher(spec: ModelSpec, student: Policy, tokenizer: PreTrainedTokenizerBase) -> Reference:
     """The teacher, frozen. It may be of any size and family, and in few bits.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rlhf_lightning.core.batches import PairRollouts
+from rlhf_lightning.core.batches import PairRollouts, Rollouts
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.planning.phases import FEW_BITS, FROZEN, OPTIMISER, WEIGHTS, Run, Simulation
@@ -181,7 +181,7 @@ def sizes_of(module: Any, data: RLHFDataModule, run: Run, lengths: Lengths) -> S
         step=step,
         unit="pair" if pairs else "sequence",
         rollout=rows,
-        measure=None if pairs else min(module.rows_at_once or rows, rows),
+        measure=None if module.rollout_kind is not Rollouts else min(module.rows_at_once or rows, rows),
         generate=min(module.generation.rows_at_once or rows, rows),
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning.core.batches import (
+    AnswerRollouts,
     Batch,
     Generated,
     PairBatch,
@@ -108,8 +109,11 @@ def _rollouts(module: Any, units: int, lengths: Lengths) -> Batch:
         name: torch.zeros(units, lengths.row)
         for name in ("old_logprobs", "ref_logprobs", "rewards", "advantages", "values", "returns")
     }
-    extra = tokens(units, lengths.row) if getattr(module, "ptx_coef", 0) else None
-    rows = {name: getattr(answers, name) for name in ("tokens", "attention_mask", "mask", "positions", "finished")}
+    extra = tokens(units, lengths.row) if module.reads_pretraining else None
+    rows = {name: getattr(answers, name) for name in ("tokens", "attention_mask", "mask", "positions")}
+    if module.rollout_kind is AnswerRollouts:
+        return AnswerRollouts(**rows, extra=extra)
+    rows["finished"] = answers.finished
     groups = torch.zeros(units, dtype=torch.long)
     return Rollouts(**rows, **per_token, scores=numbers, groups=groups, extra=extra)
 

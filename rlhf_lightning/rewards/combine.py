@@ -186,6 +186,12 @@ def score_samples(rewards: Sequence[WeightedReward], samples: Sequence[Sample]) 
     )
 
 
+def unscored(samples: Sequence[Sample]) -> ScoredSamples:
+    """What is said of samples where there is no reward function: nothing, and all count."""
+    nothing = torch.zeros(len(samples))
+    return ScoredSamples(total=nothing, at_end=nothing, per_token=None, breakdown={}, samples=samples)
+
+
 def check_names(rewards: Sequence[WeightedReward]) -> None:
     """There is a function, and no two share a name."""
     if not rewards:

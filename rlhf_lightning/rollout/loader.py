@@ -7,12 +7,21 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Batch, Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch, step_totals
+from rlhf_lightning.core.batches import (
+    AnswerRollouts,
+    Batch,
+    Generated,
+    PairRollouts,
+    PromptBatch,
+    Rollouts,
+    TokenBatch,
+    step_totals,
+)
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.seeding import counter_seed
 
 BatchT = TypeVar("BatchT")
-AnyRollouts = Rollouts | PairRollouts
+AnyRollouts = Rollouts | PairRollouts | AnswerRollouts
 """What is cut into minibatches: sequences, or pairs of them."""
 
 
@@ -85,7 +94,7 @@ class RolloutLoader:
         rank: int = 0,
         limit: Callable[[], float] = lambda: float("inf"),
         measure: Callable[[Sequence[Batch]], Mapping[str, float]] = lambda batches: {},
-        kind: type[Rollouts] | type[PairRollouts] = Rollouts,
+        kind: type[AnyRollouts] = Rollouts,
     ) -> None:
         self.prompts = prompts
         self.collector = collector

@@ -42,20 +42,22 @@ def teach(
     loss: TeacherLoss,
     *,
     answers: Tensor | None = None,
-    everything: bool = False,
+    with_scores: bool = False,
+    with_teacher: bool = False,
 ) -> Lesson:
     """Ask both about the tokens of a batch that count; hidden states are computed once, and logits never stored.
 
     Args:
         answers: where a prompt that several rows begin with is computed once; see `Policy.hidden_states`.
-        everything: also what the loss does not read: what each says of the tokens themselves.
+        with_scores: also what the student says of the tokens themselves.
+        with_teacher: also what the teacher says of them.
     """
     rows = batch.tokens, batch.attention_mask, batch.positions, getattr(batch, "segments", None)
     hidden = student.hidden_states(*rows, answers=answers)
     theirs = teacher.hidden_states(batch, answers=answers)
-    scores = student.scores(hidden, batch.tokens, batch.mask) if everything or loss.reads_logprobs else None
+    scores = student.scores(hidden, batch.tokens, batch.mask) if with_scores else None
     teacher_logprobs = None
-    if everything:
+    if with_teacher:
         with torch.no_grad():
             teacher_logprobs = teacher.policy.scores(theirs, batch.tokens, batch.mask).logprobs
     heads = student.head(), teacher.policy.head()

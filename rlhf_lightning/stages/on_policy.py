@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
-from rlhf_lightning.core.batches import Batch, Generated, PairRollouts, PromptBatch, Rollouts, TokenBatch
+from rlhf_lightning.core.batches import AnswerRollouts, Batch, Generated, PromptBatch, Rollouts, TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.failpoints import failpoint
 from rlhf_lightning.core.interfaces import RolloutEngine, Sample
@@ -27,7 +27,7 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import Reference, ReferenceSync, make_reference
 from rlhf_lightning.models.sharded import gathered_once, is_sharded
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples
+from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples, unscored
 from rlhf_lightning.rewards.readers import readers_of
 from rlhf_lightning.rollout.ahead import Ahead
 from rlhf_lightning.rollout.engines import truncating_options
@@ -70,8 +70,10 @@ class OnPolicyModule(RLHFModule):
     """
 
     batch_format = "prompts"
-    rollout_kind: ClassVar[type[Rollouts] | type[PairRollouts]] = Rollouts
+    rollout_kind: ClassVar[type[AnyRollouts]] = Rollouts
     """What `collect` gives: sequences, or pairs."""
+    learns_from_scores: ClassVar[bool] = True
+    """Whether it is reward functions that say what is learnt, from how answers to a prompt differ."""
     denominator: ClassVar[str] = "tokens"
     """The count without which an optimiser step has nothing in it to learn from."""
 
@@ -105,9 +107,9 @@ class OnPolicyModule(RLHFModule):
             router_aux_loss_coef=router_aux_loss_coef,
             router_aux_loss_over=router_aux_loss_over,
         )
-        if not rewards:
+        if self.learns_from_scores and not rewards:
             raise UserError("rewards is empty: name at least one reward function, such as a trained reward model")
-        if generation.temperature == 0:
+        if self.learns_from_scores and generation.temperature == 0:
             raise UserError("generation.temperature=0 samples nothing to learn from: use a positive temperature")
         if rows_at_once is not None and rows_at_once < 1:
             raise UserError(f"rows_at_once={rows_at_once}: give at least 1, or leave it out for all rows at once")
@@ -166,8 +168,12 @@ class OnPolicyModule(RLHFModule):
                 _refuse_truncation(self.engine, self.generation)
             self.policy = load_policy(self.model_spec)
             if self.use_reference:
-                self._frozen["reference"] = make_reference(self.policy, self.reference_spec, sync=self.reference_sync)
+                self._frozen["reference"] = self.build_reference(self.policy)
             self.router_balance.watch(self.policy, self._answers_of_rows)
+
+    def build_reference(self, policy: Policy) -> Reference:
+        """The frozen model that the policy is compared with."""
+        return make_reference(policy, self.reference_spec, sync=self.reference_sync)
 
     @property
     def reference(self) -> Reference | None:
@@ -409,6 +415,8 @@ class OnPolicyModule(RLHFModule):
 
     def score_samples(self, samples: Sequence[Sample]) -> ScoredSamples:
         """What the reward functions say of samples; all ranks call it together, each with its own."""
+        if not self.rewards:
+            return unscored(samples)
         with ExitStack() as stack:
             for model in self.reward_models():  # functions ask as often as they like, in threads of their own perhaps
                 stack.enter_context(gathered_once(model, before_use=True))
@@ -458,12 +466,12 @@ class OnPolicyModule(RLHFModule):
             answers=self.shared(batch),
         )
 
-    def shared(self, batch: Generated | Rollouts) -> Tensor | None:
+    def shared(self, batch: Generated | Rollouts | AnswerRollouts) -> Tensor | None:
         """Which tokens are answers, where several share a prompt that then need be computed only once."""
         return batch.mask if self.generation.num_samples > 1 else None
 
-    def _answers_of_rows(self, rows: TokenBatch | Rollouts) -> Tensor | None:
-        return self.shared(rows) if isinstance(rows, Rollouts) else None
+    def _answers_of_rows(self, rows: TokenBatch | Rollouts | AnswerRollouts) -> Tensor | None:
+        return None if isinstance(rows, TokenBatch) else self.shared(rows)
 
     def measured(self, answers: Generated, run: Callable[[Generated], Measured]) -> list[Measured]:
         """What `run` says of the answers, so many rows after so many."""

@@ -21,6 +21,8 @@ def answer_metrics(
 ) -> dict[str, float]:
     """What the answers of a rollout looked like, over sequences and tokens of all ranks; padding counts nowhere.
 
+    Where nothing was scored, nothing is said of scores.
+
     Args:
         add_over_ranks: the sum of a vector over all that sample.
         per_sequence: further numbers [batch], by the names of their metrics.
@@ -29,9 +31,9 @@ def answer_metrics(
     mask, valid = answers.mask, scored.counts.to(answers.mask.device)
     lengths = mask.sum(-1)
     scores = scored.total
+    of_scores = {"rollout/score": scores, "rollout/score_square": scores.square()} if scored.breakdown else {}
     per_sequence = {
-        "rollout/score": scores,
-        "rollout/score_square": scores.square(),
+        **of_scores,
         "rollout/length": lengths,
         "rollout/finished_frac": answers.finished,
         **{f"reward/{name}": values for name, values in (scored.breakdown | scored.parts).items()},
@@ -44,8 +46,9 @@ def answer_metrics(
     means = {name: total / max(sequences, 1) for name, total in zip(per_sequence, totals, strict=False)}
     for name, total in zip(per_token, totals[len(per_sequence) :], strict=True):
         means[name] = total / max(tokens, 1)
-    variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
-    means["rollout/score_std"] = max(variance, 0.0) ** 0.5
+    if of_scores:
+        variance = means.pop("rollout/score_square") - means["rollout/score"] ** 2
+        means["rollout/score_std"] = max(variance, 0.0) ** 0.5
     return means | {
         "rollout/sequences": sequences,
         "rollout/tokens": tokens,

@@ -8,7 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.core.batches import Batch, PairBatch, PairRollouts, Rollouts, TokenBatch, concatenate_rows
+from rlhf_lightning.core.batches import (
+    AnswerRollouts,
+    Batch,
+    PairBatch,
+    PairRollouts,
+    Rollouts,
+    TokenBatch,
+    concatenate_rows,
+)
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.losses.router import experts_chosen, load_balancing_loss
 from rlhf_lightning.models.body import evaluating
@@ -18,7 +26,7 @@ from rlhf_lightning.models.routing import Hearing, Routed, heard
 from rlhf_lightning.models.scalar_head import ScalarModel
 
 Over = Literal["step", "sequence"]
-Rows = TokenBatch | Rollouts
+Rows = TokenBatch | Rollouts | AnswerRollouts
 TOKENS, SEQUENCES, CHOSEN = "routed tokens", "routed sequences", "tokens of expert "
 """Names among the totals of a step."""
 
@@ -176,7 +184,7 @@ def _passes(batch: Batch) -> list[Rows]:
     """The rows of a batch as a stage's model runs on them, one entry for each time that it runs."""
     if isinstance(batch, TokenBatch):
         return [batch]
-    if isinstance(batch, Rollouts):
+    if isinstance(batch, Rollouts | AnswerRollouts):
         return [batch] if batch.extra is None else [batch, batch.extra]
     if isinstance(batch, PairRollouts):
         [rows] = _passes(batch.as_pairs())

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from rlhf_lightning.core.batches import TokenBatch
-from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import masked_mean, reduce_tokens
 from rlhf_lightning.losses.distillation import TeacherLoss
@@ -19,7 +18,7 @@ from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.models.teacher import inert_teacher_options, load_teacher
+from rlhf_lightning.models.teacher import inert_teacher_options, load_teacher, named_teacher
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.lesson import Lesson, teach
 from rlhf_lightning.stages.router_balance import Over
@@ -75,15 +74,10 @@ class SFTModule(RLHFModule):
             router_aux_loss_coef=router_aux_loss_coef,
             router_aux_loss_over=router_aux_loss_over,
         )
-        if isinstance(loss, TeacherLoss) and teacher is None:
-            raise UserError(
-                f"teacher=null: {type(loss).__name__} learns from another model: set teacher: {{path: ...}}, a folder "
-                "or hub id, or use another loss, as NLL"
-            )
         self.save_hyperparameters()
         self.loss = loss
-        reads = isinstance(loss, TeacherLoss)
-        self.teacher_spec, self._unread_teacher = (teacher, None) if reads else (None, teacher)
+        self.teacher_spec = named_teacher(teacher, type(loss).__name__) if isinstance(loss, TeacherLoss) else None
+        self._unread_teacher = None if isinstance(loss, TeacherLoss) else teacher
         self.policy: Policy | None = None
         self._frozen: dict[str, Reference] = {}
         """The teacher, kept out of Module's registry: neither trained nor saved."""
@@ -134,16 +128,16 @@ class SFTModule(RLHFModule):
         assert self.policy is not None
         return self.policy(batch)
 
-    def lesson(self, batch: TokenBatch, loss: TeacherLoss, *, everything: bool = False) -> Lesson:
-        """The batch as the model and its teacher see it."""
+    def lesson(self, batch: TokenBatch, loss: TeacherLoss, **more: bool) -> Lesson:
+        """The batch as the model and its teacher see it; `more` as of `teach`."""
         assert self.policy is not None
         assert self.teacher is not None
-        return teach(self.policy, self.teacher, batch, loss, everything=everything)
+        return teach(self.policy, self.teacher, batch, loss, **more)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         with self.router_balance.heard() as hearing:
             if isinstance(self.loss, TeacherLoss):
-                lesson = self.lesson(batch, self.loss)
+                lesson = self.lesson(batch, self.loss, with_scores=self.loss.reads_logprobs)
                 per_token, metrics = lesson.loss(self.loss), lesson.metrics()
             else:
                 scores = self(batch)
@@ -158,7 +152,7 @@ class SFTModule(RLHFModule):
     def evaluate(self, batch: TokenBatch, batch_idx: int) -> None:
         mask = scored_tokens(batch.mask)
         if isinstance(self.loss, TeacherLoss):
-            lesson = self.lesson(batch, self.loss, everything=True)
+            lesson = self.lesson(batch, self.loss, with_scores=True, with_teacher=True)
             assert lesson.scores is not None
             assert lesson.teacher_logprobs is not None
             scores = lesson.scores

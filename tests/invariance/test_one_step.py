@@ -18,7 +18,7 @@ LOSS = {
     "ppo": "policy/loss",
     "grpo": "policy/loss",
 }
-LOSS |= dict.fromkeys((*PREFERENCES, "online dpo"), "train/loss")
+LOSS |= dict.fromkeys((*PREFERENCES, "online dpo", "gkd"), "train/loss")
 LOSS |= {"kto": "train/loss", "kto, cached": "train/loss", "bco": "train/loss"}
 # an on-policy stage cuts its rollouts itself: a batch is always the 12 prompts of the step
 CUTS = {
@@ -84,6 +84,8 @@ ON_POLICY = {
     "prompts padded on the right": {"attributes": {"pads_on_the_right": True}},
 }
 CASES += [(stage, name, how) for stage in ("ppo", "grpo", "online dpo") for name, how in ON_POLICY.items()]
+# a batch of records beside each micro-batch: five do not share out twelve
+CASES += [("gkd", name, how) for name, how in ON_POLICY.items() if how.get("accumulate") != 5]
 
 
 @pytest.fixture(scope="module")

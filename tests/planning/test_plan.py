@@ -29,6 +29,7 @@ from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages import (
     DPOModule,
+    GKDModule,
     GRPOModule,
     KTOModule,
     OnlineDPOModule,
@@ -61,6 +62,7 @@ def stages(spec):
         "kto": KTOModule(spec),
         "ppo": PPOModule(spec, rewards, **sampling),
         "grpo": GRPOModule(spec, rewards, **sampling),
+        "gkd": GKDModule(spec, spec, on_policy_frac=0.5, **sampling),
         "online dpo": OnlineDPOModule(spec, rewards, DPO(), **sampling),
     }
 
@@ -82,7 +84,7 @@ def test_every_stage_can_be_planned(name, spec):
     assert getattr(module, "policy", getattr(module, "model", None)) is None, "the stage itself is not built"
     assert two.total > one.total > one.parts["weights"] + one.parts["optimiser"]
     assert (plan.measure(2) is not None) == (name in MEASURING)
-    if name.startswith(("taught", "dpo", "kto", "ppo", "grpo", "online")):
+    if name.startswith(("taught", "gkd", "dpo", "kto", "ppo", "grpo", "online")):
         assert one.parts["frozen models"] > 0
     if module.batch_format == "prompts":
         assert plan.generate(64).total > plan.generate(2).total

@@ -31,6 +31,7 @@ from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
 from rlhf_lightning.stages import (
     DPOModule,
+    GKDModule,
     GRPOModule,
     KTOModule,
     OnlineDPOModule,
@@ -43,7 +44,7 @@ from rlhf_lightning.stages.online_dpo import Opponent
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 from rlhf_lightning.stages.schedule import Schedule
 
-ON_POLICY = ("ppo", "ppo, ahead", "grpo", "grpo, ahead", "online dpo")
+ON_POLICY = ("ppo", "ppo, ahead", "grpo", "grpo, ahead", "online dpo", "gkd, ahead")
 
 
 WITH_MEMORY = WeightedLosses([WeightedLoss(BetaDPO(beta=0.5)), WeightedLoss(BCOPair(beta=0.5, shift_decay=0.7))])
@@ -86,6 +87,15 @@ def module_for(stage, model):
             entropy_coef=0.1,
             entropy_control=AdaptiveEntropy(target=10.0, delta=0.05),
             reference_sync=ReferenceSync(every=2, share=0.6),
+            **common,
+        )
+    if stage.startswith("gkd"):
+        return GKDModule(
+            source,
+            another(str(model)),
+            on_policy_frac=0.5,
+            generation=GenerationSpec(max_new_tokens=4, num_samples=2),
+            updates=UpdateSpec(inner_epochs=2, async_rollouts=ahead),
             **common,
         )
     if stage == "online dpo":

@@ -186,9 +186,10 @@ def test_records_are_cut_to_the_shorter_context_of_the_two(tiny_model, write_jso
     assert batch.tokens.shape[1] == 32
 
 
-def test_a_loss_without_a_teacher_is_refused():
-    with pytest.raises(UserError, match=r"teacher=null: Distillation learns from another model: set teacher: \{path:"):
-        SFTModule(ModelSpec(path="x"), Distillation())
+@pytest.mark.parametrize("nobody", [None, ModelSpec(dtype="bfloat16")])
+def test_a_loss_without_a_teacher_is_refused(nobody):
+    with pytest.raises(UserError, match=r"Distillation learns from a teacher, and none is named: set teacher: \{path:"):
+        SFTModule(ModelSpec(path="x"), Distillation(), teacher=nobody)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def assert_same(expected, found):
         ("grpo, balanced per step", {**ON_POLICY, "spec": {"gradient_checkpointing": True}}),
         ("grpo, balanced per sequence", ON_POLICY),
         ("online dpo, balanced per step", ON_POLICY),
+        ("gkd, balanced per step", {"accumulate": 4}),
     ],
 )
 def test_the_cut_does_not_matter(stage, how, whole, moe):

@@ -35,6 +35,7 @@ from rlhf_lightning.rollout.generate import GenerationSpec, assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.stages import (
     DPOModule,
+    GKDModule,
     GRPOModule,
     KTOModule,
     OnlineDPOModule,
@@ -144,6 +145,10 @@ class CannedPPO(Canned, PPOModule):
     """PPO on canned answers; everything else is real."""
 
 
+class CannedGKD(Canned, GKDModule):
+    """Distillation on canned answers; everything else is real."""
+
+
 class CannedGRPO(Canned, GRPOModule):
     """GRPO on canned answers; everything else is real."""
 
@@ -183,6 +188,16 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
         return DPOModule(source, PREFERENCES[stage], reference=another(model), optimizer=sgd)
     if stage in UNPAIRED:
         return KTOModule(source, UNPAIRED[stage], reference=another(model), optimizer=sgd)
+    if stage == "gkd":
+        return CannedGKD(
+            source,
+            another(model, hidden_size=24, vocab_size=32),
+            TAUGHT,
+            on_policy_frac=0.7,
+            generation=GenerationSpec(max_new_tokens=10, num_samples=3),
+            optimizer=sgd,
+            seed=3,
+        )
     if stage == "grpo":
         return CannedGRPO(
             source,
@@ -244,6 +259,12 @@ def step(
         module.reference_cache = str(Path(path).parent / f"{stage} {trainer.get('devices', 1)}")
     for name, value in (attributes or {}).items():
         setattr(module, name, value)
+    if stage == "gkd":  # records beside its own answers, all twelve in every step
+        beside = Path(path).parent / "beside.jsonl"
+        if not beside.exists():
+            beside.write_text("".join(json.dumps(record) + "\n" for record in records("sft")))
+        size = 12 // (accumulate * trainer.get("devices", 1))
+        data = {"pretraining": str(beside), "pretraining_batch_size": size} | (data or {})
     keep = Keep()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -263,7 +284,7 @@ def step(
 
 if __name__ == "__main__":
     stage, model, path, out, *strategy = sys.argv[1:]
-    on_policy = stage.split(", balanced")[0] in ("ppo", "grpo", "online dpo")
+    on_policy = stage.split(", balanced")[0] in ("ppo", "grpo", "online dpo", "gkd")
     metrics, gradients = step(
         stage,
         model,

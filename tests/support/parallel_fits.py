@@ -91,7 +91,7 @@ def fit(
     Args:
         validated: on the same records, after every epoch.
     """
-    together = batch_size or (12 if stage in ("ppo", "grpo") else 4)
+    together = batch_size or (12 if stage in ("ppo", "grpo", "gkd") else 4)
     losses = Losses()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -99,7 +99,14 @@ def fit(
         readers = options.get("devices", 1) // getattr(options.get("strategy"), "tensor_parallel_size", 1)
         records_of = str(folder / f"{stage}.jsonl")
         size = together // max(readers, 1)
-        data = RLHFDataModule(train=records_of, val=records_of if validated else None, batch_size=size)
+        # of the twelve beside its own answers a step sees all: three micro-batches of four
+        beside = {"pretraining": str(folder / "sft.jsonl"), "pretraining_batch_size": 4 // max(readers, 1)}
+        data = RLHFDataModule(
+            train=records_of,
+            val=records_of if validated else None,
+            batch_size=size,
+            **(beside if stage == "gkd" else {}),
+        )
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return losses.values
 
@@ -120,7 +127,7 @@ def of_stage(stage: str, model: str, folder: Path, **options: Any) -> dict[str, 
 
 
 def write_records(folder: Path) -> None:
-    for stage in (*STAGES, "kto", "taught"):
+    for stage in (*STAGES, "kto", "taught", "gkd"):
         (folder / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
 
 

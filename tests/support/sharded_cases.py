@@ -288,6 +288,7 @@ SHARDED |= {
 SHARDED |= {
     "kto, fsdp2": compared("kto", named("fsdp2")),
     "taught, fsdp2": compared("taught", named("fsdp2")),
+    "gkd, fsdp2": compared("gkd", named("fsdp2")),
     "sft, not resharded": compared("sft", lambda: FSDP2Strategy(reshard_after_forward=False)),
     "sft, bfloat16": compared("sft", lambda: FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")),
     "sft, bf16-mixed": compared("sft", named("fsdp2"), precision="bf16-mixed"),

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.y*ml"))
 WORDS = ("good", "bad", "long", "short", "great", "dull", "film", "plot", "actors", "end", "was", "very")
 SETTINGS = {"trainer.max_steps": 1, "trainer.limit_val_batches": 1, "trainer.log_every_n_steps": 1}
-ON_POLICY = ("PPOModule", "GRPOModule", "OnlineDPOModule")
+ON_POLICY = ("PPOModule", "GRPOModule", "OnlineDPOModule", "GKDModule")
 RECORDS = {
     "SFTModule": {"prompt": "the film", "completion": "was"},
     "BradleyTerry": {"prompt": "the film", "chosen": "was good", "rejected": "was bad"},
@@ -27,6 +27,7 @@ RECORDS = {
     "GRPOModule": {"prompt": "the film", "answer": "good"},
     "Countdown": {"prompt": "the film", "numbers": [3, 25, 7], "target": 82},
     "OnlineDPOModule": {"prompt": "the film"},
+    "GKDModule": {"prompt": "the film"},
     "DPOModule": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "margin": 1.0},
     "TPO": {"prompt": "the film", "chosen": "was good", "rejected": "was bad", "gold": "was great"},
     "ListwiseDPO": {"prompt": "the film", "completions": ["good", "bad", "dull"], "ranks": [1, 3, 2]},
