@@ -75,7 +75,8 @@ def kl_penalty(
     all but abs in gradient.
 
     TRL's `use_bias_correction_kl` is k3 with the weight; where its ratio is the sequence's, it weighs by that one.
-    OpenRLHF's `unbiased_gradient` has the gradient of the weighted k3+ with `max_weight` 10, and an unweighted value.
+    The gradient of weighted k2, k3 and k3+ is w_t d_t at every token. OpenRLHF's `unbiased_gradient` has that of the
+    weighted k3+ with `max_weight` 10, and an unweighted value.
 
     Args:
         logprobs: under the policy being trained.

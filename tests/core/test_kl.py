@@ -149,3 +149,13 @@ def test_absolute_values_and_straight_through_by_hand():
         estimate = kl_estimate(logprob, torch.tensor(-1.0), estimator)
         assert estimate.item() == pytest.approx(value)
         assert torch.autograd.grad(estimate, logprob)[0].item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3+"])
+def test_the_gradient_of_a_weighted_penalty_is_the_weighted_log_ratio(estimator):
+    """At every token, and not only on average: w d for d^2/2 with w held, and for w (exp(-d) - 1 + d) with w moving."""
+    logprobs = torch.tensor([-0.3, -2.0, -5.0], dtype=torch.float64, requires_grad=True)
+    reference, old = torch.tensor([[-1.3, -1.0, -5.5], [-0.9, -2.5, -3.0]], dtype=torch.float64)
+    penalty = kl_penalty(logprobs, reference, old, estimator=estimator, importance_weighted=True)
+    expected = (logprobs - old).exp() * (logprobs - reference)
+    torch.testing.assert_close(torch.autograd.grad(penalty.sum(), logprobs)[0], expected.detach())

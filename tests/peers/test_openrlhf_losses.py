@@ -4,6 +4,7 @@ Values and gradients, on ragged batches that hold every case. Where we differ on
 states both numbers.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,7 +181,7 @@ def test_differs_bounds_that_exclude_an_exact_sampler_are_refused():
 
 
 def test_differs_every_ratio_is_held_within_20_nats():
-    """Of the engine's ratio (and GSPO's) theirs is not: a token that it all but excluded gets a weight of e^60."""
+    """Of the engine's ratio and of GSPO's theirs is not: what one of two policies all but excluded weighs e^60."""
     mask = torch.ones(1, 1, dtype=torch.bool)
     now, engine = torch.full((1, 1), -1.0), torch.full((1, 1), -61.0)
     corrected = their_loss(is_correction_level="token", is_correction_threshold=(0.0, 1e30))
@@ -188,6 +189,9 @@ def test_differs_every_ratio_is_held_within_20_nats():
     weights = SamplerCorrection(cap=None, keep="token", high=1e30)(now, engine, mask).weights
     assert (-theirs).log().item() == pytest.approx(60, rel=1e-5)
     assert weights.log().item() == pytest.approx(20, rel=1e-5)
+    gspo, *_ = their_loss(policy_loss_type="gspo")(now, engine, -torch.ones(1, 1), mask)
+    assert gspo.log().item() == pytest.approx(60, rel=1e-5)
+    assert Gspo()(now, engine, -torch.ones(1, 1), mask).per_token.log().item() == pytest.approx(20, rel=1e-5)
 
 
 def test_differs_an_answer_that_does_not_count():
@@ -207,15 +211,11 @@ def test_differs_an_answer_that_does_not_count():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_one_mean_over_the_micro_batches_of_a_step(how, count):
     """DeepSpeed divides each loss by the number of micro-batches; theirs undoes it, ours divides by the totals."""
-
-    class Strategy:
-        ds_device_mesh = None
-
     now = logprobs_like(MASK, seed=0).requires_grad_()
     mask = MASK.clone()
     mask[2] = False  # an answer that is masked out: in no denominator, theirs or ours
     parts = list(torch.arange(4).split(-(-4 // count)))
-    steps = loss_utils.iter_grad_accum_global_norm(parts, Strategy(), len(parts), lambda rows: mask[rows])
+    steps = loss_utils.iter_grad_accum_global_norm(parts, SimpleNamespace(), len(parts), lambda rows: mask[rows])
     per_token = now.square()
     theirs = sum(
         losses.aggregate_loss(per_token[rows], mask[rows], how == "token-mean", **info) / len(parts)
@@ -225,6 +225,16 @@ def test_one_mean_over_the_micro_batches_of_a_step(how, count):
     ours = sum(reduce_tokens(per_token[rows], mask[rows], HOW[how], totals[HOW[how]]) for rows in parts)
     assert_same_value_and_gradient(ours, theirs, now)
     assert_same_value_and_gradient(ours, reduce_tokens(per_token, mask, HOW[how]), now)
+
+
+def test_one_mean_over_a_batch_that_is_a_step():
+    mask = MASK.clone()
+    mask[2] = False
+    info = loss_utils.get_loss_batch_info(SimpleNamespace(), mask)
+    now = logprobs_like(MASK, seed=0).requires_grad_()
+    for how, ours in HOW.items():
+        theirs = losses.aggregate_loss(now.square(), mask, how == "token-mean", **info)
+        assert_same_value_and_gradient(reduce_tokens(now.square(), mask, ours), theirs, now)
 
 
 def test_sft():

@@ -7,6 +7,7 @@ that build it are run as they stand; everything after is not.
 import argparse
 import ast
 from datetime import datetime
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # float32, sums of a few dozen terms in another order
 
 
+@cache
 def openrlhf_parser(script: str) -> argparse.ArgumentParser:
     """The parser of `openrlhf/cli/SCRIPT.py`."""
     source = ast.parse(peer_file(f"openrlhf/cli/{script}.py").read_text())
