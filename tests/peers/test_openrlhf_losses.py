@@ -4,6 +4,7 @@ Values and gradients, on ragged batches that hold every case. Where we differ on
 states both numbers.
 """
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +193,28 @@ def test_differs_every_ratio_is_held_within_20_nats():
     gspo, *_ = their_loss(policy_loss_type="gspo")(now, engine, -torch.ones(1, 1), mask)
     assert gspo.log().item() == pytest.approx(60, rel=1e-5)
     assert Gspo()(now, engine, -torch.ones(1, 1), mask).per_token.log().item() == pytest.approx(20, rel=1e-5)
+
+
+def test_differs_the_binary_kl_of_a_token_that_the_trainer_all_but_excludes():
+    """Theirs holds both probabilities within 1e-6 of 0 and 1, a bound of 13.8; ours is that of the two coins."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    old, engine = torch.tensor([[-30.0, -1.0]]), torch.tensor([[0.5, math.exp(-1)]]).log()
+
+    def kept(high: float) -> tuple[bool, bool]:
+        corrected = their_loss(
+            is_correction_level="seq", is_correction_gating="binary_kl", is_correction_threshold=(0.0, high)
+        )
+        *_, filtered = corrected(old, old, torch.ones(1, 2), mask, engine)
+        ours = SamplerCorrection(cap=None, filters=[SamplerFilter("binary_kl", "mean", high)])(old, engine, mask)
+        return filtered.item() == 0, bool(ours.metrics["kept_frac"].all())
+
+    held = 0.5 * (0.5 * math.log(0.5 / 1e-6) + 0.5 * math.log(0.5))
+    exact = 0.5 * (0.5 * (math.log(0.5) + 30) + 0.5 * math.log(0.5))
+    assert held == pytest.approx(3.107, abs=1e-3)
+    assert exact == pytest.approx(7.153, abs=1e-3)
+    assert kept(held - 0.01) == (False, False)
+    assert kept(held + 0.01) == (True, False)
+    assert kept(exact + 0.01) == (True, True)
 
 
 def test_differs_an_answer_that_does_not_count():
