@@ -17,6 +17,8 @@ OURS = {
     "lr_scheduler_type": "model.schedule.shape",
     "bf16": "trainer.precision",
     "loss_type": "model.loss",
+    "teacher_model_name_or_path": "model.teacher.path",
+    "lmbda": "model.on_policy_frac",
     "reward_funcs": "model.rewards",
     "reward_weights": "model.rewards",
     "num_generations": "model.generation.num_samples",

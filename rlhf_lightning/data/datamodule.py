@@ -41,7 +41,7 @@ class RLHFDataModule(L.LightningDataModule):
         val: the same for validation.
         test: the same for testing.
         val_frac: instead of `val`: the share of the training records held out, chosen by each record's hash.
-        pretraining: a second source of texts, trained on beside the rollouts (PPO-ptx).
+        pretraining: a second source, trained on beside the rollouts (PPO-ptx, GKD).
         pretraining_batch_size: records per batch of it; None: batch_size.
         tokenizer: folder or hub id; None: the model's.
         batch_size: records per device and batch; rows, if packed.

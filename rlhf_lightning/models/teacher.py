@@ -27,7 +27,9 @@ def named_teacher(spec: ModelSpec | None, learner: str) -> ModelSpec:
     return spec
 
 
-def load_teacher(spec: ModelSpec, student: Policy, tokenizer: PreTrainedTokenizerBase) -> Reference:
+def load_teacher(
+    spec: ModelSpec, student: Policy, tokenizer: PreTrainedTokenizerBase, *, reads_answers: bool = False
+) -> Reference:
     """The teacher, frozen. It may be of any size and family, and in few bits.
 
     Output heads may have different numbers of rows, as where one family pads its vocabulary to 151936 and 152064: what
@@ -35,8 +37,10 @@ def load_teacher(spec: ModelSpec, student: Policy, tokenizer: PreTrainedTokenize
 
     Args:
         tokenizer: the student's, which both read by.
+        reads_answers: whether the teacher reads what the student samples, and not texts alone.
     Raises:
-        UserError: the teacher's tokenizer gives some token another number, or a head has no row for some token.
+        UserError: the teacher's tokenizer gives some token another number, or a head has no row for some token, or the
+            student might say what the teacher cannot read.
     """
     _check_tokens(spec, tokenizer)
     teacher = load_policy(spec)
@@ -47,6 +51,12 @@ def load_teacher(spec: ModelSpec, student: Policy, tokenizer: PreTrainedTokenize
         raise UserError(
             f"the tokenizer has {needed} tokens, and the output head of the {who} only {rows} rows: a divergence needs "
             "one for each; use models that were made with this tokenizer"
+        )
+    if reads_answers and ours > theirs:
+        raise UserError(
+            f"the student's output head has {ours} rows and the teacher {name_of(spec)} knows {theirs} tokens: an "
+            "answer might hold one that the teacher cannot read. Use a teacher with as many rows, or learn from "
+            "records (SFTModule)"
         )
     if ours != theirs:
         say_once(

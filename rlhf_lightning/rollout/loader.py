@@ -42,7 +42,7 @@ class UpdateSpec:
         shuffle: draw the minibatches of each pass anew from all rollouts; false: cut them in the order of the prompts,
             answers to one prompt side by side, every pass alike.
         async_rollouts: sample the first batch of each rollout by the policy as it was before it was trained on the
-            rollout before, in the background, while it is (one step off policy; PPO and GRPO).
+            rollout before, in the background, while it is (one step off policy; PPO, GRPO and GKD).
     """
 
     inner_epochs: int = 4

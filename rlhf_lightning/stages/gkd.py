@@ -130,7 +130,7 @@ class GKDModule(OnPolicyModule):
         return [*super().readers(), self.teacher_spec]
 
     def build_reference(self, policy: Policy) -> Reference:
-        return load_teacher(self.teacher_spec, policy, self.tokenizer)
+        return load_teacher(self.teacher_spec, policy, self.tokenizer, reads_answers=True)
 
     @property
     def teacher(self) -> Reference:

@@ -15,16 +15,17 @@ from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rollout import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, RewardModule, SFTModule
+from rlhf_lightning.stages import DPOModule, GKDModule, GRPOModule, KTOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlhf-lightning[peers]'")
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "from_trl.md").read_text()
 SECTIONS = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:])
-STAGES = [SFTModule, RewardModule, DPOModule, KTOModule, GRPOModule]
+STAGES = [SFTModule, RewardModule, DPOModule, KTOModule, GRPOModule, GKDModule]
 SPECS = {
     "policy": [ModelSpec],
+    "teacher": [ModelSpec],
     "generation": [GenerationSpec],
     "updates": [UpdateSpec],
     "shaping": [RewardShaping],
@@ -47,11 +48,24 @@ def parameters(cls: type) -> set[str]:
     return set(inspect.signature(cls).parameters)
 
 
-@pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig"])
+AS_FOR = {"RLOOConfig": "GRPOConfig", "DistillationConfig": "GRPOConfig", "GKDConfig": "SFTConfig"}
+"""Sections that lean on another."""
+CONFIGS = ["SFTConfig", "RewardConfig", "DPOConfig", "KTOConfig", "GRPOConfig", *AS_FOR]
+
+
+def config_of(name: str) -> type:
+    if name == "GKDConfig":
+        from trl.experimental.gkd import GKDConfig
+
+        return GKDConfig
+    return getattr(trl, name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_argument_of_a_trainer_is_named(name):
-    known = {field.name for field in fields(getattr(trl, name))}
+    known = {field.name for field in fields(config_of(name))}
     own = known - {field.name for field in fields(transformers.TrainingArguments)}
-    sections = ["Every trainer", name] + (["GRPOConfig"] if name == "RLOOConfig" else [])
+    sections = ["Every trainer", name] + ([AS_FOR[name]] if name in AS_FOR else [])
     said = {theirs for section in sections for names, _ in rows(section) for theirs in names}
     assert len(own) > 5
     assert own - said == set()

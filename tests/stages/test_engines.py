@@ -11,7 +11,7 @@ from copy_engine import CopyEngine
 from fits import fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from moving import moved
-from one_step import records
+from one_step import another, records
 from safetensors.torch import load_file
 
 from rlhf_lightning.advantages import ReMax
@@ -24,7 +24,7 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import GRPOModule, OnlineDPOModule, PPOModule
+from rlhf_lightning.stages import GKDModule, GRPOModule, OnlineDPOModule, PPOModule
 from rlhf_lightning.stages.online_dpo import Opponent
 
 STAGES = {
@@ -32,6 +32,7 @@ STAGES = {
     "remax": partial(GRPOModule, credit=ReMax()),
     "ppo": partial(PPOModule, updates=UpdateSpec(inner_epochs=1, num_minibatches=2)),
     "online dpo": OnlineDPOModule,
+    "gkd": lambda spec, rewards, **options: GKDModule(spec, another(spec.path), rewards=rewards, **options),
     "online dpo with an opponent": partial(OnlineDPOModule, opponent=Opponent(reference_share=0.5)),
 }
 

@@ -23,7 +23,7 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
-from rlhf_lightning.stages import GKDModule
+from rlhf_lightning.stages import GKDModule, SFTModule
 
 SHORT = GenerationSpec(max_new_tokens=5, num_samples=2)
 
@@ -164,6 +164,15 @@ def test_answers_may_come_from_the_student_of_a_rollout_before(tiny_model, write
 def test_what_cannot_be_meant_is_said(options, message):
     with pytest.raises(UserError, match=message):
         GKDModule(ModelSpec(path="x"), ModelSpec(path="y"), **options)
+
+
+def test_a_student_that_might_say_what_its_teacher_cannot_read_is_refused(tiny_model):
+    student, teacher = another(str(tiny_model), vocab_size=32), ModelSpec(path=str(tiny_model))
+    SFTModule(student, Distillation(), teacher=teacher).configure_model()  # of records every token is known
+    with pytest.raises(
+        UserError, match=r"head has 32 rows and the teacher .* knows 21 tokens: an answer might hold one"
+    ):
+        GKDModule(student, teacher).configure_model()
 
 
 def test_records_that_are_not_given_are_asked_for(tiny_model, write_jsonl, tmp_path):
