@@ -28,12 +28,15 @@ class CriticSpec:
             trained, whatever its lora and quantization.
         learning_rate: of the critic's parameters; None: the policy's.
         keep_head: start from the reward model's head; false: from zeros.
+        clip_apart: trainer.gradient_clip_val bounds the gradients of policy and critic each by itself, as with two
+            optimisers (OpenRLHF, verl); false: those of both together.
     """
 
     kind: Literal["separate", "shared"] = "separate"
     model: ModelSpec | None = None
     learning_rate: float | None = None
     keep_head: bool = True
+    clip_apart: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "shared" and self.model is not None:

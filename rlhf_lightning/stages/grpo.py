@@ -109,6 +109,7 @@ class GRPOModule(PolicyGradientModule):
         whiten_advantages: scale advantages once more, over the tokens of the rollout; mean: to mean 0 alone; sample:
             squares divided by n - 1, not n.
         reduction: what the policy's loss is averaged over.
+        reduction_length: what `fixed_length` divides by; None: generation.max_new_tokens.
         auxiliary_reduction: what KL and entropy are averaged over; None: the same (OpenRLHF: always token_mean).
         dynamic_sampling: draw prompts until enough groups differ in score; None: take groups as they come.
         drop_uninformative: groups whose scores are all equal carry no loss and count in no denominator; false: they
@@ -161,6 +162,7 @@ class GRPOModule(PolicyGradientModule):
         whiten_advantages: Whitening = False,
         reduction: Reduction = "sequence_mean",
         auxiliary_reduction: Reduction | None = None,
+        reduction_length: int | None = None,
         dynamic_sampling: DynamicSampling | None = None,
         drop_uninformative: bool = False,
         mask_truncated: bool = False,
@@ -210,6 +212,7 @@ class GRPOModule(PolicyGradientModule):
             correction=correction,
             clip_advantages=clip_advantages,
             auxiliary_reduction=auxiliary_reduction,
+            reduction_length=reduction_length,
             router_aux_loss_coef=router_aux_loss_coef,
             router_aux_loss_over=router_aux_loss_over,
         )

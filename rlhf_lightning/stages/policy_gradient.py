@@ -56,6 +56,7 @@ class PolicyGradientModule(OnPolicyModule):
             mean 0 alone; sample: squares divided by n - 1, not n.
         reduction: what the policy's loss is averaged over.
         auxiliary_reduction: what the other terms (KL, entropy, critic) are averaged over; None: the same.
+        reduction_length: what `fixed_length` divides by; None: generation.max_new_tokens.
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it.
         ptx_coef: weight of the likelihood of a second source, data.pretraining.
         correction: weights for answers whose sampler was not quite the policy, or an older one.
@@ -97,6 +98,7 @@ class PolicyGradientModule(OnPolicyModule):
         correction: SamplerCorrection | None = None,
         clip_advantages: Limit | None = None,
         auxiliary_reduction: Reduction | None = None,
+        reduction_length: int | None = None,
         router_aux_loss_coef: float = 0.0,
         router_aux_loss_over: Over = "step",
     ) -> None:
@@ -154,6 +156,9 @@ class PolicyGradientModule(OnPolicyModule):
         self.whiten_advantages = whiten_advantages
         self.reduction = reduction
         self.auxiliary_reduction: Reduction = reduction if auxiliary_reduction is None else auxiliary_reduction
+        if reduction_length is not None and reduction_length < 1:
+            raise UserError(f"reduction_length={reduction_length}: give a number of tokens, such as 1024, or null")
+        self.reduction_length = reduction_length
         self.target_kl = target_kl
         self.ptx_coef = ptx_coef
         self._stopped_rollout = -1
@@ -184,6 +189,8 @@ class PolicyGradientModule(OnPolicyModule):
                 yield "kl.credited", "the coefficient of the KL in the reward is 0"
             if self.kl.bound is not None and not self.kl.loss_coef:
                 yield "kl.bound", "KL is neither in the reward nor in the loss"
+        if self.reduction_length is not None and "fixed_length" not in (self.reduction, self.auxiliary_reduction):
+            yield "reduction_length", "no reduction is fixed_length"
         if self.auxiliary_reduction != self.reduction and not self._has_auxiliary_terms:
             yield "auxiliary_reduction", "there is neither KL in the loss nor an entropy bonus"
         if self.shaper.shaping.missing_eos_score is not None and self.shaper.shaping.missing_eos_penalty:
@@ -409,7 +416,8 @@ class PolicyGradientModule(OnPolicyModule):
 
     def _reduced(self, per_token: Tensor, batch: Rollouts, how: Reduction) -> Tensor:
         denominator = batch.total("tokens" if how == "token_mean" else "sequences")
-        return reduce_tokens(per_token, batch.mask, how, denominator, max_length=self.generation.max_new_tokens)
+        length = self.reduction_length or self.generation.max_new_tokens
+        return reduce_tokens(per_token, batch.mask, how, denominator, max_length=length)
 
     def _ptx(self, batch: Rollouts) -> Tensor:
         assert self.policy is not None

@@ -65,6 +65,7 @@ class PPOModule(PolicyGradientModule):
         whiten_advantages: scale advantages to mean 0 and standard deviation 1 over the tokens of the rollout, all ranks
             together (Ziegler et al., 2019); mean: to mean 0 alone; sample: squares divided by n - 1 (verl), not n.
         reduction: what the policy's loss is averaged over.
+        reduction_length: what `fixed_length` divides by; None: generation.max_new_tokens.
         auxiliary_reduction: what KL, entropy and the critic's loss are averaged over; None: the same (OpenRLHF: always
             token_mean).
         target_kl: no more optimiser steps on a rollout once the policy has moved this far from the one that sampled it
@@ -112,6 +113,7 @@ class PPOModule(PolicyGradientModule):
         whiten_advantages: Whitening = True,
         reduction: Reduction = "token_mean",
         auxiliary_reduction: Reduction | None = None,
+        reduction_length: int | None = None,
         target_kl: float | None = None,
         critic_warmup_steps: int = 0,
         ptx_coef: float = 0.0,
@@ -153,6 +155,7 @@ class PPOModule(PolicyGradientModule):
             correction=correction,
             clip_advantages=clip_advantages,
             auxiliary_reduction=auxiliary_reduction,
+            reduction_length=reduction_length,
             router_aux_loss_coef=router_aux_loss_coef,
             router_aux_loss_over=router_aux_loss_over,
         )
@@ -267,6 +270,21 @@ class PPOModule(PolicyGradientModule):
         self.log_step_means(batch_idx)
         loss = torch.stack(list(terms.values())).sum() + self.router_loss(hearing, batch, batch_idx)
         return loss * self.loss_scale
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Of all gradients together, or with `critic.clip_apart` of each of the groups in `parameter_groups`."""
+        groups = optimizer.param_groups
+        apart = [[group] for group in groups] if self.critic_spec.clip_apart else [groups]
+        try:
+            for optimizer.param_groups in apart:  # what is clipped is what the optimiser has
+                super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        finally:
+            optimizer.param_groups = groups
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)

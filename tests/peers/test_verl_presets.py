@@ -111,6 +111,7 @@ def test_ppo_has_the_numbers_of_verl(theirs):
     assert critic.loss_agg_mode == theirs.actor_rollout_ref.actor.loss_agg_mode
     assert (critic.ppo_epochs, critic.ppo_mini_batch_size) == (1, theirs.actor_rollout_ref.actor.ppo_mini_batch_size)
     assert init["critic"]["learning_rate"] == critic.optim.lr
+    assert (init["critic"]["clip_apart"], critic.grad_clip) == (True, theirs.actor_rollout_ref.actor.grad_clip)
     assert (critic.optim.betas, critic.optim.weight_decay) == (
         theirs.actor_rollout_ref.actor.optim.betas,
         theirs.actor_rollout_ref.actor.optim.weight_decay,
@@ -303,12 +304,12 @@ def test_twenty_steps_of_its_bypass_mode(tiny_model, tmp_path, write_jsonl):
 
 
 def test_twenty_steps_of_ppo(tiny_model, tmp_path, write_jsonl):
-    """The preset's GAE, whitening, losses and two learning rates. No clipping: verl clips actor and critic apart."""
+    """The preset's GAE, whitening and losses, two learning rates, gradients of policy and critic clipped each."""
     init = preset("verl_ppo.yaml")["model"]["init_args"]
     ours = FixedPPO(
         ModelSpec(path=str(tiny_model)),
         [WeightedReward(LengthReward(target=3))],
-        critic=CriticSpec(kind="separate", learning_rate=1e-2),
+        critic=CriticSpec(kind="separate", learning_rate=1e-2, clip_apart=init["critic"]["clip_apart"]),
         generation=GenerationSpec(max_new_tokens=WIDTH, num_samples=3),
         updates=UpdateSpec(inner_epochs=20),
         loss=ClippedSurrogate(**init["loss"]["init_args"]),
@@ -324,7 +325,7 @@ def test_twenty_steps_of_ppo(tiny_model, tmp_path, write_jsonl):
     critic = build_critic(ours.critic_spec, ours.policy, ours.model_spec, seed=0)
     critic.load_state_dict(copy.deepcopy(ours.critic.state_dict()))
     start = copy.deepcopy(ours.policy)
-    trained(ours, tmp_path, write_jsonl)
+    trained(ours, tmp_path, write_jsonl, gradient_clip_val=1.0)
 
     other = Theirs(tiny_model)
     before = {name: p.detach().clone() for name, p in other.model.named_parameters()}
@@ -337,7 +338,7 @@ def test_twenty_steps_of_ppo(tiny_model, tmp_path, write_jsonl):
         old_values = values()
     gamma, lam = init["credit"]["init_args"].values()
     advantages, returns = core_algos.compute_gae_advantage_return(other.rewards, old_values, other.mask, gamma, lam)
-    config, value_losses = actor(), []
+    config, value_losses, clipped = actor(), [], []
     optimizer = adamw(other.model.parameters())
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2, weight_decay=0.01)
     for _ in range(20):
@@ -347,8 +348,11 @@ def test_twenty_steps_of_ppo(tiny_model, tmp_path, write_jsonl):
         loss, _ = core_algos.compute_value_loss(values(), returns, old_values, other.mask, 0.5)
         value_losses.append(loss.item())
         loss.backward()
+        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) for model in (other.model, critic)]
+        clipped.append([float(norm) > 1 for norm in norms])
         optimizer.step()
         critic_optimizer.step()
+    assert [any(of_one) for of_one in zip(*clipped, strict=True)] == [True, True]
     assert value_losses[-1] < value_losses[0]
     assert_same_weights(ours.policy.causal_lm, other.model, before)
     assert_same_weights(ours.critic, critic, critic_before)

@@ -213,6 +213,43 @@ def test_a_rollout_is_trained_on_by_its_scores(tiny_model, write_jsonl, tmp_path
     assert trainer.callback_metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_are_clipped_together_or_apart(apart, tiny_model, write_jsonl, tmp_path):
+    """Gradients of 3 and 4: together 5 becomes 1; apart each becomes 1."""
+    module, seen = ppo(tiny_model, critic=CriticSpec(clip_apart=apart)), []
+
+    def norm(model):
+        return torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+
+    clip = module.configure_gradient_clipping
+
+    def noting(optimizer, **more):
+        for model, size in ((module.policy, 3.0), (module.critic, 4.0)):
+            now = norm(model)
+            for parameter in model.parameters():
+                parameter.grad *= size / now
+        clip(optimizer, **more)
+        seen.extend((norm(module.policy), norm(module.critic)))
+        assert len(optimizer.param_groups) == 2
+
+    module.configure_gradient_clipping = noting
+    fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}, gradient_clip_val=1.0)
+    assert seen == pytest.approx([1.0, 1.0] if apart else [0.6, 0.8], rel=1e-4)
+
+
+def test_a_fixed_length_may_be_another_than_the_longest_answer(tiny_model, write_jsonl, tmp_path):
+    losses = {}
+    for length in (None, 5, 20):
+        module = ppo(tiny_model, reduction="fixed_length", reduction_length=length, whiten_advantages=False)
+        step = module.training_step
+        seen = []
+        module.training_step = lambda *args, step=step, seen=seen: seen.append(step(*args)) or seen[-1]
+        fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
+        losses[length] = seen[0].item()
+    assert losses[None] == losses[5] == pytest.approx(4 * losses[20])  # max_new_tokens is 5
+    assert losses[None] != 0
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +573,7 @@ def test_options_that_cannot_work_say_what_to_do(tiny_model, tiny_config, tiny_t
         ("ptx_coef", -0.1),
         ("target_kl", 0.0),
         ("critic_warmup_steps", -1),
+        ("reduction_length", 0),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(option, value, tiny_model):
@@ -573,12 +611,13 @@ def test_prices_and_factors_that_make_no_sense_are_refused(tiny_model):
 def test_options_without_effect_are_named(tiny_model):
     kl = KLSpec(loss_estimator="k2", loss_importance_weighted=False)
     resample = Resample("best_worst", power=3.0)
-    inert = dict(ppo(tiny_model, kl=kl, value_coef=0.0, resample=resample).inert_options())
+    inert = dict(ppo(tiny_model, kl=kl, value_coef=0.0, resample=resample, reduction_length=9).inert_options())
     assert inert == {
         "kl.loss_estimator": "kl.loss_coef is 0",
         "kl.loss_importance_weighted": "kl.loss_coef is 0",
         "value_coef": "0 leaves the critic untrained while its values are used",
         "resample.power": "resample.by is best_worst",
+        "reduction_length": "no reduction is fixed_length",
     }
     assert not dict(ppo(tiny_model).inert_options())
     kl = KLSpec(control=FixedKL(0.0), bound=10.0, credited="to_come", loss_max_weight=10.0)
