@@ -241,8 +241,8 @@ class BestOfGroup(OutcomeCredit):
 
         A_i = max_group(r) - max_{j != i} r_j [/ (std_group(r) + floor)]
 
-    So the best answer gets its lead over the second best, and every other 0; where two are best, all get 0. It is the
-    gradient of the expected best of G answers with a leave-one-out baseline. verl's `grpo_passk`.
+    So the best answer gets its lead over the second best, and every other 0; where two are best, all get 0. Undivided
+    it gives the gradient of the expected best of G answers, with a leave-one-out baseline. verl's `grpo_passk`.
 
     Args:
         divide_by_std: whether to divide by the standard deviation of the group (by n - 1), as GRPO does.
@@ -268,7 +268,7 @@ class BestOfGroup(OutcomeCredit):
         below = scores.masked_fill(is_best, -torch.inf)
         second = torch.full_like(scores, -torch.inf).scatter_reduce(0, group, below, "amax")[group]
         leads = is_best & (answers.group_sum(is_best.to(scores)) == 1) & (second > -torch.inf)
-        lead = torch.where(leads, best - second.clamp(min=torch.finfo(scores.dtype).min), 0.0)
+        lead = torch.where(leads, best - second, 0.0)
         return lead / (answers.group_std(scores, 1) + self.floor) if self.divide_by_std else lead
 
 

@@ -120,7 +120,7 @@ class SamplerCorrection:
     | MIS, sequence (TRL's default, sequence_mask) | sequence | null | sequence | null, 3 |
     | IcePop (OpenRLHF icepop) | token | null | token | 0.5, 5 |
     | sequence mask with token weights (OpenRLHF seq-mask-tis) | token | null | geometric | 0.5, 5 |
-    | veto: an answer with one such token goes (verl's token veto) | token | 2 | every | 1e-4, null |
+    | veto: an answer with one such token goes (verl before 0.9) | token | 2 | every | 1e-4, null |
     | masks alone | none | | token, sequence, geometric or every | |
     | trust region (FlashREINFORCE): `filters` binary_kl over mean, high 0.05 | token | null | all | |
 

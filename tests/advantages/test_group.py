@@ -278,7 +278,10 @@ def on_two_ranks(run):
         return list(pool.map(lambda rank: run(rank, partial(add, rank)), range(2)))
 
 
-@pytest.mark.parametrize("credit", [*ALL, Gdpo()], ids=repr)
+OVER_THE_BATCH = [Gdpo(), Gdpo(over="tokens"), Gpg(informative="score_not_zero"), CentredBatchNormalised(ddof=1)]
+
+
+@pytest.mark.parametrize("credit", [*ALL, *OVER_THE_BATCH], ids=repr)
 def test_whole_groups_on_two_ranks_are_one_batch(credit):
     generator = torch.Generator().manual_seed(1)
     rewards, mask = rollout(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0]), lengths=[1, 4, 2, 2, 3, 1])

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from rlhf_lightning import advantages, losses
 from rlhf_lightning.advantages import Gdpo
 from rlhf_lightning.core.interfaces import Credit, PolicyLoss
-from rlhf_lightning.losses import DFT, NLL, SamplerCorrection, SamplerFilter, SupervisedLoss
+from rlhf_lightning.losses import DFT, NLL, Corrected, Reinforce, SamplerCorrection, SamplerFilter, SupervisedLoss
 
 
 def offered(room, interface):
@@ -46,6 +46,9 @@ def test_options_reach_their_objects():
     assert read_gdpo == (Gdpo(weights=weights), Gdpo(weights=weights))
     icepop = {"cap": None, "keep": "token", "low": 0.5, "high": 5.0}
     assert read(SamplerCorrection, icepop)[0] == SamplerCorrection(**icepop)
+    bypass = {"loss": {"class_path": "Reinforce"}, "correction": {"cap": 1.5, "normalise": True}}
+    read_bypass = read(PolicyLoss, {"class_path": "Corrected", "init_args": bypass})
+    assert read_bypass[0] == Corrected(Reinforce(), SamplerCorrection(cap=1.5, normalise=True))
     region = {"measure": "binary_kl", "over": "mean", "high": 0.05}
     assert read(SamplerCorrection, {"filters": [region]})[0] == SamplerCorrection(filters=[SamplerFilter(**region)])
 

@@ -1,6 +1,7 @@
 """PPO: every detail by its effect, every metric by hand on a batch with padding."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,21 @@ def test_a_rollout_is_trained_on_by_its_scores(tiny_model, write_jsonl, tmp_path
     # what the sampler said of its tokens, without a forward pass of the policy: near its own, as both are float32
     assert "rollout/logprob_gap" not in trainer.callback_metrics
     assert trainer.callback_metrics["policy/ratio"].item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_best_answer_of_another_rank_is_nobodys_here(tiny_model, monkeypatch):
+    """Best and worst are those of the whole rollout: here only the worst is on this rank."""
+    module = ppo(tiny_model, resample=Resample("best_worst"))
+    monkeypatch.setattr(PPOModule, "data_ranks", 2)
+    module._loader = SimpleNamespace(rollouts=0)
+
+    def with_another_rank(of_ranks):
+        return of_ranks + torch.tensor([[0.0, 0.0], [9.0, -7.0]])  # its best, and less its worst
+
+    monkeypatch.setattr(module, "add_over_ranks", with_another_rank)
+    here = replace(rollouts(), scores=torch.tensor([5.0, 1.0]))
+    drawn, _ = module.choose(here, SimpleNamespace(), torch.zeros(MASK.shape))
+    assert drawn.scores.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -233,6 +233,8 @@ def module_for(stage: str, model: str, **spec: Any) -> L.LightningModule:
         kl=KLSpec(loss_coef=0.3, loss_estimator="k2"),
         shaping=RewardShaping(whiten_rewards=True, scale_by_running_std=True),
         entropy_coef=0.05,
+        whiten_advantages="sample",
+        reduction="token_sum",
         auxiliary_reduction="sequence_mean",
         optimizer=sgd,
         seed=3,
