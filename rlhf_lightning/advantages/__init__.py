@@ -16,7 +16,7 @@ from rlhf_lightning.advantages.group import (
 )
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL, KLControl
 from rlhf_lightning.advantages.pairs import PairRule, Pairs
-from rlhf_lightning.advantages.per_token import BatchNormalised, CentredBatchNormalised, ReMax
+from rlhf_lightning.advantages.per_token import BatchNormalised, CentredBatchNormalised, ReMax, RewardsToCome
 from rlhf_lightning.advantages.shaping import (
     RunningMoments,
     clip_scores,
@@ -51,6 +51,7 @@ __all__ = [
     "Pairs",
     "PassAtK",
     "ReMax",
+    "RewardsToCome",
     "RunningMoments",
     "clip_scores",
     "informative_answers",

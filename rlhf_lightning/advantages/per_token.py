@@ -16,6 +16,41 @@ from rlhf_lightning.core.masked import masked_centre, masked_moments, masked_whi
 
 
 @dataclass(frozen=True)
+class RewardsToCome(Credit):
+    """REINFORCE: the discounted reward to come, as it is. Needs no groups.
+
+        A_t = sum_{s >= t} gamma^(s - t) r_s
+
+    With gamma 0 a token is credited with its own reward alone: with KL to a teacher in the reward, that is on-policy
+    distillation by policy gradient. Returns are the advantages.
+
+    Args:
+        gamma: discount per token that counts.
+    References:
+        Williams, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, 1992.
+        Lu and Thinking Machines Lab, On-Policy Distillation, 2025.
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_gamma(self.gamma)
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "batch time"],
+        values: Float[Tensor, "batch time"],
+        mask: Bool[Tensor, "batch time"],
+        groups: Int[Tensor, " batch"],
+        *,
+        breakdown: Mapping[str, Float[Tensor, " batch"]] = NO_BREAKDOWN,
+        add_over_ranks: Callable[[Tensor], Tensor] = on_one_rank,
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
+        to_come = rewards_to_come(rewards, mask, gamma=self.gamma)
+        return to_come, to_come
+
+
+@dataclass(frozen=True)
 class BatchNormalised(Credit):
     """REINFORCE++: discounted reward to come, normalised over all answer tokens of all ranks. Needs no groups.
 
@@ -38,8 +73,7 @@ class BatchNormalised(Credit):
 
     def __post_init__(self) -> None:
         check_ddof(self.ddof)
-        if not 0 <= self.gamma <= 1:
-            raise UserError(f"gamma={self.gamma} is outside of 0 to 1: give a fraction, such as 1")
+        _check_gamma(self.gamma)
 
     def __call__(
         self,
@@ -134,6 +168,11 @@ def rewards_to_come(
     """
     to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     return torch.where(mask, to_come, 0.0)
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma={gamma} is outside of 0 to 1: give a fraction, such as 1")
 
 
 def _whitened(

@@ -23,6 +23,7 @@ from rlhf_lightning.advantages import (
     Opo,
     PassAtK,
     ReMax,
+    RewardsToCome,
     informative_answers,
     mean_is_within,
 )
@@ -41,7 +42,7 @@ GROUP_CREDITS = [
     BestOfGroup(),
     BestOfGroup(divide_by_std=False),
 ]
-ALL = [*GROUP_CREDITS, BatchCentred(), CentredBatchNormalised(), BatchNormalised(), ReMax()]
+ALL = [*GROUP_CREDITS, BatchCentred(), CentredBatchNormalised(), BatchNormalised(), ReMax(), RewardsToCome()]
 
 
 def rollout(scores, lengths=None):
@@ -344,6 +345,7 @@ def test_who_needs_groups():
         (lambda: PassAtK(k=0), "k=0"),
         (lambda: BatchNormalised(gamma=1.5), "gamma=1.5"),
         (lambda: BatchNormalised(ddof=2), "ddof=2"),
+        (lambda: RewardsToCome(gamma=-0.1), "gamma=-0.1"),
         (lambda: CentredBatchNormalised(ddof=-1), "ddof=-1"),
         (lambda: BestOfGroup(floor=0.0), "floor=0.0"),
     ],

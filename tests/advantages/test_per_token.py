@@ -2,7 +2,7 @@
 
 import torch
 
-from rlhf_lightning.advantages import BatchNormalised, CentredBatchNormalised, ReMax
+from rlhf_lightning.advantages import BatchNormalised, CentredBatchNormalised, ReMax, RewardsToCome
 from rlhf_lightning.advantages.per_token import rewards_to_come
 
 
@@ -24,6 +24,12 @@ def test_discounted_rewards_to_come_step_over_holes():
     rewards = torch.tensor([[1.0, 100.0, 2.0, 4.0]])
     mask = torch.tensor([[True, False, True, True]])
     close(rewards_to_come(rewards, mask, gamma=0.5), [[1 + 1 + 1.0, 0.0, 2 + 2.0, 4.0]])
+    for gamma, expected in ((0.5, [[3.0, 0.0, 4.0, 4.0]]), (0.0, [[1.0, 0.0, 2.0, 4.0]])):
+        credit = RewardsToCome(gamma=gamma)
+        advantages, returns = credit(rewards, torch.zeros_like(rewards), mask, torch.tensor([0]))
+        close(advantages, expected)
+        close(returns, expected)
+    assert not RewardsToCome.needs_groups
 
 
 def test_batch_normalisation_is_over_tokens():

@@ -11,6 +11,7 @@ from peer_packages import peer_module
 from torch import Tensor
 from verl_peer import WIDTH, actor, assert_same, assert_same_loss, core_algos, ragged
 
+from rlhf_lightning.advantages import RewardsToCome
 from rlhf_lightning.core.kl import kl_estimate, kl_penalty
 from rlhf_lightning.core.logprobs import LMHead, token_scores
 from rlhf_lightning.core.masked import reduce_tokens
@@ -147,6 +148,13 @@ def test_micro_batches_with_the_counts_of_the_whole_step(mode):
     assert whole.abs() < 1e-12
 
 
+class Data(dict):
+    """Stands for its nested tensors, which are padded before anything is computed."""
+
+    def select(self, *names: str) -> Any:
+        return SimpleNamespace(to_padded_tensor=lambda: self["padded"].select(*names))
+
+
 def test_one_step_of_its_actor_is_one_of_ours():
     """`ppo_loss`: policy loss, entropy bonus and KL term by one reduction, as its workers add them."""
     batch, coefs = ragged(), {"entropy_coeff": 0.05, "kl_loss_coef": 0.2}
@@ -156,19 +164,13 @@ def test_one_step_of_its_actor_is_one_of_ours():
     padded = losses.TensorDict(tensors | {"ref_log_prob": batch.ref}, batch_size=[len(batch.mask)])
     counts = {"dp_size": 1, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": len(batch.mask)}
 
-    class Data(dict):
-        """Stands for its nested tensors, which are padded before anything is computed."""
-
-        def select(self, *names: str) -> Any:
-            return SimpleNamespace(to_padded_tensor=lambda: padded.select(*names))
+    data = Data(counts, **tensors, ref_log_prob=0, padded=padded)
 
     def whole() -> Tensor:
         config = actor(use_kl_loss=True, **LOSSES["vanilla"][1], **coefs)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(losses, "no_padding_2_padding", lambda x, _: x)
-            return losses.ppo_loss(
-                config, {"log_probs": batch.logprobs, "entropy": entropy}, Data(counts, **tensors, ref_log_prob=0)
-            )[0]
+            return losses.ppo_loss(config, {"log_probs": batch.logprobs, "entropy": entropy}, data)[0]
 
     def ours() -> Tensor:
         policy = LOSSES["vanilla"][0](batch.logprobs, batch.old, batch.per_token, batch.mask).per_token
@@ -257,6 +259,48 @@ def test_sft():
         shares.append(losses.sft_loss(actor(), {"log_probs": batch.logprobs[part]}, data)[0])
     assert_same(ours, sum(shares))
     assert_same(*(torch.autograd.grad(x, batch.logprobs)[0] for x in (ours, sum(shares))))
+
+
+# --- distillation from a teacher by the tokens that were drawn
+
+
+# as a loss by k1 it is refused: such a gradient says nothing of the teacher
+@pytest.mark.parametrize(
+    ("estimator", "by_policy_gradient", "with_task"),
+    [(estimator, False, with_task) for estimator in ("k2", "k3", "abs") for with_task in (False, True)]
+    + [(estimator, True, False) for estimator in ("k1", "k2", "k3", "abs")],
+)
+def test_distillation_is_a_reference_that_is_a_teacher(estimator, by_policy_gradient, with_task):
+    """As a loss: the KL term. By policy gradient: each token's KL its reward, and `RewardsToCome` with gamma 0."""
+    batch, coef = ragged(spread=3.0), 0.3
+    module, losses = peer_module("verl.trainer.distillation.losses"), peer_module("verl.workers.utils.losses")
+    settings = {"use_policy_gradient": by_policy_gradient, "use_task_rewards": with_task, "loss_mode": estimator}
+    made = peer_module("verl.workers.config.distillation").DistillationLossConfig(
+        **settings, distillation_loss_coef=coef
+    )
+    tensors = {"response_mask": batch.mask, "old_log_probs": batch.old, "advantages": batch.per_token}
+    padded = losses.TensorDict(tensors, batch_size=[len(batch.mask)])
+    counts = {"dp_size": 1, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": len(batch.mask)}
+    data = Data(counts, **tensors, teacher_logprobs=batch.ref[..., None], padded=padded)
+    surrogate, weight = ClippedSurrogate(dual_clip=3.0), coef if with_task else 1.0
+
+    def ours() -> Tensor:
+        task = surrogate(batch.logprobs, batch.old, batch.per_token, batch.mask).per_token
+        kl = kl_penalty(batch.logprobs, batch.ref, batch.old, estimator=estimator, bound=10.0)
+        if by_policy_gradient:
+            nothing = torch.zeros_like(batch.old)
+            credit, _ = RewardsToCome(gamma=0.0)(-kl.detach(), nothing, batch.mask, batch.groups)
+            kl = surrogate(batch.logprobs, batch.old, credit, batch.mask).per_token
+        return reduce_tokens(weight * kl + with_task * task, batch.mask, "token_mean")
+
+    def other() -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            for place in (module, losses):
+                patch.setattr(place, "no_padding_2_padding", lambda x, _: x)
+            config = SimpleNamespace(distillation_loss=made)
+            return module.distillation_ppo_loss(actor(), config, {"log_probs": batch.logprobs}, data)[0]
+
+    assert_same_loss(batch, ours, other)
 
 
 # --- KL

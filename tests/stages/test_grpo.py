@@ -16,6 +16,7 @@ from rlhf_lightning.advantages import (
     LeaveOneOut,
     OptimalTokenBaseline,
     ReMax,
+    RewardsToCome,
 )
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn
@@ -510,6 +511,36 @@ def test_the_token_baseline_is_told_how_far_gradients_vary(truncated, tiny_model
     expected, _ = OptimalTokenBaseline()(rollouts.rewards, rollouts.values, rollouts.mask, rollouts.groups)
     torch.testing.assert_close(rollouts.advantages, expected)
     assert rollouts.advantages.any()
+
+
+def test_a_reference_that_is_a_teacher_is_what_a_token_is_credited_with(tiny_model, tiny_config, tmp_path, write_jsonl):
+    """On-policy distillation: each token's advantage is the teacher's log-probability less its own, held."""
+    from rlhf_lightning.models.export import export_policy
+    from rlhf_lightning.models.loading import load_tokenizer
+
+    spec = ModelSpec(config=tiny_config | {"num_hidden_layers": 3}, tokenizer=str(tiny_model))
+    teacher = export_policy(load_policy(spec), load_tokenizer(spec), tmp_path / "teacher")
+    module = GRPOModule(
+        ModelSpec(path=str(tiny_model)),
+        [WeightedReward(LengthReward(target=3), weight=0.0)],
+        reference=ModelSpec(path=str(teacher)),
+        generation=GenerationSpec(max_new_tokens=5, num_samples=1),
+        updates=UpdateSpec(inner_epochs=5),
+        credit=RewardsToCome(gamma=0.0),
+        kl=KLSpec(control=FixedKL(1.0), bound=10.0),
+        reduction="token_mean",
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
+        seed=1,
+    )
+    keep = Keep(module)
+    data = {"train": prompts(write_jsonl), "batch_size": 12}
+    trainer = fit(module, tmp_path, data=data, max_epochs=8)
+    for rollouts in keep.rollouts:
+        lead = (rollouts.ref_logprobs - rollouts.old_logprobs).clamp(-10, 10)
+        torch.testing.assert_close(rollouts.advantages, torch.where(rollouts.mask, lead, 0.0))
+    first, last = (float(-r.advantages.sum() / r.mask.sum()) for r in (keep.rollouts[0], keep.rollouts[-1]))
+    assert last < 0.7 * first, f"KL per token to the teacher went from {first} to {last}"
+    assert trainer.callback_metrics["rollout/score"].item() == 0
 
 
 def test_the_token_baseline_weighs_gradients_as_the_correction_does(tiny_model, write_jsonl, tmp_path):
