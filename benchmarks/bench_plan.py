@@ -37,8 +37,8 @@ from rlhf_lightning.planning.phases import Run
 from rlhf_lightning.planning.plan import make_plan
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import DPOModule, GRPOModule, PPOModule, SFTModule
 from rlhf_lightning.tasks.characters import character_tokenizer
 

@@ -38,7 +38,7 @@ from rlhf_lightning.pipelines.files import read_jsonl, write_json
 from rlhf_lightning.pipelines.label_pairs import LabelPairs
 from rlhf_lightning.pipelines.sampling import SamplePrompts
 from rlhf_lightning.rewards.sentiment import VaderSentiment
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sentiment"

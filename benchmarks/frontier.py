@@ -9,7 +9,7 @@ from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.pipelines.files import read_jsonl
 from rlhf_lightning.pipelines.sampling import Sampler, rate
 from rlhf_lightning.rewards.sentiment import VaderSentiment
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 ORACLE_COEFS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.015, 0.01)
 

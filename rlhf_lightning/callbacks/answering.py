@@ -10,7 +10,8 @@ from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.data.encode import encode_prompt
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 def prompt_batches(

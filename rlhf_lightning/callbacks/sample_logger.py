@@ -20,7 +20,7 @@ from rlhf_lightning.core.interfaces import Sample
 from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.models.sharded import is_sharded
 from rlhf_lightning.rewards.combine import ScoredSamples
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 TEXT_PROMPT_LENGTH = 8
 """Tokens of a record without a prompt (plain text) that serve as one."""

@@ -21,7 +21,7 @@ from rlhf_lightning.data.readers import Source, read_source
 from rlhf_lightning.planning.phases import Run
 from rlhf_lightning.planning.plan import bytes_of, make_plan
 from rlhf_lightning.planning.report import does_not_fit, report
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 # `typing` gives Lightning's Optional[Union[int, float]] the order of whoever wrote such a type first, in any package.
 # By the other order 1 batch is read as 1.0, which is all of them; `int | float` keeps its own

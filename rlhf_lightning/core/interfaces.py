@@ -410,7 +410,7 @@ class RolloutEngine(ABC):
         """The same engine, asked to sample otherwise; weights and whatever else it holds are shared.
 
         Args:
-            spec: a `rollout.generate.GenerationSpec`.
+            spec: a `rollout.spec.GenerationSpec`.
         """
 
     def take_weights(self, policy: Any) -> None:

@@ -19,7 +19,7 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.pipelines.files import write_json
 from rlhf_lightning.pipelines.sampling import Sampler, rate, read_prompts
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 EVALUATION_FILE = "evaluation.json"
 

@@ -11,7 +11,7 @@ from rlhf_lightning.core.interfaces import RewardFn, Sample
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.pipelines.files import write_jsonl
 from rlhf_lightning.pipelines.sampling import Sampler, rate, read_prompts
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 @dataclass(frozen=True)

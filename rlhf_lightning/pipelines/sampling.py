@@ -21,8 +21,9 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.pipelines.files import read_jsonl, write_jsonl
 from rlhf_lightning.rewards.combine import WeightedReward, score_samples
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.samples import decode_samples
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.models.sharded import is_sharded
+from rlhf_lightning.rollout.answers import check_context, end_ids
 from rlhf_lightning.rollout.engines import Answer, assemble_answers, prompt_ids, refuse_options_of_batches
-from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_ids
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 CPU_BATCH_TOKENS = 512
 """Tokens of a forward pass on the CPU, where transformers' own choice takes minutes to set up."""

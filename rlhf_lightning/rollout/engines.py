@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_lightning.core.batches import Generated, PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kept import pack_kept
-from rlhf_lightning.rollout.generate import GenerationSpec, assemble
+from rlhf_lightning.rollout.answers import assemble
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 @dataclass(frozen=True)

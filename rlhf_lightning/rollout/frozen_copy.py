@@ -11,7 +11,8 @@ from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharded import is_sharded
 from rlhf_lightning.rollout.decode import why_not
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 class FrozenCopy(RolloutEngine):

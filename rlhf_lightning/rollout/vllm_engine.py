@@ -20,6 +20,7 @@ from rlhf_lightning.core.interfaces import RolloutEngine
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.body import dropout_rates
 from rlhf_lightning.models.handover import GivenBase, adapter_rank, adapter_weights, checkpoint_weights
+from rlhf_lightning.rollout.answers import check_context, end_ids
 from rlhf_lightning.rollout.engines import (
     Answer,
     assemble_answers,
@@ -27,7 +28,7 @@ from rlhf_lightning.rollout.engines import (
     refuse_options_of_batches,
     vllm_sampling,
 )
-from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_ids
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.rollout.vllm_adapters import (
     AdapterOption,
     adapter_request,

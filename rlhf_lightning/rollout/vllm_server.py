@@ -28,6 +28,7 @@ from rlhf_lightning.models.handover import (
     checkpoint_weights,
     tied_weights,
 )
+from rlhf_lightning.rollout.answers import check_context, end_ids
 from rlhf_lightning.rollout.engines import (
     Answer,
     assemble_answers,
@@ -35,7 +36,7 @@ from rlhf_lightning.rollout.engines import (
     refuse_options_of_batches,
     vllm_sampling,
 )
-from rlhf_lightning.rollout.generate import GenerationSpec, check_context, end_ids
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.rollout.vllm_adapters import AdapterOption, check_adapter_option, room_for
 from rlhf_lightning.rollout.vllm_serve import (
     TOKEN,

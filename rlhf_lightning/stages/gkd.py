@@ -18,8 +18,9 @@ from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.teacher import inert_teacher_options, load_teacher, named_teacher
 from rlhf_lightning.rewards.combine import WeightedReward
-from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
 from rlhf_lightning.stages.answered import Answered, without_dropped
 from rlhf_lightning.stages.lesson import Lesson, teach
 from rlhf_lightning.stages.on_policy import OnPolicyModule

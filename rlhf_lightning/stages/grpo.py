@@ -28,10 +28,11 @@ from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
-from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec, with_prefixes, without_prefixes
 from rlhf_lightning.rollout.replay import ReplayBuffer, ReplaySpec
+from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
 from rlhf_lightning.stages.answered import Answered, without_dropped
 from rlhf_lightning.stages.on_policy import OldLogprobs
 from rlhf_lightning.stages.phases import Phases

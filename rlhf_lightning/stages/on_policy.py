@@ -31,9 +31,10 @@ from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_
 from rlhf_lightning.rewards.readers import readers_of
 from rlhf_lightning.rollout.ahead import Ahead
 from rlhf_lightning.rollout.engines import truncating_options
-from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import AnyRollouts, RolloutLoader, UpdateSpec, buffer_to_dict
 from rlhf_lightning.rollout.samples import decode_samples
+from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
 from rlhf_lightning.stages.answered import Answered, without_dropped
 from rlhf_lightning.stages.base import RLHFModule
 from rlhf_lightning.stages.phases import Phases, tell

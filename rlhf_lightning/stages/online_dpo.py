@@ -20,9 +20,10 @@ from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
-from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.mixture import MixtureSpec
+from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
 from rlhf_lightning.stages.answered import Answered
 from rlhf_lightning.stages.on_policy import OnPolicyModule
 from rlhf_lightning.stages.pair_objective import PairObjective, summed_loss

@@ -23,8 +23,9 @@ from rlhf_lightning.losses.supervised import token_nll
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
-from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
 from rlhf_lightning.stages.answered import Answered
 from rlhf_lightning.stages.on_policy import OldLogprobs, OnPolicyModule
 from rlhf_lightning.stages.phases import Phases

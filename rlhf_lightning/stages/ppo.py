@@ -24,9 +24,10 @@ from rlhf_lightning.models.scalar_head import ScalarModel
 from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
-from rlhf_lightning.rollout.generate import EngineFactory, GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.resample import Resample
+from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
 from rlhf_lightning.stages.answered import Answered
 from rlhf_lightning.stages.critic import Critic, CriticSpec, build_critic, critic_values
 from rlhf_lightning.stages.on_policy import OldLogprobs

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rlhf_lightning import ModelSpec, PPOModule, RLHFDataModule, SFTModule
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 def sgd(parameters):

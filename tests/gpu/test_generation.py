@@ -19,8 +19,9 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.continuous import HFContinuousBatching
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.mixture import MixtureSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule
 
 pytestmark = pytest.mark.gpu

@@ -15,8 +15,8 @@ from rlhf_lightning.losses.preference_online import NashMD
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import OnlineDPOModule
 from rlhf_lightning.stages.online_dpo import Opponent
 

@@ -11,7 +11,8 @@ from rlhf_lightning.core.batches import PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.spec import LoraSpec
 from rlhf_lightning.rollout import decode, generate
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 TOKENIZER = SimpleNamespace(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 

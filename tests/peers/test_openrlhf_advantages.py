@@ -31,7 +31,7 @@ from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, PPOModule
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping
 

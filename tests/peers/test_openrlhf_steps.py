@@ -23,8 +23,8 @@ from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, PPOModule
 from rlhf_lightning.stages.critic import CriticSpec
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping

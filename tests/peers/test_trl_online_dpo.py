@@ -28,7 +28,8 @@ from rlhf_lightning.losses import DPO, IPO
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
-from rlhf_lightning.rollout.generate import GenerationSpec, assemble
+from rlhf_lightning.rollout.answers import assemble
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import OnlineDPOModule
 
 PROMPTS = ["the film was", "a", "the actors"]

@@ -26,8 +26,8 @@ from rlhf_lightning.losses import (
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, PPOModule
 from rlhf_lightning.stages.critic import CriticSpec, build_critic, critic_values
 from rlhf_lightning.stages.reward_shaping import KLSpec

@@ -13,7 +13,7 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.pipelines.evaluate import EvaluatePolicies, Figure, evaluation_table, shown_figure
 from rlhf_lightning.pipelines.files import read_jsonl
 from rlhf_lightning.pipelines.sampling import Sampler
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 class SaysGood(RewardFn):

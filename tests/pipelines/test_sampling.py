@@ -6,7 +6,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import RewardFn
 from rlhf_lightning.pipelines.files import read_jsonl
 from rlhf_lightning.pipelines.sampling import SampleCompletions, SamplePrompts, Sampler, rate
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 class Length(RewardFn):

@@ -25,8 +25,8 @@ from rlhf_lightning.planning.trace import MemoryTrace
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.reward_model import RewardModelScore
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import (
     DPOModule,
     GKDModule,

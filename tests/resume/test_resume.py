@@ -26,9 +26,9 @@ from rlhf_lightning.models.reference import BEMA, ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import (
     DPOModule,
     GKDModule,

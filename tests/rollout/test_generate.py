@@ -15,7 +15,9 @@ from rlhf_lightning.data.encode import encode_prompt
 from rlhf_lightning.models.loading import load_policy, load_tokenizer
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rollout import decode
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate, assemble
+from rlhf_lightning.rollout.answers import assemble
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 def test_an_answer_counts_up_to_and_with_its_end_token_even_if_pad_is_eos():

@@ -8,8 +8,9 @@ from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.models.loading import load_policy, load_tokenizer
 from rlhf_lightning.models.reference import Reference, make_reference
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.mixture import MixtureSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 PROMPTS = [[4, 5, 6], [7], [5, 5, 8, 9, 4]]
 

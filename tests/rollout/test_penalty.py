@@ -15,9 +15,10 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout.engines import vllm_sampling
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.mixture import MixtureSpec
 from rlhf_lightning.rollout.penalty import penalise_repetition
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, PPOModule
 
 PROMPTS = [[4, 5, 6], [7], [5, 5, 8, 9, 4]]

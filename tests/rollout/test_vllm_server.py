@@ -23,7 +23,8 @@ from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout import vllm_serve
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.rollout.vllm_server import PING_SECONDS, VLLMServer
 from rlhf_lightning.stages import GRPOModule
 

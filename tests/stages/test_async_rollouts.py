@@ -24,10 +24,10 @@ from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout import HFContinuousBatching, HFGenerate, VLLMEngine, VLLMServer
 from rlhf_lightning.rollout.frozen_copy import FrozenCopy
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, OnlineDPOModule, PPOModule
 from rlhf_lightning.stages.grpo import DynamicSampling
 

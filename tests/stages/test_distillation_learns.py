@@ -11,7 +11,7 @@ from fits import fit
 from rlhf_lightning.losses import NLL, Distillation
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GKDModule, SFTModule
 
 SENTENCE = "the film was good bad long short great dull and but very not a plot actors end"

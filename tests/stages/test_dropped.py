@@ -13,8 +13,8 @@ from rlhf_lightning.advantages import ReMax
 from rlhf_lightning.core.interfaces import RewardFn
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards import Ensemble, LengthReward, WeightedReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, PPOModule
 
 BROKEN = (0, 5, 11)

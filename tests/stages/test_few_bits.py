@@ -14,7 +14,7 @@ from rlhf_lightning.losses import KTO, Distillation
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import DPOModule, GRPOModule, KTOModule, OnlineDPOModule, PPOModule, RewardModule, SFTModule
 from rlhf_lightning.stages.critic import CriticSpec
 

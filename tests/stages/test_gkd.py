@@ -21,8 +21,8 @@ from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GKDModule, SFTModule
 
 SHORT = GenerationSpec(max_new_tokens=5, num_samples=2)

@@ -26,10 +26,10 @@ from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.prefix import PrefixSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule
 from rlhf_lightning.stages.grpo import DynamicSampling
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping

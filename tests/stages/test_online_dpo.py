@@ -18,8 +18,8 @@ from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import DPOModule, OnlineDPOModule
 from rlhf_lightning.stages.online_dpo import Opponent
 

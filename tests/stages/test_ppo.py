@@ -17,9 +17,9 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward
 from rlhf_lightning.rewards.python_function import PythonFunction
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.resample import Resample
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import PPOModule
 from rlhf_lightning.stages.critic import CriticSpec, critic_values
 from rlhf_lightning.stages.reward_shaping import KLSpec, RewardShaping, Shaped

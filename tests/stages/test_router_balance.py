@@ -15,8 +15,8 @@ from rlhf_lightning.losses.router import experts_chosen, load_balancing_loss
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import PPOModule, SFTModule, splitting
 from rlhf_lightning.stages.router_balance import RouterBalance
 

@@ -10,8 +10,8 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards import CodeTests, Ensemble, ExactMatch, RegexFormat, WeightedReward
 from rlhf_lightning.rewards import sandbox as sandbox_module
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule, PPOModule
 
 

@@ -22,8 +22,8 @@ from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
 from rlhf_lightning.rollout import HFGenerate, VLLMServer
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import GRPOModule
 
 

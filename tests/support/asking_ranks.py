@@ -16,7 +16,7 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.collate import collate_prompts
 from rlhf_lightning.models.loading import load_policy, load_tokenizer
 from rlhf_lightning.models.spec import ModelSpec
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.rollout.vllm_server import VLLMServer
 
 

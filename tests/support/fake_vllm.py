@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load
 
 from rlhf_lightning.data.collate import collate_prompts
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.rollout.vllm_serve import tied_in
 
 TOKEN = "of-these-tests-only-0123456789"

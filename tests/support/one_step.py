@@ -31,8 +31,9 @@ from rlhf_lightning.losses.unpaired import BCO, KTO
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec, assemble
+from rlhf_lightning.rollout.answers import assemble
 from rlhf_lightning.rollout.loader import UpdateSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import (
     DPOModule,
     GKDModule,

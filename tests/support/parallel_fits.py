@@ -21,9 +21,9 @@ from rlhf_lightning.models.sharded import whole_state_dict
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.replay import ReplaySpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import DPOModule, GRPOModule, PPOModule, SFTModule
 from rlhf_lightning.stages.grpo import DynamicSampling
 

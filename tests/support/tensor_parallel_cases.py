@@ -16,7 +16,7 @@ from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy
 from rlhf_lightning.rewards.combine import WeightedReward
 from rlhf_lightning.rewards.text_rules import LengthReward
-from rlhf_lightning.rollout.generate import GenerationSpec
+from rlhf_lightning.rollout.spec import GenerationSpec
 from rlhf_lightning.stages import DPOModule, PPOModule, SFTModule
 
 

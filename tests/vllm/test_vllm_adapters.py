@@ -13,7 +13,8 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.rollout import VLLMEngine, VLLMServer
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 GREEDY = GenerationSpec(max_new_tokens=16, temperature=0.0)
 RANK = 4

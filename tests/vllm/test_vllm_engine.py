@@ -12,7 +12,8 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec
 from rlhf_lightning.rollout import VLLMEngine, VLLMServer
-from rlhf_lightning.rollout.generate import GenerationSpec, HFGenerate
+from rlhf_lightning.rollout.generate import HFGenerate
+from rlhf_lightning.rollout.spec import GenerationSpec
 
 
 @pytest.fixture(scope="module", params=["VLLMEngine", "VLLMServer"])
