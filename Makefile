@@ -24,7 +24,7 @@ $(PEERS_STAMP): tests/peers/requirements.txt | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers --requirement tests/peers/requirements.txt
 	touch $(PEERS_STAMP)
 
-quickstart: setup
+quickstart: $(STAMP)
 	$(BIN)/python -m rlhf_lightning chain --config configs/quickstart/chain.yaml
 
 lint: setup

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def test_a_peers_module_is_imported_and_nothing_else_is_changed(name):
         assert not str(getattr(find_spec(package), "origin", "")).startswith(str(PEERS))
     assert not is_flash_attn_2_available()
     assert not is_flash_linear_attention_available()
+
+
+def test_what_is_compared_with_is_what_is_pinned():
+    lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"verl", "openrlhf"} <= set(pinned)
+    peer_file(f"verl-{pinned['verl']}.dist-info/METADATA")
+    found = {path.name.removesuffix(".dist-info") for path in PEERS.glob("*.dist-info")}
+    assert found == {f"{name}-{version}" for name, version in pinned.items()}
 
 
 def test_what_is_not_there_is_skipped_with_the_remedy(monkeypatch, tmp_path):

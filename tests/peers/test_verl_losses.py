@@ -242,6 +242,26 @@ def test_bypass_with_weights_normalised_over_the_micro_batch():
     assert_same_loss(batch, ours, lambda: function(*arguments)[0])
 
 
+def test_differs_rejected_tokens_are_still_held_near_the_reference():
+    """verl masks rejected tokens in the KL term too (and in entropy and critic); ours drops them from the policy's."""
+    batch = ragged()
+    losses = peer_module("verl.workers.utils.losses")
+    left = SamplerCorrection(weight="none", filters=[WITHIN_TWO])(batch.old, batch.sampler, batch.mask).weights > 0
+    tensors = {"response_mask": left, "old_log_probs": batch.old, "advantages": batch.per_token}
+    padded = losses.TensorDict(tensors | {"ref_log_prob": batch.ref}, batch_size=[len(batch.mask)])
+    tokens = int(batch.mask.sum())  # its trainers count them before they are rejected
+    data = Data(dp_size=1, batch_num_tokens=tokens, global_batch_size=9, **tensors, ref_log_prob=0, padded=padded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "no_padding_2_padding", lambda x, _: x)
+        config = actor(use_kl_loss=True, kl_loss_coef=2.0)
+        other = losses.ppo_loss(config, {"log_probs": batch.logprobs}, data)[0]
+    policy = ClippedSurrogate(dual_clip=3.0)(batch.logprobs, batch.old, batch.per_token, batch.mask).per_token * left
+    kl = 2.0 * kl_penalty(batch.logprobs, batch.ref, batch.old, bound=10.0)
+    assert_same(reduce_tokens(policy + kl * left, batch.mask, "token_mean"), other)
+    ours = reduce_tokens(policy + kl, batch.mask, "token_mean")
+    assert (ours - other).abs() > 1e-3
+
+
 # --- supervised
 
 
