@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.options import class_of, known_classes, valid_children
+from rlhf_lightning.cli.options import class_of, in_other_packages, known_classes, valid_children, wanted_bases
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
 from rlhf_lightning.cli.trl_names import OURS
 from rlhf_lightning.core import trust
@@ -187,8 +187,11 @@ def _unknown_class(key: str, name: str, sources: ConfigSources) -> str:
         return f"{_at(f'{key}.class_path', sources)}: {name} is a {kind}, which does not fit here{wrapped}"
     if key == "model" and ("/" in name or Path(name).is_dir()):
         return f"{_at(key, sources)}: {name} is no stage; where the weights are is said by --model.policy.path {name}"
+    bases = wanted_bases(short_key(key), sources)
+    elsewhere = in_other_packages(name, bases)
+    near = f"did you mean {elsewhere}?" if elsewhere else _nearest(name, known_classes(bases) or known_classes(), 12)
     return (
-        f"{_at(f'{key}.class_path', sources)}: {name} is not a known class; {_nearest(name, known_classes(key), 12)} "
+        f"{_at(f'{key}.class_path', sources)}: {name} is not a known class; {near} "
         "(your own needs its module: package.module.Class)"
     )
 
@@ -199,7 +202,9 @@ def _nearest(name: str, valid: Iterable[str], most: int = 60) -> str:
     near = begun[:1] if len(begun) == 1 else get_close_matches(name, begun or valid, n=1, cutoff=0.3 if begun else 0.5)
     if near:
         return f"did you mean {near[0]}?"
-    return f"choose one of {', '.join(valid[:most])}{', ...' if len(valid) > most else ''}"
+    if len(valid) > most:
+        valid = [*get_close_matches(name, valid, n=most, cutoff=0.0), "..."]
+    return f"choose one of {', '.join(valid)}"
 
 
 def _a_type(text: str) -> str:

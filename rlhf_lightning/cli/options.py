@@ -3,13 +3,16 @@
 import dataclasses
 import inspect
 from abc import ABC
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
 
 from rlhf_lightning.advantages.kl_control import KLControl
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
@@ -61,15 +64,14 @@ def class_of(key: str, place: Place | None, sources: ConfigSources) -> str | Non
     return found
 
 
-def known_classes(key: str = "") -> dict[str, type]:
-    """Classes that a config may name without their module; under `key`, if it is the stage's or the callbacks'."""
+def known_classes(bases: Iterable[type] = ()) -> dict[str, type]:
+    """Classes that a config may name without their module: those below `bases`, or all of them."""
     from rlhf_lightning.stages.base import RLHFModule
 
     # those that it defines: below ABC itself is half the world
     own = [v for v in vars(interfaces).values() if isinstance(v, type) and v.__module__ == interfaces.__name__]
-    bases: list[type] = [*(cls for cls in own if issubclass(cls, ABC)), KLControl, Divergence, SupervisedLoss]
-    by_key: dict[str, list[type]] = {"model": [RLHFModule], "trainer.callbacks": [Callback], "trainer.logger": [Logger]}
-    bases = by_key.get(key, [RLHFModule, Callback, Logger, *bases])
+    ours = [RLHFModule, *(cls for cls in own if issubclass(cls, ABC)), KLControl, Divergence, SupervisedLoss]
+    bases = list(bases) or [*ours, Callback, Logger]
     found: dict[str, type] = {}
     while bases:
         for sub in type.__subclasses__(bases.pop()):
@@ -77,6 +79,33 @@ def known_classes(key: str = "") -> dict[str, type]:
                 found[sub.__name__] = sub
             bases.append(sub)
     return found
+
+
+def wanted_bases(key: str, sources: ConfigSources) -> list[type]:
+    """The classes of which one below is wanted under `key`; none if that cannot be told."""
+    from rlhf_lightning.stages.base import RLHFModule
+
+    by_key: dict[str, list[type]] = {"model": [RLHFModule], "trainer.callbacks": [Callback], "trainer.logger": [Logger]}
+    if key in by_key:
+        return by_key[key]
+    head, _, rest = key.rpartition(".")
+    while head:
+        name = class_of(head, None, sources)
+        cls = None if name is None else _import(name)
+        if cls is not None:
+            return [found for found in _classes_in(_hint(cls, rest.split("."))) if found.__module__ != "builtins"]
+        head, _, last = head.rpartition(".")
+        rest = f"{last}.{rest}"
+    return []
+
+
+def in_other_packages(name: str, bases: Iterable[type]) -> str | None:
+    """The full name of a class that is not imported until a config names it."""
+    home = "bitsandbytes.optim"
+    with suppress(ImportError):
+        if Optimizer in bases and hasattr(import_module(home), name):
+            return f"{home}.{name}"
+    return None
 
 
 def _import(name: str) -> type | None:
@@ -107,12 +136,41 @@ def _options(cls: type, below: str) -> set[str]:
 
 def _fields(cls: type, path: list[str]) -> set[str]:
     """Fields of the dataclasses that the annotation of an (optional, listed) argument mentions."""
-    hint = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__).get(path[0])
-    for found in _dataclasses_in(hint):
+    for found in _dataclasses_in(_hints(cls).get(path[0])):
         if len(path) == 1:
             return {field.name for field in dataclasses.fields(found)}
         return _fields(found, path[1:])
     return set()
+
+
+def _hint(cls: type, path: list[str]) -> Any:
+    """How an argument, or a field of the dataclasses that its annotation mentions, is annotated."""
+    hint = _hints(cls).get(path[0])
+    for name in path[1:]:
+        hint = next((_hints(found).get(name) for found in _dataclasses_in(hint)), None)
+    return hint
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Annotations of what `cls` is built from, those of its parents' arguments too."""
+    if dataclasses.is_dataclass(cls):
+        return get_type_hints(cls)
+    found: dict[str, Any] = {}
+    for parent in reversed(cls.__mro__):
+        made = vars(parent).get("__init__")
+        with suppress(NameError):  # of somebody who imports for type checkers only
+            found |= get_type_hints(made) if inspect.isfunction(made) else {}
+    return found
+
+
+def _classes_in(hint: Any) -> list[type]:
+    """The classes that an annotation mentions; of a function's, what it gives."""
+    if isinstance(hint, type) and not get_args(hint):
+        return [hint]
+    arguments = get_args(hint)
+    if get_origin(hint) is Callable:
+        arguments = arguments[-1:]
+    return [found for argument in arguments for found in _classes_in(argument)]
 
 
 def _dataclasses_in(hint: Any) -> list[Any]:

@@ -263,6 +263,14 @@ class RLHFModule(L.LightningModule, ABC):
 
     def on_train_end(self) -> None:
         self.splitter.detach()
+        if 0 < self.trainer.global_step < self.trainer.log_every_n_steps:
+            self._log_last_step()
+
+    def _log_last_step(self) -> None:
+        """Lightning logs every so many steps, and would leave nothing of a run that is shorter."""
+        values = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step - 1)
 
     def _begin_next_epoch(self) -> None:
         """Resumed after the last batch of an epoch, Lightning counts it as done and takes the next for its rest.

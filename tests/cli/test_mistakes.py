@@ -1,14 +1,22 @@
 """How options are read, and what is said of those that cannot be meant."""
 
 import json
+import re
 from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  imported here so that its log handler does not keep one test's captured stderr
 import pytest
 import yaml
 from command_line import ALLOW, fit, write
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
 
 from rlhf_lightning.__main__ import main
+from rlhf_lightning.advantages.kl_control import KLControl
+from rlhf_lightning.cli.app import family
+from rlhf_lightning.cli.options import in_other_packages, wanted_bases
+from rlhf_lightning.cli.sources import ConfigSources, Place
+from rlhf_lightning.core.interfaces import PolicyLoss, RewardFn
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -120,6 +128,39 @@ def test_a_class_that_the_command_line_names_is_not_looked_for_in_the_file(confi
     config["model"]["init_args"]["loss"] = {"class_path": "NLL"}
     assert fit(config, "--model.loss", "NNLL") == 2
     assert "command line: --model.loss: NNLL is not a known class; did you mean NLL?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "near"),
+    [
+        ("--model.loss", "Xyz", r"choose one of .*\bNLL\b.* \("),
+        ("--model.optimizer", "Adamm", r"did you mean Adam\?"),
+        ("--trainer.callbacks", "[{class_path: Helth}]", r"did you mean Health\?"),
+    ],
+)
+def test_what_is_proposed_for_an_unknown_class_fits(option, value, near, config, capsys):
+    assert fit(config, option, value) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"is not a known class; {near}", said), said
+    assert "AOT" not in said, "a loss of another stage"
+
+
+def test_an_optimiser_of_bitsandbytes_is_known_by_its_full_name():
+    """That package is imported when a config names it: `AdamW8bit` alone is the name of nothing before."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'rlhf-lightning[quant]'")
+    assert in_other_packages("AdamW8bit", [Optimizer]) == "bitsandbytes.optim.AdamW8bit"
+    assert in_other_packages("AdamW9bit", [Optimizer]) is None
+    assert in_other_packages("AdamW8bit", [Logger]) is None
+
+
+def test_bases_are_found_below_sections_lists_and_parents():
+    family()
+    sources = ConfigSources([Place("model.class_path", "", 0, "GRPOModule")])
+    wanted = {"model.loss": PolicyLoss, "model.kl.control": KLControl, "model.rewards.reward": RewardFn}
+    for key, base in wanted.items():
+        assert wanted_bases(key, sources) == [base]
+    assert wanted_bases("model.seed", sources) == wanted_bases("model.nonsense.below", sources) == []
+    assert wanted_bases("model.loss", ConfigSources([])) == []
 
 
 def test_options_of_a_stage_without_a_stage(config, capsys):

@@ -22,6 +22,13 @@ def test_a_run_leaves_config_metrics_samples_checkpoint_and_export(config):
     assert "lr-AdamW" in metrics("runs/a")[0]
 
 
+def test_a_run_that_is_shorter_than_the_logging_interval_logs_its_last_step(config):
+    assert fit(config) == 0
+    assert fit(config, "--trainer.log_every_n_steps", "5", "--trainer.default_root_dir", "runs/b") == 0
+    [row], last = metrics("runs/b"), metrics("runs/a")[-1]
+    assert (row["step"], row["train/loss"]) == (last["step"], last["train/loss"])
+
+
 def test_a_saved_config_runs_again_and_repeats_the_run(config):
     assert fit(config) == 0
     first = Path("runs/a/config.yaml").read_text()
