@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import Sample
+from rlhf_lightning.rewards import worker_pool
 from rlhf_lightning.rewards.combine import WeightedReward, score_samples
 from rlhf_lightning.rewards.math_answer import WORKER, MathAnswer
 
@@ -121,17 +122,25 @@ def hostile(marker) -> list[str]:
     return texts
 
 
-def test_hostile_answers_run_nothing_and_cost_no_more_than_their_limit(tmp_path):
+def test_hostile_answers_run_nothing_and_cost_no_more_than_their_limit(tmp_path, monkeypatch):
+    ask, took = worker_pool._Worker.ask, []
+
+    def timed(*args):
+        began = time.perf_counter()
+        answer = ask(*args)
+        took.append(time.perf_counter() - began)
+        return answer
+
+    monkeypatch.setattr(worker_pool._Worker, "ask", timed)  # without the start of a worker, which a busy machine slows
     quick = MathAnswer(limit_s=0.4)
     marker = tmp_path / "ran"
     answers = hostile(marker)
-    began = time.perf_counter()
     out = quick([asked(f"#### {text}" if "}" in text else f"\\boxed{{{text}}}", "7") for text in answers])
-    took = time.perf_counter() - began
     assert out.scores == [0] * len(answers)
     assert not marker.exists()
     assert any(out.parts["timed_out"]), "some must run into the limit, or the corpus is too tame"
-    assert took < 40  # on an idle machine 4
+    assert len(took) > len(answers) // 2, "the others are told apart without a comparison"
+    assert max(took) < 0.4 + worker_pool.GRACE_S + 2.0  # on an idle machine 0.4
     quick._workers().close()
 
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,12 +35,19 @@ needs_sandbox = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
+    """For programs that end by themselves, which a busy machine makes wait."""
+    return Sandbox(limit_s=60.0, memory_bytes=256 << 20)
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Sandbox:
+    """For programs that do not."""
     return Sandbox(limit_s=LIMIT_S, memory_bytes=256 << 20)
 
 
 def naively(program: str) -> str:
     """The same program without a sandbox."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     return done.stdout.strip()
 
 
@@ -52,6 +62,14 @@ def running(marker: str) -> list[str]:
             except OSError:
                 continue
     return found
+
+
+def wait_for(what: Callable[[], Any], seconds: float) -> bool:
+    """Whether it came about in time."""
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(what())
 
 
 # ---- what uses up the machine ---------------------------------------------------------------------------------------
@@ -77,12 +95,17 @@ EATERS = {
 
 @needs_sandbox
 @pytest.mark.parametrize("program", EATERS.values(), ids=EATERS)
-def test_no_program_succeeds_at_eating_the_machine_up(program, sandbox):
-    began = time.perf_counter()
-    ran = sandbox.run_script(program)
-    assert not ran.succeeded
-    assert len(ran.output) <= MAX_OUTPUT
-    assert time.perf_counter() - began < LIMIT_S + 3.0  # on an idle machine + 0.1
+def test_no_program_succeeds_at_eating_the_machine_up(program, hasty):
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        ran = hasty.run_script(program)
+        assert not ran.succeeded
+        assert len(ran.output) <= MAX_OUTPUT
+        return time.perf_counter() - began
+
+    # on an idle machine + 0.1; a busy one is late now and then, a limit that does not hold is late every time
+    assert any(seconds() < LIMIT_S + 3.0 for _ in range(4))
 
 
 @needs_sandbox
@@ -99,13 +122,12 @@ print("left")
 """
     marker = "left-behind-" + os.urandom(6).hex()
     assert sandbox.run_script(daemon.replace("MARKER", marker)).output == b"left\n"
-    time.sleep(0.1)
-    assert running(marker) == []
+    assert wait_for(lambda: not running(marker), 5)
     subprocess.run([sys.executable, "-c", daemon.replace("MARKER", marker)], stdout=subprocess.DEVNULL, check=True)
-    left = running(marker)
-    assert left, "without a sandbox the daemon lives on: the test can tell"
-    for pid in left:
-        os.kill(int(pid), 9)
+    assert wait_for(lambda: running(marker), 5), "without a sandbox the daemon lives on: the test can tell"
+    for pid in running(marker):
+        with suppress(ProcessLookupError):  # the one that was to leave another behind has left itself
+            os.kill(int(pid), 9)
 
 
 @needs_sandbox
@@ -124,16 +146,11 @@ os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)", "
     def inside() -> list[str]:
         return [pid for pid in running(marker) if int(pid) != process.pid]
 
-    deadline = time.monotonic() + 60
-    while not inside() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
+    assert wait_for(lambda: inside() or process.poll() is not None, 60)
     assert inside()
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5
-    while inside() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert inside() == []
+    assert wait_for(lambda: not inside(), 5)
 
 
 # ---- what looks for a way out ---------------------------------------------------------------------------------------
