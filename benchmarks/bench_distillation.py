@@ -2,8 +2,8 @@
 
     python benchmarks/bench_distillation.py --teacher PATH/stories260k [--seeds 1 2]
 
-The teacher writes stories. Students of an eighth of its size, built anew, are trained on them by likelihood, by either
-KL, and by GKD with half of the weight on their own continuations of the stories' first words: the same number
+The teacher writes stories. Students of less than a sixth of its size, built anew, are trained on them by likelihood,
+by either KL, and by GKD with half of the weight on their own continuations of the stories' first words: the same number
 of optimiser steps each. Every other epoch each is measured on stories that none has seen. Results: distillation.json
 under benchmarks/results/.
 """

@@ -288,6 +288,33 @@ def random_walks() -> str:
     )
 
 
+def distillation() -> str:
+    result = load("distillation.json")
+    if result is None:
+        return ""
+    seeds, ways = result["seeds"], list(result["seeds"][0]["best"])
+    parameters = result["parameters"]
+    rows = []
+    for what, key in (("negative log-likelihood", "student"), ("KL(teacher ‖ student)", "kl")):
+        for seed in seeds:
+            of_teacher = f"{seed['teacher']:.3f}" if key == "student" else "0"
+            rows.append([what, seed["seed"], of_teacher, *(f"{seed['best'][way][key]:.3f}" for way in ways)])
+    return "\n\n".join(
+        [
+            "## A storyteller's students",
+            "`python benchmarks/bench_distillation.py --teacher PATH`: a pretrained model of "
+            f"{parameters['teacher']:,} parameters writes {result['stories']} stories of {result['tokens']} tokens, "
+            f"and students of {parameters['student']:,}, built anew, learn from them in {result['steps']} optimiser "
+            "steps each: by likelihood, by either KL to the teacher over the vocabulary, and by GKD with half of the "
+            "weight on their own continuations of the stories' first words. Per token of stories that none has seen, "
+            "at the best of the evaluations (every other epoch):",
+            table(["held out", "seed", "teacher", *ways], rows),
+            "A reverse KL from nothing learns little here. A small version of the rest is a test.",
+            measured_with(result["about"]),
+        ]
+    )
+
+
 def arithmetic() -> str:
     result = load("arithmetic.json")
     if result is None:
@@ -455,7 +482,7 @@ def handover() -> str:
 
 def main() -> None:
     sections = (quickstart(), random_walks(), arithmetic(), sentiment(), family(), verifiers(), faults(), memory())
-    sections += (planned(), handover())
+    sections += (planned(), handover(), distillation())
     parts = (INTRO, *(part for section in sections for part in (section, "")))
     page = "\n".join(part for part in parts if part is not None).rstrip() + "\n"
     (HERE.parent / "docs" / "benchmarks.md").write_text(page)

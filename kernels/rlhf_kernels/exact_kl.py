@@ -81,22 +81,24 @@ def _kl_block(
     if temperature != 1.0:
         x, y = x / temperature, y / temperature
     (log_p, p), (log_q, q) = _softmax(x), _softmax(y)
+    share = 1.0
     if beta == FORWARD:
-        kl, _ = _expected(q, log_q - log_p)
-        grads = p - q
+        kl, log_ratio = _expected(q, log_q - log_p)
+        of_policy = kl
     elif beta == REVERSE:
         kl, log_ratio = _expected(p, log_p - log_q)
-        grads = p * (log_ratio - kl[:, None])
+        of_policy = kl
     else:
         log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
         of_ref, _ = _expected(q, log_q - log_m)
         of_policy, log_ratio = _expected(p, log_p - log_m)
-        kl = beta * of_ref + (1 - beta) * of_policy
-        # d/dp_i of both sums is (1 - beta) log(p_i / m_i): what the mixture contributes adds up to a constant
-        grads = (1 - beta) * p * (log_ratio - of_policy[:, None])
+        share = 1 - beta
+        kl = beta * of_ref + share * of_policy
     if out is not None:
-        factor = torch.full_like(kl, 1 / temperature) if weights is None else weights.to(kl.dtype) / temperature
-        out.copy_(grads.mul_(factor[:, None]))
+        # of the JSD too: d/dp_i is (1 - beta) log(p_i / m_i), as what the mixture contributes adds up to a constant
+        grads = p - q if beta == FORWARD else p * (log_ratio - of_policy[:, None])
+        factor = torch.full_like(kl, share) if weights is None else share * weights.to(kl.dtype)
+        out.copy_(grads.mul_((factor / temperature)[:, None]))
     return kl if weights is None else kl * weights.to(kl.dtype)
 
 

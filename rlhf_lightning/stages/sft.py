@@ -36,7 +36,8 @@ class SFTModule(RLHFModule):
     train the answers. With `Distillation` for the loss, the model learns from what a teacher expects at each token:
     docs/distillation.md.
 
-    Logs `train/loss`, `train/token_accuracy`; `val/loss`, `val/perplexity`, `val/token_accuracy`.
+    Logs `train/loss`, `train/token_accuracy`; `val/loss`, `val/perplexity`, `val/token_accuracy`; with a teacher
+    `train/divergence`, `val/divergence` and its own likelihood, `val/teacher_loss`.
 
     Args:
         policy: the model to train.

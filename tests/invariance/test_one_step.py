@@ -88,6 +88,9 @@ CASES += [(stage, name, how) for stage in ("ppo", "grpo", "online dpo") for name
 CASES += [("gkd", name, how) for name, how in ON_POLICY.items() if how.get("accumulate") != 5]
 
 
+SHARING = ("bco", "dpo, cached", "dpo, ranked", "dpo, triples", "reward, steps", "taught")
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_model, tmp_path_factory):
     """One batch, padded on the right, in file order: metrics and gradients of each stage."""
@@ -123,11 +126,8 @@ def test_the_cut_does_not_matter(stage, name, how, whole, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-# those left out share what the ranks of kto, dpo and reward do
-@pytest.mark.parametrize(
-    "stage",
-    [stage for stage in LOSS if stage not in ("bco", "dpo, cached", "dpo, ranked", "dpo, triples", "reward, steps")],
-)
+# those left out share what the ranks of kto, dpo, reward and gkd do
+@pytest.mark.parametrize("stage", [stage for stage in LOSS if stage not in SHARING])
 def test_two_processes_take_the_same_step_as_one(stage, whole, tiny_model, tmp_path):
     path, *expected = whole[stage]
     out = tmp_path / "rank0.pt"
