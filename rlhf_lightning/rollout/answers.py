@@ -11,8 +11,12 @@ from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.rollout.spec import GenerationSpec
 
 
-def check_context(spec: GenerationSpec, policy: Any, prompts: PromptBatch) -> None:
-    """Refuse prompts behind which the model has no room for an answer."""
+def check_context(spec: GenerationSpec, policy: Any, prompts: PromptBatch, *, whose: str = "the model") -> None:
+    """Refuse prompts behind which the model has no room for an answer.
+
+    Args:
+        whose: what a message calls the model.
+    """
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     lengths = prompts.attention_mask.sum(-1)
     row = int(lengths.argmax())
@@ -20,12 +24,12 @@ def check_context(spec: GenerationSpec, policy: Any, prompts: PromptBatch) -> No
     if context is not None and length + room > context:
         if context - room < 2:  # no prompt is as short as that
             raise UserError(
-                f"generation.max_new_tokens={room} leaves no room for a prompt in the model's context of {context} "
+                f"generation.max_new_tokens={room} leaves no room for a prompt in {whose}'s context of {context} "
                 "tokens: lower it"
             )
         raise UserError(
             f"prompt {int(prompts.indices[row])} ({prompts.texts[row][:60]!r}...) has {length} tokens; with "
-            f"generation.max_new_tokens={room} that exceeds the model's context of {context} tokens: lower "
+            f"generation.max_new_tokens={room} that exceeds {whose}'s context of {context} tokens: lower "
             f"max_new_tokens, or cut prompts with data.max_prompt_length={context - room}"
         )
 

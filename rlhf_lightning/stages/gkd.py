@@ -1,6 +1,6 @@
 """Distillation on the student's own answers: at each token it wrote, what would the teacher have expected?"""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from rlhf_lightning.models.sharded import gathered_once
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.models.teacher import inert_teacher_options, load_teacher, named_teacher
 from rlhf_lightning.rewards.combine import WeightedReward
+from rlhf_lightning.rollout.answers import check_context
 from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.loader import UpdateSpec
 from rlhf_lightning.rollout.spec import EngineFactory, GenerationSpec
@@ -151,6 +152,11 @@ class GKDModule(OnPolicyModule):
 
     # ---- training --------------------------------------------------------------------------------------------------
 
+    def draw_prompts(self, draw: Callable[[], PromptBatch]) -> PromptBatch:
+        prompts = super().draw_prompts(draw)
+        check_context(self.generation, self.teacher.policy, prompts, whose="the teacher")
+        return prompts
+
     def prepare(self, answered: Answered, phase: Phases) -> tuple[AnswerRollouts, dict[str, float]]:
         """The answers as they are."""
         answers = answered.answers
@@ -198,6 +204,7 @@ class GKDModule(OnPolicyModule):
 
     def evaluate(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answer held-out prompts, with the same seeds at every evaluation, and ask the teacher about it."""
+        check_context(self.generation, self.teacher.policy, batch, whose="the teacher")
         answers = self.generate(batch, self._rollout_seed("evaluation", batch_idx))
         scored = self.score(batch, answers)
         answers = without_dropped(answers, scored)

@@ -175,6 +175,14 @@ def test_a_student_that_might_say_what_its_teacher_cannot_read_is_refused(tiny_m
         GKDModule(student, teacher).configure_model()
 
 
+def test_answers_that_the_teacher_has_no_room_for_are_refused(tiny_model, write_jsonl, tmp_path):
+    short = another(str(tiny_model), max_position_embeddings=32)
+    module = GKDModule(ModelSpec(path=str(tiny_model)), short, generation=GenerationSpec(max_new_tokens=30))
+    message = r"has 3 tokens; with generation.max_new_tokens=30 that exceeds the teacher's context of 32 tokens"
+    with pytest.raises(UserError, match=message):
+        fit(module, tmp_path, data={"train": write_jsonl("prompts.jsonl", [{"prompt": "the film"}] * 2)})
+
+
 def test_records_that_are_not_given_are_asked_for(tiny_model, write_jsonl, tmp_path):
     module = GKDModule(ModelSpec(path=str(tiny_model)), another(str(tiny_model)), on_policy_frac=0.5, generation=SHORT)
     with pytest.raises(UserError, match=r"data.pretraining is not set: give a file"):
