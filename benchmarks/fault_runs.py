@@ -209,8 +209,10 @@ def lives(pid: int) -> bool:
 
 
 def said(run: Path) -> str:
-    """The end of what a run printed."""
-    return run.with_suffix(".log").read_text()[-1500:]
+    """The end of what a run printed; of one that crashed, from the stacks on."""
+    printed = run.with_suffix(".log").read_text()
+    crashed = printed.rfind("Fatal Python error")
+    return printed[crashed if crashed >= 0 else -1500 :]
 
 
 def forget(run: Path) -> None:

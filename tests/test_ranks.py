@@ -118,7 +118,10 @@ def test_exit_codes():
 
 def test_what_is_said_of_a_process_that_died():
     assert "rank 3 was killed by SIGKILL: the system may have run out of memory" in obituary(3, -9)
-    assert "rank 1 ended with exit code 7" in obituary(1, 7)
+    assert "rank 1 was killed by SIGSEGV: a crash in native code, whose Python stacks stand further up;" in obituary(
+        1, -11
+    )
+    assert "rank 1 ended with exit code 7;" in obituary(1, 7)
 
 
 def test_a_process_that_waits_for_a_dead_one_is_ended(job, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from rlhf_lightning.cli.first_error import (
     forget_job,
     starter,
 )
-from rlhf_lightning.cli.stacks import ask, is_timeout
+from rlhf_lightning.cli.stacks import CRASHES, ask, is_timeout
 
 GRACE_SECONDS = 5.0
 STOPPED_SECONDS = 15.0
@@ -143,9 +143,13 @@ def end(processes: Sequence[subprocess.Popen[Any]], grace_seconds: float) -> Non
 
 def obituary(rank: int, code: int) -> str:
     """What is known of a process that ended without a message."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = ": the system may have run out of memory" if code == -signal.SIGKILL else ""
-    return f"the process of rank {rank} {how}{hint}; the same command with --resume auto goes on"
+    killed_by = signal.Signals(-code).name if code < 0 else None
+    how = f"was killed by {killed_by}" if killed_by else f"ended with exit code {code}"
+    if killed_by == "SIGKILL":
+        how += ": the system may have run out of memory"
+    elif killed_by in CRASHES:
+        how += ": a crash in native code, whose Python stacks stand further up"
+    return f"the process of rank {rank} {how}; the same command with --resume auto goes on"
 
 
 class StoppedFor:

@@ -18,12 +18,15 @@ STDERR = 2
 ASK = getattr(signal, "SIGUSR2", None)
 """The signal that asks; None where the system has none."""
 
+CRASHES = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
+"""Names of the signals of which a process dies that brought them about itself."""
+
 TO_ANSWER_SECONDS = 0.5
 TO_FAIL_SECONDS = 3.0
 
 
 def enable() -> None:
-    """From now on this process writes its stacks when it is asked, and when it crashes (SIGSEGV, SIGABRT and such).
+    """From now on this process writes its stacks when it is asked, and when it crashes (`CRASHES`).
 
     It goes on from the one and dies of the other as it would have. Done in C: that costs nothing before, and needs no
     interpreter that still works.
