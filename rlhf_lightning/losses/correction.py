@@ -242,7 +242,8 @@ def _over_answers(x: Tensor, mask: Tensor, over: Over) -> Tensor:
 
 
 def _within(judged: Tensor, low: float | None, high: float | None) -> Tensor:
-    return (judged >= (low or 0.0)) & (judged <= (torch.inf if high is None else high))
+    # without a low there is no bound: rounding leaves divergences of 0 a little below it
+    return (judged >= (-torch.inf if low is None else low)) & (judged <= (torch.inf if high is None else high))
 
 
 def _check_ratio_bounds(where: str, low: float | None, high: float | None) -> None:

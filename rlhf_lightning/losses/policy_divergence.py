@@ -71,4 +71,5 @@ def binary_divergence(
     if kind == "tv":
         return (p - q).abs()
     tiny = 1e-8  # what is left of a probability of 1
-    return q * (old_logprobs - logprobs) + (1 - q) * ((1 - q + tiny) / (1 - p + tiny)).log()
+    other, old_other = ((1 - x).clamp(min=0) for x in (p, q))  # rounding leaves certain tokens a little above 1
+    return q * (old_logprobs - logprobs) + old_other * ((old_other + tiny) / (other + tiny)).log()
