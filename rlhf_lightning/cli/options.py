@@ -18,7 +18,7 @@ from rlhf_lightning.advantages.kl_control import KLControl
 from rlhf_lightning.cli.sources import ConfigSources, Place, short_key
 from rlhf_lightning.core import interfaces, trust
 from rlhf_lightning.losses.divergence import Divergence
-from rlhf_lightning.losses.supervised import SupervisedLoss
+from rlhf_lightning.losses.supervised import TokenLoss
 
 
 def valid_children(parent: str, place: Place | None, sources: ConfigSources, parser: Any) -> set[str]:
@@ -70,7 +70,7 @@ def known_classes(bases: Iterable[type] = ()) -> dict[str, type]:
 
     # those that it defines: below ABC itself is half the world
     own = [v for v in vars(interfaces).values() if isinstance(v, type) and v.__module__ == interfaces.__name__]
-    ours = [RLHFModule, *(cls for cls in own if issubclass(cls, ABC)), KLControl, Divergence, SupervisedLoss]
+    ours = [RLHFModule, *(cls for cls in own if issubclass(cls, ABC)), KLControl, Divergence, TokenLoss]
     bases = list(bases) or [*ours, Callback, Logger]
     found: dict[str, type] = {}
     while bases:

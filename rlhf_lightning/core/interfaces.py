@@ -259,13 +259,20 @@ policy drew and one that it did not; `whole_batch`: its value depends on which p
 a part of each step's pairs is drawn, and the others are left out; `gold`: a third answer to each prompt."""
 
 
-class PreferenceLoss(ABC):
-    """A loss on pairs of completions of one prompt, from their log-probabilities."""
+class AnyPreferenceLoss(ABC):
+    """A loss on completions of one prompt that are preferred to one another: pairs, or rankings."""
 
     @property
     def needs(self) -> frozenset[Need]:
         """What has to be measured for this loss."""
         return frozenset({"reference"})
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class PreferenceLoss(AnyPreferenceLoss):
+    """A loss on pairs of completions of one prompt, from their log-probabilities."""
 
     @property
     def running_means(self) -> Mapping[str, float]:
@@ -310,13 +317,8 @@ class RankedPreferenceLossOutput:
     """Mean difference of reward between better and worse; no gradient."""
 
 
-class RankedPreferenceLoss(ABC):
+class RankedPreferenceLoss(AnyPreferenceLoss):
     """A loss on K >= 2 ranked completions of each prompt."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What has to be measured for this loss."""
-        return frozenset({"reference"})
 
     @abstractmethod
     def __call__(

@@ -43,7 +43,7 @@ from rlhf_lightning.losses.reward_model import (
     regression,
     step_correctness,
 )
-from rlhf_lightning.losses.supervised import DFT, NLL, SupervisedLoss, dynamic_nll, token_nll
+from rlhf_lightning.losses.supervised import DFT, NLL, SupervisedLoss, TokenLoss, dynamic_nll, token_nll
 from rlhf_lightning.losses.unpaired import BCO, KTO, APOZeroUnpaired, apo_zero_unpaired, bco, kto
 from rlhf_lightning.losses.value import ClippedValue, clipped_value
 
@@ -112,6 +112,7 @@ __all__ = [
     "StepCorrectness",
     "SupervisedLoss",
     "TeacherLoss",
+    "TokenLoss",
     "Vespo",
     "WeightedLoss",
     "WeightedLosses",

@@ -1,6 +1,6 @@
 """The loss of a student that learns from what a teacher expects at each token."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.losses.supervised import token_nll
+from rlhf_lightning.losses.supervised import TokenLoss, token_nll
 
 
-class TeacherLoss(ABC):
+class TeacherLoss(TokenLoss):
     """A loss per token from how far apart the distributions of student and teacher are."""
 
     temperature: float

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -36,7 +37,14 @@ def dynamic_nll(logprobs: Float[Tensor, "batch time"]) -> Float[Tensor, "batch t
     return logprobs.detach().exp() * token_nll(logprobs)
 
 
-class SupervisedLoss(ABC):
+class TokenLoss(ABC):
+    """What the trained tokens of records are learnt by: a `SupervisedLoss`, or a `TeacherLoss`."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+class SupervisedLoss(TokenLoss):
     """The loss of supervised fine-tuning, per token, from log-probabilities."""
 
     @abstractmethod

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from rlhf_lightning.core.batches import Batch, PairBatch, RankedBatch
 from rlhf_lightning.core.errors import UserError
-from rlhf_lightning.core.interfaces import PairScores, PreferenceLoss, PreferenceLossOutput, RankedPreferenceLoss
+from rlhf_lightning.core.interfaces import (
+    AnyPreferenceLoss,
+    PairScores,
+    PreferenceLoss,
+    PreferenceLossOutput,
+    RankedPreferenceLoss,
+)
 from rlhf_lightning.core.logprobs import token_kl
 from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.losses.preference import DPO
@@ -65,7 +71,7 @@ class DPOModule(RLHFModule):
     def __init__(
         self,
         policy: ModelSpec,
-        loss: PreferenceLoss | RankedPreferenceLoss = DPO(),
+        loss: AnyPreferenceLoss = DPO(),
         reference: ModelSpec | None = None,
         reference_sync: ReferenceSync | None = None,
         reference_cache: str | None = None,
@@ -125,12 +131,12 @@ class DPOModule(RLHFModule):
         return "reference" in self.loss.needs
 
     @property
-    def loss(self) -> PreferenceLoss | RankedPreferenceLoss:
+    def loss(self) -> AnyPreferenceLoss:
         """What is minimised."""
         return self._loss
 
     @loss.setter
-    def loss(self, loss: PreferenceLoss | RankedPreferenceLoss) -> None:
+    def loss(self, loss: AnyPreferenceLoss) -> None:
         self._loss = loss
         # None: the loss reads rankings
         self._objective = PairObjective(loss) if isinstance(loss, PreferenceLoss) else None

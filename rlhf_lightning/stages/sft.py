@@ -12,7 +12,7 @@ from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.logprobs import TokenScores
 from rlhf_lightning.core.masked import masked_mean, reduce_tokens
 from rlhf_lightning.losses.distillation import TeacherLoss
-from rlhf_lightning.losses.supervised import NLL, SupervisedLoss, token_nll
+from rlhf_lightning.losses.supervised import NLL, TokenLoss, token_nll
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy
@@ -57,7 +57,7 @@ class SFTModule(RLHFModule):
     def __init__(
         self,
         policy: ModelSpec,
-        loss: SupervisedLoss | TeacherLoss = NLL(),
+        loss: TokenLoss = NLL(),
         teacher: ModelSpec | None = None,
         router_aux_loss_coef: float = 0.0,
         router_aux_loss_over: Over = "step",

@@ -2,6 +2,7 @@ import pytest
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.interfaces import (
+    AnyPreferenceLoss,
     Credit,
     PolicyLoss,
     PreferenceLoss,
@@ -11,10 +12,24 @@ from rlhf_lightning.core.interfaces import (
     Sample,
     ValueLoss,
 )
+from rlhf_lightning.losses import SupervisedLoss, TeacherLoss, TokenLoss
 
 
 @pytest.mark.parametrize(
-    "interface", [PolicyLoss, PreferenceLoss, RankedPreferenceLoss, ValueLoss, Credit, RewardLoss, RewardFn]
+    "interface",
+    [
+        PolicyLoss,
+        AnyPreferenceLoss,
+        PreferenceLoss,
+        RankedPreferenceLoss,
+        ValueLoss,
+        Credit,
+        RewardLoss,
+        RewardFn,
+        TokenLoss,
+        SupervisedLoss,
+        TeacherLoss,
+    ],
 )
 def test_interfaces_are_abstract(interface):
     with pytest.raises(TypeError, match="abstract"):

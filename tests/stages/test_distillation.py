@@ -198,13 +198,16 @@ def test_a_loss_without_a_teacher_is_refused(nobody):
         (["loss=NLL"], "teacher does nothing: the loss NLL reads no teacher"),
         (["teacher.lora={r: 2}"], "teacher.lora does nothing: nothing of the teacher is trained"),
         (["teacher.gradient_checkpointing=true"], "teacher.gradient_checkpointing does nothing"),
+        (["loss.divergence=jsd", "loss.beta=1"], "error: command line: beta=1.0 is the teacher's share in a mixture"),
+        (["loss.temprature=2"], "loss.temprature is not an option of Distillation; did you mean temperature?"),
+        (["loss=Distilation"], "Distilation is not a known class; did you mean Distillation?"),
         (
             ["teacher.chat_template={{ messages }}"],
             "teacher.chat_template does nothing: records are written by the student's",
         ),
     ],
 )
-def test_what_does_nothing_is_refused(options, message, tiny_model, write_jsonl, tmp_path, capsys):
+def test_what_does_nothing_or_cannot_be_is_refused(options, message, tiny_model, write_jsonl, tmp_path, capsys):
     path = write_jsonl("sft.jsonl", records("sft"))
     given = [f"--model.{option}" for option in ("loss=Distillation", f"teacher.path={tiny_model}", *options)]
     command = ["fit", "--model=SFTModule", f"--model.policy.path={tiny_model}", *given, f"--data.train={path}"]

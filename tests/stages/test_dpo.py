@@ -10,6 +10,7 @@ from fits import fit
 from lightning.pytorch.callbacks import LambdaCallback
 from one_step import another, records
 
+from rlhf_lightning.__main__ import main
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.losses.preference import DPO
@@ -126,6 +127,13 @@ def test_it_learns_to_prefer_what_was_preferred(tiny_model, write_jsonl, tmp_pat
     again = load_policy(ModelSpec(path=str(dpo.export(tmp_path / "hf"))))
     for mine, theirs in zip(again.parameters(), dpo.policy.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_what_a_loss_of_rankings_refuses_is_said(tiny_model, write_jsonl, tmp_path, capsys):
+    options = [f"--model.policy.path={tiny_model}", "--model.loss=ListwiseDPO", "--model.loss.beta=-1"]
+    command = ["fit", "--model=DPOModule", *options, f"--data.train={write_jsonl('r.jsonl', records('dpo, ranked'))}"]
+    assert main([*command, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 2
+    assert "error: command line: beta=-1.0 would not prefer" in capsys.readouterr().err
 
 
 def test_rankings_by_hand(tiny_model, write_jsonl, tmp_path):
