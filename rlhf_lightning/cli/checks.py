@@ -79,11 +79,17 @@ def check_instances(config: Any, model: Any, data: Any, sources: ConfigSources) 
     """Refuses keys that the rest of the config leaves without effect."""
     found = [
         *inert_trainer_options(config, sources),
-        *((f"model.init_args.{key}", why) for key, why in model.inert_options()),
+        *((f"model.init_args.{key}", why) for key, why in (*model.inert_options(), *_of_clipping(config, model))),
         *((f"data.{key}", why) for key, why in _of_data(data, model)),
     ]
     if found:
         raise UserError("\n  ".join(f"{at(key, sources)} does nothing: {why}; remove it" for key, why in found))
+
+
+def _of_clipping(config: Any, model: Any) -> Iterable[Inert]:
+    critic = getattr(model, "critic_spec", None)
+    if critic is not None and critic.clip_apart and config["trainer"].get("gradient_clip_val") is None:
+        yield "critic.clip_apart", "trainer.gradient_clip_val is not set, so nothing is clipped"
 
 
 def _of_data(data: Any, model: Any) -> Iterable[Inert]:

@@ -150,6 +150,8 @@ class OnlineDPOModule(OnPolicyModule):
                 f"generation.num_samples={generation.num_samples} cannot be shared between the policy and its "
                 "opponent, half each: give an even number"
             )
+        if not missing_eos_penalty >= 0:
+            raise UserError(f"missing_eos_penalty={missing_eos_penalty} would pay for not ending: give 0 or more")
         if "drawn_pairs" in loss.needs:
             raise UserError(
                 f"keep_frac below 1 of {type(loss).__name__} draws among records: set keep_frac: 1, or use DPOModule"

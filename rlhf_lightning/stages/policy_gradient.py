@@ -136,9 +136,9 @@ class PolicyGradientModule(OnPolicyModule):
             ends_of(clip_advantages, "clip_advantages")
         if kl.credited == "to_come" and not isinstance(credit, OutcomeCredit):
             raise UserError(
-                f"kl.credited='to_come' is for credits that compare answers, and credit={type(credit).__name__} "
-                "credits each token with what comes after it by itself, KL included: leave it out, or use a credit "
-                "such as Centred"
+                "kl.credited='to_come' adds each token's KL to a number per answer, and "
+                f"credit={type(credit).__name__} gives numbers per token, of rewards that hold the KL: leave it out, "
+                "or use a credit such as Centred (with whiten_advantages: true in place of CentredBatchNormalised)"
             )
         if updates.async_rollouts:
             why = "updates.async_rollouts=true trains on answers that an older policy sampled"

@@ -55,6 +55,9 @@ class RewardShaping:
     def __post_init__(self) -> None:
         if self.clip is not None:
             ends_of(self.clip, "shaping.clip")
+        for name in ("overlong_factor", "missing_eos_penalty"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"shaping.{name}={getattr(self, name)} would pay for not ending: give 0 or more")
         if not 0 <= self.missing_eos_factor <= 1:
             raise UserError(
                 f"shaping.missing_eos_factor={self.missing_eos_factor} would pay for not ending: give 0 (no score) to "
@@ -71,7 +74,7 @@ class KLSpec:
         estimator: of the KL inside the reward; k1 is what the objective asks for.
         credited: with_score: the KL of an answer is part of its score, and of what a credit per answer compares (TRL's
             RLOO). to_come: answers are compared by their scores alone, and each token pays for its own KL and that of
-            the tokens after it (OpenRLHF). Credits per token have the second by nature.
+            the tokens after it (OpenRLHF). Credits of what is to come (Gae, ReMax, ...) have the second by nature.
         bound: hold the KL of a token within +-bound in reward and loss, without gradient beyond (OpenRLHF: 10, verl: 10
             of k3); null: not held.
         loss_coef: weight of a KL term inside the loss, in addition.

@@ -231,4 +231,5 @@ def _sequence_of(rows: Rows) -> tuple[Tensor, int]:
 def _sequences(rows: Rows) -> int:
     """How many sequences are balanced."""
     segments = _segments(rows)
-    return int(rows.mask.any(-1).sum()) if segments is None else int(segments.amax(1).sum())
+    balanced = rows.mask.any(-1)
+    return int((balanced if segments is None else segments.amax(1).where(balanced, 0)).sum())

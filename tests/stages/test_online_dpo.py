@@ -334,6 +334,7 @@ def test_the_opponents_answers_are_drawn_from_the_reference(tiny_model, write_js
     ("options", "message"),
     [
         ({"generation": GenerationSpec()}, r"generation.num_samples=1 leaves nothing to compare"),
+        ({"missing_eos_penalty": -1.0}, r"missing_eos_penalty=-1.0 would pay for not ending"),
         (
             {"generation": GenerationSpec(num_samples=3), "opponent": Opponent()},
             r"generation.num_samples=3 cannot be shared between the policy and its opponent.*give an even number",

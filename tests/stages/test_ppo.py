@@ -8,6 +8,7 @@ import torch
 from fits import fit
 from one_step import records
 
+from rlhf_lightning.__main__ import main
 from rlhf_lightning.advantages import Centred, ReMax
 from rlhf_lightning.advantages.kl_control import AdaptiveKL, FixedKL
 from rlhf_lightning.core.batches import Generated, Rollouts, TokenBatch
@@ -605,15 +606,18 @@ def test_clipping_scores_to_nothing_is_refused():
 
 
 def test_prices_and_factors_that_make_no_sense_are_refused(tiny_model):
-    with pytest.raises(UserError, match=r"shaping\.missing_eos_factor=1\.5 would pay for not ending"):
-        RewardShaping(missing_eos_factor=1.5)
+    for name, value in (("missing_eos_factor", 1.5), ("missing_eos_penalty", -1.0), ("overlong_factor", -1.0)):
+        with pytest.raises(UserError, match=rf"shaping\.{name}={value} would pay for not ending"):
+            RewardShaping(**{name: value})
     with pytest.raises(UserError, match=r"kl\.bound=0\.0 would erase every KL"):
         KLSpec(bound=0.0)
     with pytest.raises(UserError, match=r"kl\.loss_max_weight=0\.5 would shrink the KL of exact tokens"):
         KLSpec(loss_max_weight=0.5)
     with pytest.raises(UserError, match=r"clip_advantages=0\.0 leaves room for no number"):
         ppo(tiny_model, clip_advantages=0.0)
-    with pytest.raises(UserError, match=r"credited='to_come' is for credits that compare answers, and credit=Gae"):
+    with pytest.raises(
+        UserError, match=r"credited='to_come' adds .* to a number per answer, and credit=Gae gives numbers"
+    ):
         ppo(tiny_model, kl=KLSpec(credited="to_come"))
     with pytest.raises(UserError, match=r"whiten_rewards scales rewards with their KL, and kl\.credited='to_come'"):
         ppo(
@@ -640,3 +644,15 @@ def test_options_without_effect_are_named(tiny_model):
     shaping = RewardShaping(missing_eos_score=-1.0, missing_eos_factor=0.5)
     inert = dict(ppo(tiny_model, credit=Centred(), kl=kl, shaping=shaping).inert_options())
     assert set(inert) == {"kl.bound", "kl.credited", "kl.loss_max_weight", "shaping.missing_eos_factor"}
+
+
+def test_clipping_apart_where_nothing_is_clipped_is_refused(tiny_model, write_jsonl, tmp_path, capsys):
+    options = [
+        f"--model.policy.path={tiny_model}",
+        "--model.critic.clip_apart=true",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    rewards = '--model.rewards=[{"reward": {"class_path": "LengthReward", "init_args": {"target": 4}}}]'
+    data = f"--data.train={write_jsonl('prompts.jsonl', records('ppo'))}"
+    assert main(["fit", "--model=PPOModule", *options, rewards, data]) == 2
+    assert "critic.clip_apart does nothing: trainer.gradient_clip_val is not set" in capsys.readouterr().err

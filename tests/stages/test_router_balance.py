@@ -10,6 +10,7 @@ import torch
 from fits import fit
 from one_step import records, step
 
+from rlhf_lightning.core.batches import TokenBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.losses.router import experts_chosen, load_balancing_loss
 from rlhf_lightning.models.spec import ModelSpec
@@ -52,6 +53,14 @@ def assert_same(expected, found):
     largest = max(float(g.abs().max()) for g in expected[1].values())
     for name, gradient in found[1].items():
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+def test_rows_in_which_nothing_counts_hold_no_sequences():
+    tokens = torch.ones(2, 4, dtype=torch.long)
+    real, segments = torch.ones(2, 4, dtype=torch.bool), torch.tensor([[1, 1, 2, 2], [1, 1, 1, 1]])
+    batch = TokenBatch(tokens, real, real, torch.zeros_like(tokens), segments)
+    for rows, sequences in ((batch, 3.0), (batch.without_loss(), 0.0), (batch.part(1, 2), 1.0)):
+        assert list(RouterBalance(0.5, "sequence").measure(None, [rows]).values()) == [sequences]
 
 
 @pytest.mark.parametrize(
