@@ -21,7 +21,7 @@ from rlhf_lightning.advantages.shaping import (
 from rlhf_lightning.core.batches import Generated
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.core.kl import KLEstimator, KLLossEstimator
-from rlhf_lightning.core.masked import masked_mean, masked_moments, masked_whiten
+from rlhf_lightning.core.masked import masked_moments, masked_whiten
 from rlhf_lightning.rewards.combine import ScoredSamples
 
 
@@ -195,7 +195,7 @@ class RewardShaper:
         if shaping.whiten_rewards:
             moments = self._add_over_ranks(masked_moments(rewards, answers.mask))
             rewards = masked_whiten(rewards, answers.mask, shift_mean=False, moments=moments)
-        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": float(masked_mean(scores, counts))}
+        metrics = {"kl/coef": self.kl_coef, "rollout/shaped_score": self._mean(scores, counts)[0]}
         observed = kl.sum(-1)
         if self.kl.control.observes == "token":
             observed = observed / answers.mask.sum(-1).clamp(min=1)
@@ -209,9 +209,14 @@ class RewardShaper:
 
     def _steer(self, observed: Tensor, counts: Tensor) -> None:
         """Choose the coefficient of the next rollout."""
-        count, total, _ = self._add_over_ranks(masked_moments(observed, counts)).tolist()
+        mean, count = self._mean(observed, counts)
         if count:
-            self.kl_coef = self.kl.control.next_coef(self.kl_coef, total / count, int(count))
+            self.kl_coef = self.kl.control.next_coef(self.kl_coef, mean, count)
+
+    def _mean(self, x: Tensor, counts: Tensor) -> tuple[float, int]:
+        """Mean over the sequences of all ranks that count, 0 where none does, and how many they are."""
+        count, total, _ = self._add_over_ranks(masked_moments(x, counts)).tolist()
+        return total / max(count, 1), int(count)
 
     def state_dict(self) -> dict[str, Any]:
         initial = self.kl.control.initial_coef

@@ -136,3 +136,6 @@ def test_two_processes_take_the_same_step_as_one(stage, whole, tiny_model, tmp_p
     assert out.is_file(), done.stderr[-2000:]
     saved = torch.load(out, weights_only=True)
     assert_same(stage, expected, saved["metrics"], saved["gradients"])
+    for name, value in expected[0].items():  # what a rollout looked like is said of those of all processes
+        if name.startswith(("rollout/", "reward/", "groups/", "policy/", "value/", "kl/", "train/")):
+            assert saved["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
