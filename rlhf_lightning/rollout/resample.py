@@ -62,9 +62,17 @@ class Resample:
         Args:
             counts: False for an answer that was dropped [batch].
             seed: names the draw.
+        Raises:
+            UserError: a weight is beyond float32.
         """
         if not counts.any():
             return torch.arange(len(scores), device=scores.device)
         generator = torch.Generator().manual_seed(seed)
         weights = torch.where(counts, self.weights(scores, best, worst), 0.0).cpu()
+        if not bool(weights.sum().isfinite()):
+            largest = float(scores.abs().max())
+            raise UserError(
+                f"resample.power={self.power:g} of a score of {largest:g} is too large a weight to draw by: lower power, "
+                "or the weights in rewards"
+            )
         return torch.multinomial(weights, len(scores), replacement=True, generator=generator).to(scores.device)

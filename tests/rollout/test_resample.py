@@ -53,3 +53,9 @@ def test_scores_of_zero_are_drawn_alike():
 def test_a_power_that_turns_the_weights_round_is_refused():
     with pytest.raises(UserError, match=r"resample\.power=0\.0 would prefer"):
         Resample(power=0.0)
+
+
+def test_weights_that_no_number_holds_are_refused():
+    scores, counts = torch.tensor([1e5, 2.0]), torch.tensor([True, True])
+    with pytest.raises(UserError, match=r"resample\.power=10 of a score of 100000 is too large a weight"):
+        Resample(power=10.0).draw(scores, counts, scores.max(), scores.min(), seed=1)
