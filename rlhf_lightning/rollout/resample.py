@@ -72,7 +72,7 @@ class Resample:
         if not bool(weights.sum().isfinite()):
             largest = float(scores.abs().max())
             raise UserError(
-                f"resample.power={self.power:g} of a score of {largest:g} is too large a weight to draw by: lower power, "
-                "or the weights in rewards"
+                f"resample.power={self.power:g} of a score of {largest:g} is too large a weight to draw by: "
+                "lower power, or the weights in rewards"
             )
         return torch.multinomial(weights, len(scores), replacement=True, generator=generator).to(scores.device)
