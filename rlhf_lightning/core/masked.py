@@ -137,9 +137,7 @@ def reduce_tokens(
     if denominator is None:
         denominator = mask.sum() if how == "token_mean" else mask.any(-1).sum()
     divisor = torch.as_tensor(denominator, dtype=torch.float32, device=per_token.device).clamp(min=1)
-    if how == "token_mean":
-        return zeroed.sum() / divisor
-    if how == "length_weighted":
+    if how in ("token_mean", "length_weighted"):
         return zeroed.sum() / divisor
     if how == "sequence_mean":
         return (zeroed.sum(-1) / mask.sum(-1).clamp(min=1)).sum() / divisor

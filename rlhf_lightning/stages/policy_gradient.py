@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -125,6 +125,9 @@ class PolicyGradientModule(OnPolicyModule):
         for name, value in (("entropy_coef", entropy_coef), ("ptx_coef", ptx_coef)):
             if not value >= 0:
                 raise UserError(f"{name}={value} would train towards the opposite: give 0 or more")
+        for name, how in (("reduction", reduction), ("auxiliary_reduction", auxiliary_reduction or reduction)):
+            if how not in get_args(Reduction):  # given from Python; a YAML is held to the type
+                raise UserError(f"{name}={how!r}: use one of {', '.join(get_args(Reduction))}")
         if target_kl is not None and not target_kl > 0:
             raise UserError(f"target_kl={target_kl} would stop every rollout at once: give a positive number, or null")
         if correction is not None and not generation.keep_logprobs:

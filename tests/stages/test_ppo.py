@@ -598,6 +598,12 @@ def test_numbers_that_make_no_sense_are_refused(option, value, tiny_model):
         PPOModule(ModelSpec(path=str(tiny_model)), [WeightedReward(LengthReward(target=3))], **{option: value})
 
 
+@pytest.mark.parametrize("option", ["reduction", "auxiliary_reduction"])
+def test_a_reduction_that_there_is_not_is_none_of_the_others(option, tiny_model):
+    with pytest.raises(UserError, match=rf"^{option}='mean': use one of token_mean, .*, token_sum$"):
+        ppo(tiny_model, **{option: "mean"})
+
+
 def test_clipping_scores_to_nothing_is_refused():
     with pytest.raises(ValueError, match=r"shaping\.clip=0\.0 leaves room for no number"):
         RewardShaping(clip=0.0)
