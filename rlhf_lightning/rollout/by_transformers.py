@@ -58,7 +58,7 @@ def draw_by_transformers(
         processors.insert(0, RepetitionPenalty(spec.repetition_penalty, attention_mask))
     if mixture is not None:
         processors.insert(0, GeometricMixture(mixture, attention_mask))
-    config = _config(spec, tokenizer, eos, suppressed)
+    config = generation_config(spec, tokenizer, eos, suppressed)
     # transformers fills whatever `config` leaves open from the model's own generation config (top_k 50, a
     # repetition penalty): swap it out, or the sampling distribution is not the one that is trained
     own, policy.model.generation_config = policy.model.generation_config, config
@@ -76,7 +76,7 @@ def draw_by_transformers(
     return Drawn(output, recorder.lengths, {} if record is None else record.finish(output))
 
 
-def _config(
+def generation_config(
     spec: GenerationSpec, tokenizer: PreTrainedTokenizerBase, eos: list[int], suppressed: list[int]
 ) -> GenerationConfig:
     sampling = (

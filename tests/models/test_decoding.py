@@ -10,7 +10,7 @@ from transformers import CompileConfig
 from rlhf_lightning.core.batches import PromptBatch
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.spec import LoraSpec
-from rlhf_lightning.rollout import decode, generate
+from rlhf_lightning.rollout import by_transformers, decode, generate
 from rlhf_lightning.rollout.generate import HFGenerate
 from rlhf_lightning.rollout.spec import GenerationSpec
 
@@ -129,10 +129,10 @@ def test_a_static_cache_lets_transformers_compile_a_step(lab, monkeypatch):
     """As it does on a GPU, by CUDA graphs; here what it compiles is noted, and run as it is."""
     policy, prompts = lab.policy("llama"), asked(lab, 6, 4)
     expected = answer(policy, prompts, temperature=0.0)
-    steps, made = [], HFGenerate._config
+    steps, made = [], by_transformers.generation_config
 
-    def anywhere(engine, eos):
-        config = made(engine, eos)
+    def anywhere(*given):
+        config = made(*given)
         config.compile_config = CompileConfig()
         config.compile_config._compile_all_devices = True
         return config
@@ -141,7 +141,7 @@ def test_a_static_cache_lets_transformers_compile_a_step(lab, monkeypatch):
         assert config.mode == "reduce-overhead"
         return lambda **inputs: steps.append(inputs["input_ids"].shape) or model(**inputs)
 
-    monkeypatch.setattr(HFGenerate, "_config", anywhere)
+    monkeypatch.setattr(by_transformers, "generation_config", anywhere)
     monkeypatch.setattr(type(policy.causal_lm), "get_compiled_call", compiled)
     same(answer(policy, prompts, temperature=0.0, cache="static"), expected)
     assert len(steps) > 1
