@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from spawned import leave_group
 
 from rlhf_lightning.core import kept as module
 from rlhf_lightning.core.kept import kept_logprobs, pack_kept, unpack_kept
@@ -105,7 +106,7 @@ def one_of_two_ranks(rank, store):
     for found, want in zip(torch.autograd.grad(total(*sharded, rows), sharded), expected, strict=True):
         assert found.placements == (Shard(0),)
         torch.testing.assert_close(found.full_tensor(), want, rtol=1e-5, atol=1e-6)
-    distributed.destroy_process_group()
+    leave_group()
 
 
 def test_a_sharded_head_gets_the_sum_of_its_ranks_gradients(tmp_path):
