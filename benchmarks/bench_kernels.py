@@ -105,7 +105,9 @@ def target_rows(name: str) -> dict[str, tuple[list[tuple[int, ...]], list[str]]]
 
 
 SECONDS = {"cpu": 600.0, "cuda": 4.0}
-"""Time an implementation may take at one shape before it drops out of further rounds; it gets three in any case."""
+"""Time an implementation may take at one shape before it drops out of further rounds; it gets three in any case.
+
+What --each sets."""
 
 
 SLEEP_CYCLES = 6_000_000
@@ -248,7 +250,13 @@ def checked(
 
 
 def measure(
-    op: str, shape: tuple[int, ...], device: str, rounds: int, top: dict[str, float], only: list[str] | None = None
+    op: str,
+    shape: tuple[int, ...],
+    device: str,
+    rounds: int,
+    top: dict[str, float],
+    only: list[str] | None = None,
+    each: float | None = None,
 ) -> tuple[list[Row], list[str], list[str]]:
     """Rows of every implementation that runs (of `only` these), what went wrong with peers, and with ours."""
     buffers = [build(op, shape, device, seed=0)]
@@ -265,7 +273,7 @@ def measure(
     for i in range(rounds):
         inputs = buffers[i % copies]
         for name, (case, _) in cases.items():
-            if i >= 3 and sum(forward[name]) + sum(both[name]) > SECONDS[device] * 1e3:
+            if i >= 3 and sum(forward[name]) + sum(both[name]) > (each or SECONDS[device]) * 1e3:
                 continue
             with torch.no_grad():
                 forward[name].append(timed(lambda case=case, inputs=inputs: case.call(inputs), device))
@@ -330,7 +338,8 @@ def child(argument: str) -> None:
             tell(left=[f"{request['op']} {shape}"])
             continue
         try:
-            rows, problems, failures = measure(request["op"], shape, device, request["rounds"], top, request["only"])
+            how = (request["rounds"], top, request["only"], request["each"])
+            rows, problems, failures = measure(request["op"], shape, device, *how)
             done = [] if failures else [key_of(request["op"], shape, request["only"])]
             tell(rows=[asdict(row) for row in rows], problems=problems, failures=failures, done=done)
         except Exception as problem:
@@ -392,7 +401,15 @@ SAME = ("device", "torch", "triton", "commit")
 
 
 def run(
-    name: str, device: str, rounds: int, ops: list[str], report: Report, seconds: float, *, targets: bool = False
+    name: str,
+    device: str,
+    rounds: int,
+    ops: list[str],
+    report: Report,
+    seconds: float,
+    *,
+    targets: bool = False,
+    each: float | None = None,
 ) -> None:
     """All shapes of `ops` (of `targets`, those that have one), as far as `seconds` reach; fills the report."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -400,7 +417,7 @@ def run(
         environment["TRITON_INTERPRET"] = "1"
     began = time.time()
     deadline = began + seconds
-    common = {"device": device, "rounds": rounds, "deadline": deadline, "began": began}
+    common = {"device": device, "rounds": rounds, "each": each, "deadline": deadline, "began": began}
     rows = target_rows(name) if targets else {op: (shapes, None) for op, shapes in SHAPES[name].items()}
     for op in ops:
         if op == "checks":
@@ -488,6 +505,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter; written to --out only")
     parser.add_argument("--op", help="only this op (or: checks); written to --out only")
     parser.add_argument("--rounds", type=int, help="timed rounds per implementation")
+    parser.add_argument("--each", type=float, help="seconds an implementation may take at a shape (a GPU: 4)")
     parser.add_argument("--docs", action="store_true", help="write docs/kernels.md from the results on disk")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -512,7 +530,7 @@ def main() -> int:
         if name in ("cpu", "large") and "checks" in ops:
             ops.remove("checks")  # nothing to check: the kernels do not run here
         seconds = arguments.seconds or (480 if arguments.part or arguments.targets else math.inf)
-        run(name, device, rounds, ops, report, seconds, targets=arguments.targets)
+        run(name, device, rounds, ops, report, seconds, targets=arguments.targets, each=arguments.each)
         for problem in sorted(set(report.found["problems"])):
             print(f"not timed: {problem}")
         for left in report.found["left"]:
