@@ -82,18 +82,19 @@ def _row_configs(vocab: int) -> Iterator[Config]:
             for logits in ("*bf16", "*fp32"):
                 types = (("logits_ptr", logits), ("out_ptr", logits), ("grads_ptr", logits))
                 size = 2 if logits == "*bf16" else 4
-                lanes, width, warps = triton_rows.lanes_for(vocab, size, common["ALIGNED"])
+                lanes, width, warps = triton_rows.lanes_for(vocab, size)
                 constants = {**common, "LANES": lanes, "WIDTH": width, "ENTROPY": entropy}
                 registers = triton_rows.row_registers(common["CAPPED"])
                 yield Config("row_stats", f"{label}, {logits[1:]}", constants, warps, vocab, types, registers)
                 block, warps = triton_rows.block_for(vocab, 4096)
-                yield Config("row_grads", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy},
-                             warps, vocab, types)  # fmt: skip
+                yield Config("row_grads", f"{label}, {logits[1:]}", {**common, "BLOCK": block, "ENTROPY": entropy,
+                             "TOGETHER": True}, warps, vocab, types)  # fmt: skip
 
 
 def _policy_configs(vocab: int) -> Iterator[Config]:
-    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, vocab % 16 == 0)
+    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2)
     base = {"LANES": lanes, "WIDTH": width, "WEIGHTS": True, "GRADS": True, "ALIGNED": vocab % 16 == 0}
+    base["TOGETHER"] = True
     base |= {"ROW_TEMPERATURE": False, "SCALED": False}
     types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"))
     for form, name in enumerate(("clipped", "reinforce", "cispo", "sapo")):
@@ -103,9 +104,7 @@ def _policy_configs(vocab: int) -> Iterator[Config]:
             "policy_loss", f"{name}, V={vocab}", constants, warps, vocab, types, triton_rows.row_registers(False)
         )
     everything = {**base, "FORM": 0, "ESTIMATOR": 3, "DUAL": True, "ENTROPY": True, "ENTROPY_LOSS": True}
-    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, False)
     everything |= {"ROW_TEMPERATURE": True, "SCALED": True, "CAPPED": True, "ALIGNED": False}
-    everything |= {"LANES": lanes, "WIDTH": width}
     name = f"clipped, everything on, V={vocab}"
     yield Config("policy_loss", name, everything, warps, vocab, types, triton_rows.row_registers(True))
 
@@ -153,9 +152,9 @@ def _other_configs() -> Iterator[Config]:
         types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"), ("ref_ptr", "*bf16"))
         yield Config("scale_rows", f"V={vocab}", {"BLOCK": block}, warps, vocab, types)
         for forward in (False, True):
-            lanes, width, warps = triton_rows.lanes_for(vocab, 2, vocab % 16 == 0)
+            lanes, width, warps = triton_rows.lanes_for(vocab, 2)
             constants = {"LANES": lanes, "WIDTH": width, "FORWARD": forward, "HAS_MASK": True, "WEIGHTS": True}
-            constants["GRADS"] = True
+            constants |= {"GRADS": True, "TOGETHER": True}
             name = f"{'forward' if forward else 'reverse'}, gradient, V={vocab}"
             yield Config("kl", name, {**constants, "ALIGNED": vocab % 16 == 0}, warps, vocab, types)
     for length in (128, 32768):

@@ -75,8 +75,9 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "masked_whiten": [(3, 40)],
     },
     "cuda": {
-        "token_logprobs": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)] + [(8192, 151936)],
-        "policy_loss": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)],
+        "token_logprobs": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)]
+        + [(8192, 151936), (16384, 50257)],
+        "policy_loss": [(n, v) for n in (4096, 16384) for v in (32000, 128256, 151936)] + [(16384, 50257)],
         "exact_kl": [(4096, v) for v in (32000, 128256, 151936)],
         "linear_token_logprobs": [(4096, h, 128256) for h in (896, 2048, 4096)] + [(16384, 2048, 151936)],
         "linear_policy_loss": [(4096, h, 128256) for h in (896, 2048, 4096)] + [(16384, 2048, 151936)],

@@ -28,12 +28,16 @@ from rlhf_kernels.triton_rows import (
     lanes_for,
     launch_options,
     layout,
+    num_plain,
     num_programs,
+    out_place,
     plain_block,
-    row_offset,
+    row_place,
     row_registers,
+    special_block,
     special_blocks,
     stats_of_row,
+    store_zeros,
 )
 
 policy_term = triton.jit(arithmetic.bind(arithmetic.policy_term, tl))
@@ -42,34 +46,38 @@ kl_term = triton.jit(arithmetic.bind(arithmetic.kl_term, tl))
 
 @triton.jit
 def write_grads(
-    row_ptr, grads_row, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, active, V,
+    row_ptr, grads_row, low, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, active, V,
     BLOCK: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a row, its last columns first; a row that is not active is not read, and gets 0."""
     offsets = tl.arange(0, BLOCK)
+    limit = V + low
+    at = tl.where(token >= 0, token + low, -1)
     if active:
-        whole, first, apart = special_blocks(token, V, BLOCK)
-        for special in range(tl.where(whole < V, 0, 1), tl.where(apart, 2, 1)):
-            columns = tl.where(special == 0, whole, first) + offsets
-            z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"), eviction_policy="evict_first")
+        whole, first, apart, ragged = special_blocks(token, low, limit, BLOCK)
+        for i in range(tl.where(whole < limit, 0, 1), 1 + tl.where(apart, 1, 0) + tl.where(ragged, 1, 0)):
+            places = special_block(i, whole, first, apart) + offsets
+            inside = (places >= low) & (places < limit)
+            z = tl.load(row_ptr + places, mask=inside, other=-float("inf"), eviction_policy="evict_first")
             grad = grad_of_columns(
-                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, True, SCALED,
-                CAPPED, ENTROPY,
+                z, places, at, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, True, SCALED, CAPPED,
+                ENTROPY,
             )  # fmt: skip
-            tl.store(grads_row + columns, grad.to(grads_row.dtype.element_ty), mask=columns < V)
-        blocks = whole // BLOCK - tl.where(apart, 1, 0)
+            tl.store(grads_row + places, grad.to(grads_row.dtype.element_ty), mask=inside)
+        blocks = num_plain(whole, apart, ragged, BLOCK)
         for i in range(blocks):
-            columns = plain_block(blocks - 1 - i, first, apart, BLOCK) + offsets
-            z = tl.load(row_ptr + columns, eviction_policy="evict_first")
+            places = plain_block(blocks - 1 - i, first, apart, ragged, BLOCK) + offsets
+            z = tl.load(row_ptr + places, eviction_policy="evict_first")
             grad = grad_of_columns(
-                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, False, SCALED,
+                z, places, at, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, False, SCALED,
                 CAPPED, ENTROPY,
             )  # fmt: skip
-            tl.store(grads_row + columns, grad.to(grads_row.dtype.element_ty), eviction_policy="evict_first")
+            tl.store(grads_row + places, grad.to(grads_row.dtype.element_ty), eviction_policy="evict_first")
     else:
-        for start in range(0, V, BLOCK):
-            columns = start + offsets
-            tl.store(grads_row + columns, 0.0, mask=columns < V)
+        for start in range(0, limit, BLOCK):
+            places = start + offsets
+            whole = (start >= low) & (start + BLOCK <= limit)
+            store_zeros(grads_row + places, (places >= low) & (places < limit), whole, BLOCK)
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=[*PER_ROW, "ref_ptr"])
@@ -82,15 +90,16 @@ def policy_loss_kernel(
     LANES: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, ESTIMATOR: tl.constexpr, DUAL: tl.constexpr,
     ENTROPY: tl.constexpr, ENTROPY_LOSS: tl.constexpr, WEIGHTS: tl.constexpr, GRADS: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         keep = tl.load(mask_ptr + row) != 0
         token = tl.load(tokens_ptr + row, mask=keep, other=0)
         inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
-        row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
+        row_ptr, low = row_place(logits_ptr, row, inner, stride_outer, stride_inner, ALIGNED)
         logprob, entropy, top, log_sum, miss, _ = stats_of_row(
-            row_ptr, token, inverse_temperature, scalars_ptr, V, keep, LANES, WIDTH, SCALED, CAPPED, ENTROPY,
-            "evict_last",
+            row_ptr, low, token, inverse_temperature, scalars_ptr, V, keep, LANES, WIDTH, SCALED, CAPPED, ENTROPY,
+            ALIGNED, "evict_last",
         )  # fmt: skip
         advantage = tl.load(advantages_ptr + row, mask=keep, other=0.0).to(tl.float32)
         old = tl.load(old_ptr + row, mask=keep, other=0.0).to(tl.float32)
@@ -124,9 +133,9 @@ def policy_loss_kernel(
         if GRADS:
             a = slope * share
             active = (a != 0.0) | (b != 0.0) | (c != 0.0)
-            grads_row = grads_ptr + row_offset(row, inner, out_stride_outer, out_stride_inner, ALIGNED)
+            grads_row = out_place(grads_ptr, row, inner, out_stride_outer, out_stride_inner, low, ALIGNED, TOGETHER)
             write_grads(
-                row_ptr, grads_row, token, top * inverse_temperature, inverse_temperature, log_sum, miss, a, b, c,
+                row_ptr, grads_row, low, token, top * inverse_temperature, inverse_temperature, log_sum, miss, a, b, c,
                 scalars_ptr, keep & active, V, LANES * WIDTH, SCALED, CAPPED, ENTROPY_LOSS,
             )  # fmt: skip
 
@@ -136,10 +145,10 @@ PROGRAMS = 2
 while a row ends and the next begins nothing is read; the difference is in favour of two."""
 
 
-def policy_lanes_for(vocab: int, element_size: int, aligned: bool) -> tuple[int, int, int]:
+def policy_lanes_for(vocab: int, element_size: int) -> tuple[int, int, int]:
     """Lanes, columns of each, and warps: the few programs of a multiprocessor have to keep the memory busy alone."""
-    lanes, width, warps = lanes_for(vocab, element_size, aligned)
-    return lanes * (4 if aligned else 2), width, warps * 2
+    lanes, width, warps = lanes_for(vocab, element_size)
+    return lanes * 4, width, warps * 2
 
 
 @on_device
@@ -164,7 +173,7 @@ def policy_loss_triton(
     shape, vocab, num_rows = tokens.shape, logits.shape[-1], tokens.numel()
     form, estimator, dual = spec.choices()
     aligned = rows.aligned and target.aligned
-    lanes, width, warps = policy_lanes_for(vocab, logits.element_size(), aligned)
+    lanes, width, warps = policy_lanes_for(vocab, logits.element_size())
 
     def new(wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=torch.float32, device=logits.device)
@@ -183,7 +192,8 @@ def policy_loss_triton(
             kl, num_rows, rows.inner, rows.outer, rows.stride, target.outer, target.stride, vocab,
             LANES=lanes, WIDTH=width, FORM=form, ESTIMATOR=estimator, DUAL=dual, ENTROPY=with_entropy,
             ENTROPY_LOSS=spec.entropy_coef != 0, WEIGHTS=weights is not None, GRADS=learns,
-            ALIGNED=aligned, **flags(transform), **launch_options(warps, row_registers(transform.softcap != 0.0)),
+            ALIGNED=aligned, TOGETHER=aligned or rows.together(target), **flags(transform),
+            **launch_options(warps, row_registers(transform.softcap != 0.0)),
         )  # fmt: skip
     total = loss.sum(dtype=torch.float64).float()
     return total, logprobs, entropy, ratio, clipped, kl, grads

@@ -5,6 +5,10 @@
 Legend: N = rows, V = vocabulary. Rows are addressed by two strides, so that logits[:, :-1] needs no copy; offsets are
 int64. What changes from call to call (lengths, temperatures, coefficients) is read from memory or not specialised:
 only the vocabulary, the dtype and the flags in capitals compile anew.
+
+A row may begin anywhere (a vocabulary of 50257): it is read from the multiple of STEP elements before it, in vectors
+all the same, and what comes before the row is masked in the first block. Places are counted from there: column 0 is at
+place `low`.
 """
 
 import functools
@@ -29,12 +33,36 @@ PER_ROW = [
 a multiple of 16 bytes must not be compiled in."""
 
 
+STEP = tl.constexpr(16)
+"""Elements between places where a row may begin without `low`: a vector of any dtype, so that two tensors agree."""
+
+
 @triton.jit
 def row_offset(row, inner, stride_outer, stride_inner, ALIGNED: tl.constexpr):
     offset = (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
     if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
+        offset = tl.multiple_of(offset, STEP)
     return offset
+
+
+@triton.jit
+def row_place(ptr, row, inner, stride_outer, stride_inner, ALIGNED: tl.constexpr):
+    """Address of place 0 of a row, where a vector begins, and `low`, the place of its first column."""
+    start = ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
+    if ALIGNED:
+        return start, 0
+    size: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    low = (start.to(tl.int64) // size % STEP).to(tl.int32)
+    return tl.multiple_of(start - low, 16), low
+
+
+@triton.jit
+def out_place(ptr, row, inner, stride_outer, stride_inner, low, ALIGNED: tl.constexpr, TOGETHER: tl.constexpr):
+    """Address of place 0 of the row of an output; with TOGETHER, its rows begin as far past a vector as the input's."""
+    place = ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED) - low
+    if TOGETHER:
+        place = tl.multiple_of(place, 16)
+    return place
 
 
 @triton.jit
@@ -95,21 +123,35 @@ def inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERAT
 
 
 @triton.jit
-def special_blocks(token, limit, BLOCK: tl.constexpr):
-    """Which blocks of columns need more than arithmetic: the token's, and the last if it is not whole.
+def special_blocks(token, low, limit, BLOCK: tl.constexpr):
+    """Which blocks of places need more than arithmetic: the token's, and those at the ends that the row does not fill.
 
-    Where the last begins, where the token's does, and whether it is another: to look for the token everywhere would
-    cost as much as the exponentials.
+    Where the last begins, where the token's does, whether that is another, and whether the first is one more: to look
+    for the token everywhere would cost as much as the exponentials.
     """
     whole = limit // BLOCK * BLOCK
-    first = tl.where(token >= 0, token, 0).to(tl.int32) // BLOCK * BLOCK
-    return whole, first, (token >= 0) & (token < whole)
+    first = tl.where(token >= 0, token + low, 0).to(tl.int32) // BLOCK * BLOCK
+    apart = (token >= 0) & (first < whole)
+    ragged = (low > 0) & (whole > 0) & ((first > 0) | (token < 0))
+    return whole, first, apart, ragged
 
 
 @triton.jit
-def plain_block(i, first, apart, BLOCK: tl.constexpr):
+def special_block(i, whole, first, apart):
+    """Where the i-th of them begins: the last (0, unless it is whole), the token's (if `apart`), the first."""
+    return tl.where(i == 0, whole, tl.where(apart & (i == 1), first, 0))
+
+
+@triton.jit
+def plain_block(i, first, apart, ragged, BLOCK: tl.constexpr):
     """Where the i-th of the other blocks begins."""
-    return i * BLOCK + tl.where(apart & (i * BLOCK >= first), BLOCK, 0)
+    start = (i + tl.where(ragged, 1, 0)) * BLOCK
+    return start + tl.where(apart & (start >= first), BLOCK, 0)
+
+
+@triton.jit
+def num_plain(whole, apart, ragged, BLOCK: tl.constexpr):
+    return whole // BLOCK - tl.where(apart, 1, 0) - tl.where(ragged, 1, 0)
 
 
 @triton.jit
@@ -130,37 +172,40 @@ def add_columns(y, scale, maximum, others, weighted, columns, token, EXCLUDE: tl
 
 @triton.jit
 def stats_of_row(
-    row_ptr, token, inverse_temperature, scalars_ptr, V, keep,
+    row_ptr, low, token, inverse_temperature, scalars_ptr, V, keep,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
-    EVICT: tl.constexpr,
+    ALIGNED: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """One pass: running maximum m, sum of exp(x - m) over the other columns, and sum of exp(x - m) (x - m).
 
     A lane takes WIDTH neighbouring columns, one vector, of every LANES * WIDTH, and keeps sums of its own: lanes meet
     once, at the end of the row. Until then the maximum is that of the logits before the temperature.
-    A row with keep False is not read.
+    A row with keep False is not read; `row_ptr` is its place 0.
     """
     BLOCK: tl.constexpr = LANES * WIDTH
     scale = inverse_temperature * LOG2E
-    limit = tl.where(keep, V, 0)
+    limit = tl.where(keep, V + low, 0)
+    at = tl.where(token >= 0, token + low, -1)
     lane = tl.arange(0, LANES) * WIDTH
     offsets = lane[:, None] + tl.arange(0, WIDTH)[None, :]
     maximum = tl.full([LANES], -float("inf"), tl.float32)
     others = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
-    whole, first, apart = special_blocks(token, limit, BLOCK)
-    for i in range(whole // BLOCK - tl.where(apart, 1, 0)):
-        columns = plain_block(i, first, apart, BLOCK) + offsets
-        y, _ = capped(tl.load(row_ptr + columns, eviction_policy=EVICT), scalars_ptr, SCALED, CAPPED)
-        maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, columns, token, False, ENTROPY)
-    for special in range(tl.where(whole < limit, 0, 1), tl.where(apart, 2, 1)):
-        start = tl.where(special == 0, whole, first)
-        columns = start + offsets
+    whole, first, apart, ragged = special_blocks(token, low, limit, BLOCK)
+    for i in range(num_plain(whole, apart, ragged, BLOCK)):
+        places = plain_block(i, first, apart, ragged, BLOCK) + offsets
+        y, _ = capped(tl.load(row_ptr + places, eviction_policy=EVICT), scalars_ptr, SCALED, CAPPED)
+        maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, places, at, False, ENTROPY)
+    for i in range(tl.where(whole < limit, 0, 1), 1 + tl.where(apart, 1, 0) + tl.where(ragged, 1, 0)):
+        start = special_block(i, whole, first, apart)
+        places = start + offsets
         inside = (start + lane < limit)[:, None]  # a whole vector is, or is not
-        z = tl.load(row_ptr + columns, mask=inside, other=-float("inf"), eviction_policy=EVICT)
+        if not ALIGNED:
+            inside = (places >= low) & (places < limit)
+        z = tl.load(row_ptr + places, mask=inside, other=-float("inf"), eviction_policy=EVICT)
         y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
         y = tl.where(inside, y, -float("inf"))
-        maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, columns, token, True, ENTROPY)
+        maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, places, at, True, ENTROPY)
     top = tl.max(maximum, 0)
     base = tl.where(top == -float("inf"), 0.0, top)
     shrink = tl.exp2((maximum - base) * scale)
@@ -171,7 +216,7 @@ def stats_of_row(
     rest = tl.sum(others * shrink, 0)
     # an id outside [0, V) reads nothing and makes its row NaN
     known = keep & (token >= 0) & (token < V)
-    z = tl.load(row_ptr + token, mask=known, other=float("nan"))
+    z = tl.load(row_ptr + low + token, mask=known, other=float("nan"))
     y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
     d = (y - top) * inverse_temperature
     e = tl.exp(d)
@@ -218,10 +263,11 @@ def row_stats_kernel(
         keep = tl.load(mask_ptr + row) != 0
     token = tl.load(tokens_ptr + row, mask=keep, other=0)
     inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
-    row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
+    row_ptr, low = row_place(logits_ptr, row, inner, stride_outer, stride_inner, ALIGNED)
     logprob, entropy, top, log_sum, miss, is_argmax = stats_of_row(
-        row_ptr, token, inverse_temperature, scalars_ptr, V, keep, LANES, WIDTH, SCALED, CAPPED, ENTROPY, "evict_first"
-    )
+        row_ptr, low, token, inverse_temperature, scalars_ptr, V, keep, LANES, WIDTH, SCALED, CAPPED, ENTROPY, ALIGNED,
+        "evict_first",
+    )  # fmt: skip
     tl.store(logprobs_ptr + row, tl.where(keep, logprob, 0.0))
     tl.store(maximum_ptr + row, tl.where(keep, top * inverse_temperature, 0.0))
     tl.store(log_sum_ptr + row, tl.where(keep, log_sum, 0.0))
@@ -231,17 +277,27 @@ def row_stats_kernel(
         tl.store(entropy_ptr + row, tl.where(keep, entropy, 0.0))
 
 
+@triton.jit
+def store_zeros(out, inside, whole, BLOCK: tl.constexpr):
+    """In a block of places, of which all are inside the row where `whole` says so."""
+    zeros = tl.zeros([BLOCK], out.dtype.element_ty)
+    if whole:
+        tl.store(out, zeros)
+    else:
+        tl.store(out, zeros, mask=inside)
+
+
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=PER_ROW)
 def row_grads_kernel(
     logits_ptr, out_ptr, tokens_ptr, mask_ptr, temperature_ptr, scalars_ptr,
     maximum_ptr, log_sum_ptr, miss_ptr, a_ptr, b_ptr, c_ptr,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, out_stride_outer: tl.int64, out_stride_inner: tl.int64, V,
     BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SCALED: tl.constexpr,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr,
+    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     start = tl.program_id(1) * BLOCK
-    columns = start + tl.arange(0, BLOCK)
+    places = start + tl.arange(0, BLOCK)
     keep = row >= 0
     if HAS_MASK:
         keep = tl.load(mask_ptr + row) != 0
@@ -254,30 +310,34 @@ def row_grads_kernel(
         active = active | (c != 0.0)
     token = tl.load(tokens_ptr + row, mask=keep, other=0)
     inverse_temperature = inverse_temperature_of(temperature_ptr, scalars_ptr, row, keep, ROW_TEMPERATURE)
-    row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED)
-    out = out_ptr + row_offset(row, inner, out_stride_outer, out_stride_inner, ALIGNED) + columns
+    row_ptr, low = row_place(logits_ptr, row, inner, stride_outer, stride_inner, ALIGNED)
+    out = out_place(out_ptr, row, inner, out_stride_outer, out_stride_inner, low, ALIGNED, TOGETHER) + places
+    limit = V + low
+    at = tl.where(token >= 0, token + low, -1)
+    whole = (start >= low) & (start + BLOCK <= limit)
+    inside = (places >= low) & (places < limit)
     maximum = tl.load(maximum_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     miss = tl.load(miss_ptr + row)
     # a row without coefficient is not read: its gradient is 0 whatever it holds
     if active:
         # two bodies, each with its loads, and not a flag: a branch around arithmetic alone is computed both ways
-        if (token >= start) & (token < start + BLOCK):
-            z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"))
+        if whole & ((at < start) | (at >= start + BLOCK)):
+            z = tl.load(row_ptr + places)
             grad = grad_of_columns(
-                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, True, SCALED,
+                z, places, at, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, False, SCALED,
                 CAPPED, ENTROPY,
             )  # fmt: skip
-            tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=columns < V)
+            tl.store(out, grad.to(out_ptr.dtype.element_ty))
         else:
-            z = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"))
+            z = tl.load(row_ptr + places, mask=inside, other=-float("inf"))
             grad = grad_of_columns(
-                z, columns, token, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, False, SCALED,
+                z, places, at, maximum, inverse_temperature, log_sum, miss, a, b, c, scalars_ptr, True, SCALED,
                 CAPPED, ENTROPY,
             )  # fmt: skip
-            tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=columns < V)
+            tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        tl.store(out, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < V)
+        store_zeros(out, inside, whole, BLOCK)
 
 
 @triton.jit(do_not_specialize=["factor_stride", "num_rows"], do_not_specialize_on_alignment=PER_ROW)
@@ -303,7 +363,13 @@ class Layout(NamedTuple):
     @property
     def aligned(self) -> bool:
         """Whether every row starts where the first does, as far as vector loads care."""
-        return all(size % 16 == 0 for size in (self.tensor.shape[-1], self.outer, self.stride))
+        return all(size % STEP.value == 0 for size in (self.tensor.shape[-1], self.outer, self.stride))
+
+    def together(self, other: "Layout") -> bool:
+        """Whether row n of both begins equally far past a multiple of STEP elements."""
+        begins = (x.tensor.data_ptr() // x.tensor.element_size() for x in (self, other))
+        pairs = (tuple(begins), (self.outer, other.outer), (self.stride, other.stride))
+        return self.inner == other.inner and all((one - two) % STEP.value == 0 for one, two in pairs)
 
 
 def layout(x: Tensor, *, inner: int | None = None) -> Layout:
@@ -321,15 +387,11 @@ def layout(x: Tensor, *, inner: int | None = None) -> Layout:
     return Layout(x, inner, inner * x.stride(0), x.stride(0))
 
 
-def lanes_for(vocab: int, element_size: int, aligned: bool) -> tuple[int, int, int]:
-    """Lanes, columns of each, and warps: a vector of 16 bytes per lane, two lanes per thread.
-
-    Where rows begin anywhere a lane has one column, and a thread eight of them.
-    """
-    width = 16 // element_size if aligned else 1
-    per_thread = 16 // element_size * 2 if aligned else 8
-    lanes = min(256 * per_thread // width, max(32, triton.next_power_of_2(triton.cdiv(vocab, width))))
-    return lanes, width, max(1, lanes * width // (32 * per_thread))
+def lanes_for(vocab: int, element_size: int) -> tuple[int, int, int]:
+    """Lanes, columns of each, and warps: a vector of 16 bytes per lane, two lanes per thread."""
+    width = 16 // element_size
+    lanes = min(512, max(32, triton.next_power_of_2(triton.cdiv(vocab, width))))
+    return lanes, width, max(1, lanes // 64)
 
 
 def block_for(vocab: int, largest: int) -> tuple[int, int]:
@@ -384,7 +446,7 @@ def row_stats_triton(
         torch.empty(size, dtype=work_dtype(logits), device=logits.device) for size in sizes
     )
     argmax = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
-    lanes, width, warps = lanes_for(vocab, logits.element_size(), rows.aligned)
+    lanes, width, warps = lanes_for(vocab, logits.element_size())
     if num_rows:
         row_stats_kernel[(num_rows,)](
             rows.tensor, tokens.contiguous(), bytes_of(mask, tokens), _temperatures(transform, tokens),
@@ -418,14 +480,16 @@ def row_grads_triton(
     target = rows if out is logits else layout(out, inner=rows.inner)
     num_rows, vocab = tokens.numel(), logits.shape[-1]
     block, warps = block_for(vocab, 4096)
+    aligned = rows.aligned and target.aligned
+    places = vocab if aligned else vocab + STEP.value - 1
     if num_rows:
-        row_grads_kernel[(num_rows, triton.cdiv(vocab, block))](
+        row_grads_kernel[(num_rows, triton.cdiv(places, block))](
             rows.tensor, target.tensor, tokens.contiguous(), bytes_of(mask, tokens), _temperatures(transform, tokens),
             numbers(transform, logits.device), stats.maximum.contiguous(), stats.log_sum.contiguous(),
             stats.miss.contiguous(), a.contiguous(), b.contiguous(), a if c is None else c.contiguous(),
             rows.inner, rows.outer, rows.stride, target.outer, target.stride, vocab,
-            BLOCK=block, HAS_MASK=mask is not None, ENTROPY=c is not None, ALIGNED=rows.aligned and target.aligned,
-            num_warps=warps, **flags(transform),
+            BLOCK=block, HAS_MASK=mask is not None, ENTROPY=c is not None, ALIGNED=aligned,
+            TOGETHER=aligned or rows.together(target), num_warps=warps, **flags(transform),
         )  # fmt: skip
     if out is logits and rows.tensor.data_ptr() != logits.data_ptr():  # no two strides described it: that was a copy
         logits.copy_(rows.tensor.view(logits.shape))

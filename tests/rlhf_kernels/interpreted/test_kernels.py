@@ -76,6 +76,29 @@ def test_views_in_place_and_certain_tokens(both):
     torch.testing.assert_close(ours[4][0, 0, 3].double(), exact[4][0, 0, 3], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["contiguous", "a view"])
+def test_rows_that_begin_anywhere_in_a_vector(both, apart):
+    # 9001 is 9 more than a multiple of 16, so 17 rows begin at every place; and it is several blocks
+    logits, _, mask, factor, _ = rows(17, 9001)
+    mask[:3] = True
+    # in the first block, the last, and between
+    tokens = torch.tensor([0, 9000, 5, *range(14, 9000, 640)])[:17]
+
+    def use(dtype):
+        whole = torch.zeros(17, 9002 if apart else 9001, dtype=dtype)
+        whole[:, :9001] = logits
+        x = whole[:, :9001].requires_grad_()
+        scores = token_logprobs(x, tokens, mask=mask, with_entropy=True)
+        total = ((scores.logprobs + scores.entropy) * factor).sum()
+        old = scores.logprobs.detach() - 0.1
+        loss = policy_loss(x, tokens, old, factor, mask=mask, denominator=5.0)
+        kl = exact_kl(x, x.detach().flip(0), mask=mask)
+        grads = [torch.autograd.grad(y, x, retain_graph=True)[0] for y in (total, loss.loss, (kl * factor).sum())]
+        return *scores, loss.loss, kl, *grads
+
+    same(*both(use))
+
+
 HOSTILE = torch.tensor(
     [[0.0, -math.inf, 1.0], [1e4, -1e4, 1e4 - 1], [math.nan, 0.0, 0.0], [0.0, 1.0, 2.0], [-1e4, -1e4, -1e4]]
 )
