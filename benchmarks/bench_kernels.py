@@ -60,6 +60,7 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "linear_token_logprobs": [(512, 896, 32000)],
         "policy_loss": [(128, 32000)],
         "linear_policy_loss": [(512, 896, 32000)],
+        "linear_exact_kl": [(256, 896, 32000)],
         "exact_kl": [(128, 32000)],
         "gae": [(64, 1024), (16, 8192)],
         "masked_whiten": [(64, 8192)],
@@ -70,6 +71,7 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "linear_token_logprobs": [(5, 16, 300)],
         "policy_loss": [(5, 300)],
         "linear_policy_loss": [(5, 16, 300)],
+        "linear_exact_kl": [(5, 16, 300)],
         "exact_kl": [(5, 300)],
         "gae": [(3, 40)],
         "masked_whiten": [(3, 40)],
@@ -81,6 +83,7 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
         "exact_kl": [(4096, v) for v in (32000, 128256, 151936)],
         "linear_token_logprobs": [(4096, h, 128256) for h in (896, 2048, 4096)] + [(16384, 2048, 151936)],
         "linear_policy_loss": [(4096, h, 128256) for h in (896, 2048, 4096)] + [(16384, 2048, 151936)],
+        "linear_exact_kl": [(4096, 2048, 128256)],
         "gae": [(64, 1024), (512, 8192), (64, 32768), (512, 32768)],
         "masked_whiten": [(512, 8192)],
     },
@@ -88,7 +91,7 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
 PARTS = {
     1: ("checks", "token_logprobs", "policy_loss", "exact_kl"),
     2: ("linear_token_logprobs",),
-    3: ("linear_policy_loss", "gae", "masked_whiten"),
+    3: ("linear_policy_loss", "linear_exact_kl", "gae", "masked_whiten"),
 }
 """What one call of ten minutes does."""
 

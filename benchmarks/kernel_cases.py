@@ -66,6 +66,9 @@ def build(op: str, shape: tuple[int, ...], device: str, seed: int) -> Inputs:
         inputs["weight"] = normal(vocab, shape[1]).mul_(4 / shape[1] ** 0.5).requires_grad_()
     else:
         inputs["logits"] = normal(rows, vocab).mul_(4).requires_grad_()
+    if op == "linear_exact_kl":  # two models of one family: alike, and not the same
+        inputs["ref_hidden"] = inputs["hidden"].detach() + normal(rows, shape[1]).mul_(0.1)
+        inputs["ref_weight"] = inputs["weight"].detach().clone()
     if op == "exact_kl":
         inputs["ref_logits"] = normal(rows, vocab).mul_(4)
     # near the policy's own, as in training: a ratio beyond its bounds has no gradient, and we do not compute it
@@ -243,7 +246,34 @@ def _linear_ops() -> dict[str, Op]:
         ),
         "Liger fused linear GRPO": Implementation(peers.liger_linear, package="liger_kernel"),
     }  # fmt: skip
-    return {"linear_token_logprobs": Op(shared, scores), "linear_policy_loss": Op(shared, losses)}
+    kl = {
+        **_mine(lambda i: ours.linear_exact_kl(i["hidden"], i["weight"], i["ref_hidden"], i["ref_weight"])),
+        "torch": Implementation(lambda i: _kl_of_states(i, torch.float32)),
+        "Liger fused linear JSD": Implementation(peers.liger_linear_jsd, "cuda", "liger_kernel"),
+    }
+    kl_shared = {**shared, "exact": _exact_kl_of_states}
+    del kl_shared["flops"]  # four products or six: not the six N H V of the others
+    return {
+        "linear_token_logprobs": Op(shared, scores),
+        "linear_policy_loss": Op(shared, losses),
+        "linear_exact_kl": Op(kl_shared, kl),
+    }
+
+
+def _kl_of_states(i: Inputs, dtype: torch.dtype) -> Tensor:
+    logits, ref_logits = i["hidden"] @ i["weight"].T, i["ref_hidden"] @ i["ref_weight"].T
+    return _naive_kl(logits.to(dtype), ref_logits.to(dtype))
+
+
+def _exact_kl_of_states(i: Inputs) -> Tensor:
+    """In float64, a few rows at a time."""
+    weights = {name: i[name].detach().double() for name in ("weight", "ref_weight")}
+    parts = []
+    for start in range(0, len(i["tokens"]), 64):
+        rows = slice(start, start + 64)
+        states = {name: i[name][rows].detach().double() for name in ("hidden", "ref_hidden")}
+        parts.append(_kl_of_states({**weights, **states}, torch.float64))
+    return torch.cat(parts)
 
 
 GAMMA, LAM, BETA = 1.0, 0.95, 0.1

@@ -122,6 +122,17 @@ def liger_linear(i: Inputs) -> Loss:
     return Loss(loss, i["old"] * math.nan)
 
 
+# divergences
+
+
+def liger_linear_jsd(i: Inputs) -> Loss:
+    """Its end that is KL(student || teacher), the mean over tokens; it does not return them."""
+    from liger_kernel.ops import LigerFusedLinearJSDFunction
+
+    heads = (i["hidden"], i["weight"], i["ref_hidden"], i["ref_weight"])
+    return Loss(LigerFusedLinearJSDFunction.apply(*heads, None, 1.0, -100, 1.0), i["old"] * math.nan)
+
+
 # advantages
 
 
