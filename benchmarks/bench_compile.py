@@ -92,7 +92,7 @@ def _row_configs(vocab: int) -> Iterator[Config]:
 
 
 def _policy_configs(vocab: int) -> Iterator[Config]:
-    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2)
+    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, vocab % 16 == 0)
     base = {"LANES": lanes, "WIDTH": width, "WEIGHTS": True, "GRADS": True, "ALIGNED": vocab % 16 == 0}
     base["TOGETHER"] = True
     base |= {"ROW_TEMPERATURE": False, "SCALED": False}
@@ -101,10 +101,18 @@ def _policy_configs(vocab: int) -> Iterator[Config]:
         constants = {**base, "FORM": form, "ESTIMATOR": 0, "DUAL": False, "ENTROPY": False, "ENTROPY_LOSS": False}
         constants["CAPPED"] = False
         yield Config(
-            "policy_loss", f"{name}, V={vocab}", constants, warps, vocab, types, triton_rows.row_registers(False)
+            "policy_loss",
+            f"{name}, V={vocab}",
+            constants,
+            warps,
+            vocab,
+            types,
+            triton_rows.row_registers(False),
         )
     everything = {**base, "FORM": 0, "ESTIMATOR": 3, "DUAL": True, "ENTROPY": True, "ENTROPY_LOSS": True}
+    lanes, width, warps = triton_policy.policy_lanes_for(vocab, 2, False)
     everything |= {"ROW_TEMPERATURE": True, "SCALED": True, "CAPPED": True, "ALIGNED": False}
+    everything |= {"LANES": lanes, "WIDTH": width}
     name = f"clipped, everything on, V={vocab}"
     yield Config("policy_loss", name, everything, warps, vocab, types, triton_rows.row_registers(True))
 

@@ -145,10 +145,13 @@ PROGRAMS = 2
 while a row ends and the next begins nothing is read; the difference is in favour of two."""
 
 
-def policy_lanes_for(vocab: int, element_size: int) -> tuple[int, int, int]:
-    """Lanes, columns of each, and warps: the few programs of a multiprocessor have to keep the memory busy alone."""
+def policy_lanes_for(vocab: int, element_size: int, aligned: bool) -> tuple[int, int, int]:
+    """Lanes, columns of each, and warps: the few programs of a multiprocessor have to keep the memory busy alone.
+
+    Where rows begin anywhere, half as many lanes: masks of single elements take registers.
+    """
     lanes, width, warps = lanes_for(vocab, element_size)
-    return lanes * 4, width, warps * 2
+    return lanes * (4 if aligned else 2), width, warps * 2
 
 
 @on_device
@@ -173,7 +176,7 @@ def policy_loss_triton(
     shape, vocab, num_rows = tokens.shape, logits.shape[-1], tokens.numel()
     form, estimator, dual = spec.choices()
     aligned = rows.aligned and target.aligned
-    lanes, width, warps = policy_lanes_for(vocab, logits.element_size())
+    lanes, width, warps = policy_lanes_for(vocab, logits.element_size(), aligned)
 
     def new(wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=torch.float32, device=logits.device)

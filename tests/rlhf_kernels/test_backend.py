@@ -118,6 +118,6 @@ def test_programs_have_at_most_a_thousand_threads(monkeypatch):
     triton_rows = pytest.importorskip("rlhf_kernels.triton_rows")
     for hip, lanes in ((None, 32), ("6.4", 64)):
         monkeypatch.setattr(torch.version, "hip", hip)
-        for vocab, size in itertools.product((1, 300, 50257, 151936), (2, 4)):
-            assert triton_policy.policy_lanes_for(vocab, size)[2] * lanes <= 1024
+        for vocab, size, aligned in itertools.product((1, 300, 50257, 151936), (2, 4), (False, True)):
+            assert triton_policy.policy_lanes_for(vocab, size, aligned)[2] * lanes <= 1024
         assert all(triton_rows.block_for(vocab, 4096)[1] * lanes <= 1024 for vocab in (1, 300, 50257, 151936))
