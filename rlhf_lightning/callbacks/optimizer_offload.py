@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.sharded import is_sharded
 
 
 class OptimizerOffload(Callback):
@@ -22,6 +22,11 @@ class OptimizerOffload(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
             _check(optimizer)
+            if is_sharded(pl_module):
+                raise UserError(
+                    "OptimizerOffload: strategies fsdp2 and fsdp share out the optimiser's state already: drop one of "
+                    "them"
+                )
             step_one_by_one(optimizer)
 
 
@@ -33,8 +38,6 @@ def _check(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, LBFGS):
         raise UserError(f"OptimizerOffload: {name} moves all parameters as one; it serves AdamW and its like")
-    if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
-        raise UserError("OptimizerOffload: strategy fsdp2 shares out the optimiser's state already: drop one of them")
 
 
 def step_one_by_one(optimizer: Optimizer) -> None:

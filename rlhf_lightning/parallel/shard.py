@@ -95,7 +95,7 @@ def decoder_layers(model: nn.Module) -> Iterable[nn.Module]:
     layers = layers_of(decoder)
     if not layers:
         raise UserError(
-            f"strategy fsdp2: models of type {decoder.config.model_type!r} do not say what their layers are "
+            f"strategy fsdp2 or fsdp: models of type {decoder.config.model_type!r} do not say what their layers are "
             "(_no_split_modules), and would be gathered whole: use strategy: ddp"
         )
     return layers

@@ -1,35 +1,31 @@
 """`strategy: fsdp2`: weights, gradients and optimiser state shared out over all processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.quantized import is_quantized
-from rlhf_lightning.models.sharded import load_whole_state_dict, reshard
+from rlhf_lightning.models.sharded import reshard
 from rlhf_lightning.models.vocab_parallel import VocabParallelHead
+from rlhf_lightning.parallel.fsdp1 import FSDP1Strategy
 from rlhf_lightning.parallel.shard import check_all_sharded, models_of, shard_model
+from rlhf_lightning.parallel.single_file import SingleFile, without_inference_mode
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ValueT = TypeVar("ValueT")
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(SingleFile, ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy`, with the sharding done that it leaves to the user.
 
     Each process reads its own share of every batch and holds 1 / processes of every weight, gradient and optimiser
@@ -87,6 +83,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.precision_policy = MixedPrecisionPolicy(param_dtype=_dtype(param_dtype), reduce_dtype=_dtype(reduce_dtype))
         self._shard_mesh: DeviceMesh | None = None
 
+    @property
+    def sharded_root(self) -> nn.Module:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
     # ---- building --------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
@@ -136,10 +137,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 shard_model(model, self._shard_mesh, MixedPrecisionPolicy(), reshard_after_forward=True)
         reshard(module)
         check_all_sharded(module)
-        # weights are gathered into tensors that training uses again, and inference mode would leave its own kind there
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
-            loop.inference_mode = False
-        trainer.predict_loop.inference_mode = False
+        without_inference_mode(trainer)
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -169,57 +167,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         torch.distributed.broadcast_object_list(made, src=first, group=group)
         return cast(ValueT, made[0])
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state, by names of parameters, on the first process; {} on the others."""
-        assert self.lightning_module is not None
-        reshard(self.lightning_module)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(
-            self.lightning_module, getattr(optimizer, "optimizer", optimizer), options=options
-        )
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """What the trainer's CheckpointIO reads; weights and optimiser state are taken up already."""
-        path = self.broadcast(checkpoint_path)
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder, a checkpoint in shards; strategy fsdp2 writes and reads single files")
-        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        module = self.lightning_module
-        assert module is not None
-        load_whole_state_dict(module, checkpoint["state_dict"], strict=module.strict_loading)
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            states = checkpoint.get("optimizer_states", [])
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                self._load_optimizer(optimizer, state, path)
-        return checkpoint
-
-    def _load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any], path: Any) -> None:
-        module = self.lightning_module
-        assert module is not None
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        ours = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        theirs = [name for group in state["param_groups"] for name in group["params"]]
-        if sorted(map(str, ours)) != sorted(map(str, theirs)):
-            raise UserError(
-                f"{path} holds an optimiser's state that is not by these parameters' names: it was written under "
-                "another strategy, or for another model. Resume with the strategy it was written with, or start a new "
-                "run from the exported model"
-            )
-        if not state["state"]:  # plain SGD keeps nothing, and torch asks the state for its device
-            for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-                group.update({name: value for name, value in saved.items() if name != "params"})
-            return
-        # not strict: a parameter that has had no gradient yet has no state
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_optimizer_state_dict(module, optimizer, dict(state), options=options)
-
 
 def check_strategy(strategy: Any) -> None:
     """Raise for strategies of Lightning that share weights out and that stages, exports and checkpoints do not know."""
-    if isinstance(strategy, FSDPStrategy):
-        what = "(FSDP1) flattens weights into units that sampling, exports and checkpoints do not know"
+    if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FSDP1Strategy):
+        what = "flattens weights into units that sampling, exports and checkpoints do not know"
     elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         what = "leaves it to the module to share out weights: nothing would be, and no gradient be added"
     elif isinstance(strategy, DeepSpeedStrategy):

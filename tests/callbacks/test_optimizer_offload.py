@@ -130,5 +130,5 @@ def test_bitsandbytes_has_its_own_way(tiny_model, write_jsonl, tmp_path):
 
 def test_sharded_state_is_not_offloaded_again(tiny_model, write_jsonl, tmp_path):
     path = write_jsonl("records.jsonl", records("sft"))
-    with pytest.raises(UserError, match="strategy fsdp2 shares out the optimiser's state already"):
+    with pytest.raises(UserError, match="strategies fsdp2 and fsdp share out the optimiser's state"):
         fit(tiny_model, path, tmp_path, OPTIMISERS["adamw"], [OptimizerOffload()], strategy="fsdp2")

@@ -146,7 +146,7 @@ def test_a_run_that_stopped_before_its_first_step_may_be_started_again(config, c
 
 
 def test_overlays_of_the_trainer_section_keep_what_they_do_not_name(config, capsys):
-    for overlay in ("cpu", "gpu", "ddp", "fsdp2"):
+    for overlay in ("cpu", "gpu", "ddp", "fsdp2", "fsdp"):
         file = REPOSITORY / "configs" / "trainer" / f"{overlay}.yaml"
         assert fit(config, "--trainer", str(file), "--print_config") == 0
         trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]

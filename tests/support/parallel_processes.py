@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from fsdp1_cases import FLATTENED
 from sharded_cases import SHARDED
 from tensor_parallel_cases import IN_PARTS
 
@@ -41,7 +42,7 @@ def in_processes(cases: Sequence[str], model: str, folder: Path, *, count: int =
 def main() -> None:
     names, model, folder = sys.argv[1:]
     world = int(os.environ["WORLD_SIZE"])  # Lightning takes it away after a fit
-    cases = SHARDED | IN_PARTS
+    cases = SHARDED | IN_PARTS | FLATTENED
     for name in names.split(";"):
         result = cases[name](model, Path(folder), world)
         if os.environ["LOCAL_RANK"] == "0":

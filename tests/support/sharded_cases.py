@@ -222,6 +222,9 @@ class Poison(L.Callback):
         if trainer.global_step not in parts:
             return
         gradient = parts[trainer.global_step].grad
+        if gradient is None:  # FSDP1, of a process that has no share
+            self.shares.append(0)
+            return
         here = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         self.shares.append(here.numel())
         if trainer.global_step == 1 or trainer.global_rank == trainer.world_size - 1:
