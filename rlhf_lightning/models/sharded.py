@@ -7,12 +7,14 @@ Of a model that is not sharded everything here is a no-op or the plain thing, so
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import TrainingState
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 RESHARDS = "reshards_after_forward"
 """Attribute of a sharded unit: whether its weights are let go after each forward pass."""
@@ -48,6 +50,20 @@ def reshard(module: nn.Module) -> None:
     """Let go of gathered weights: the next forward pass gathers them anew, with what the optimiser made of them."""
     for unit in _units(module):
         unit.reshard()
+    if (root := root_of(module)) is not None:
+        _reshard_flattened(root)
+
+
+def _reshard_flattened(root: FullyShardedDataParallel) -> None:
+    """By itself FSDP1 lets go of its root, and of units without a gradient, in no forward pass but the next."""
+    root.check_is_root()  # makes ready what a first use would
+    for unit in FullyShardedDataParallel.fsdp_modules(root):
+        handle: Any = unit._handle
+        if handle is None or not is_idle(unit):
+            continue
+        is_whole = handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param)
+        if is_whole or not handle.uses_sharded_strategy:  # of one process: views, not parameters, are left in place
+            _reshard(unit, handle, is_whole)
 
 
 @contextmanager
@@ -99,9 +115,9 @@ def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """All weights on the CPU. Of a sharded module all ranks must call this; those but the first are given {}."""
     if not is_sharded(module):
         return {name: value.cpu() for name, value in module.state_dict().items()}
+    reshard(module)
     if (root := root_of(module)) is not None:
         return _flattened_state_dict(root, module)
-    reshard(module)
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.compiled import is_compiled
 from rlhf_lightning.models.quantized import is_quantized
-from rlhf_lightning.models.sharded import gathered_once, is_idle, root_of, set_root, whole_state_dict
+from rlhf_lightning.models.sharded import gathered_once, is_idle, reshard, root_of, set_root, whole_state_dict
 from rlhf_lightning.parallel.shard import ENTRANCES, decoder_layers, models_of
 from rlhf_lightning.parallel.single_file import SingleFile, without_inference_mode
 
@@ -100,6 +100,31 @@ class FSDP1Strategy(SingleFile, FSDPStrategy):
         model._device = self.root_device  # type: ignore[assignment]  # weights were moved one by one, unseen by Lightning
         return root
 
+    # ---- letting go ------------------------------------------------------------------------------------------------
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        self._let_go()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().validation_step(*args, **kwargs)
+        self._let_go()
+        return result
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().test_step(*args, **kwargs)
+        self._let_go()
+        return result
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().predict_step(*args, **kwargs)
+        self._let_go()
+        return result
+
+    def _let_go(self) -> None:
+        assert self.lightning_module is not None
+        reshard(self.lightning_module)
+
 
 class _ClipsByRoot(FSDPPrecision):
     """Lightning's precision under FSDP1, which knows no root to clip by, and casts the numbers of a batch."""
@@ -128,10 +153,7 @@ def _make_entrance(model: nn.Module, name: str, root: FullyShardedDataParallel) 
 
 
 def _make_way_in(root: FullyShardedDataParallel) -> None:
-    """Of the module's own `forward`, by which a stage measures a step's batches beforehand: layer by layer, as steps.
-
-    What is gathered of the root stays until the step's backward pass, which follows.
-    """
+    """Of the module's own `forward`, by which a stage measures a step's batches beforehand: one layer after another."""
     module = root.module
     inside = module.forward
 
@@ -143,6 +165,7 @@ def _make_way_in(root: FullyShardedDataParallel) -> None:
             return root(*args, **kwargs)
         finally:
             vars(module)["forward"] = enter
+            reshard(module)
 
     vars(module)["forward"] = enter
 

@@ -119,6 +119,12 @@ class Exported(L.Callback):
         export(trainer, module, Path(trainer.default_root_dir) / "flattened hf")
 
 
+def exported(model: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """The weights of policy and critic that were exported."""
+    module = sampling_ppo(model)
+    return outcome(module, fit(module, "ppo", folder, callbacks=[Exported()], **options))
+
+
 class Guarded(Poison, NaNGuard):
     """Two poisoned steps, which are refused."""
 
@@ -160,7 +166,9 @@ FLATTENED: dict[str, Case] = {
     **{f"{stage}, fsdp, evaluated": evaluated(stage, strategy_for) for stage in EVALUATED},
     "ppo, fsdp, shared critic": of_module("ppo", shared_critic),
     "ppo, fsdp, poisoned": of_module("ppo", lambda model: module_for("ppo", model), Guarded),
-    "ppo, fsdp, exported": of_module("ppo", sampling_ppo, Exported),
+    "ppo, fsdp, exported": lambda model, folder, world: exported(
+        model, folder, devices=world, strategy=strategy_for(world)
+    ),
     "ppo, fsdp, generation": generation,
     "sft, fsdp, tied": of_module("sft", tied),
     "sft, fsdp, tempered": tempered,

@@ -228,7 +228,7 @@ class Evaluated(L.Callback):
         self.rows.append({name: float(value) for name, value in seen.items() if name.startswith("val/")})
 
 
-def evaluated(stage: str, strategy: Callable[[int], Any]) -> Case:
+def evaluated(stage: str, strategy: Callable[[int], Any], **trainer: Any) -> Case:
     """Two epochs with a validation after each: what it logs, and the rows of `samples.jsonl`."""
 
     def case(model: str, folder: Path, world: int) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def evaluated(stage: str, strategy: Callable[[int], Any]) -> Case:
         seen, given = Evaluated(), strategy(world)
         samples = folder / f"{stage} {given if isinstance(given, str) else 'groups'} {world}.samples.jsonl"
         table = SampleLogger(num_prompts=2, max_new_tokens=6, file=samples.name, show=False)
-        options = {"devices": world, "strategy": given, "num_sanity_val_steps": 0}
+        options = {"devices": world, "strategy": given, "num_sanity_val_steps": 0, **trainer}
         fit(module, stage, folder, max_epochs=2, callbacks=[seen, table], validated=True, **options)
         rows = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
         return {"evaluated": seen.rows, "samples": rows}

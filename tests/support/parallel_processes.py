@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from fsdp1_cases import FLATTENED
+from one_card import ON_ONE_CARD
 from sharded_cases import SHARDED
 from tensor_parallel_cases import IN_PARTS
 
@@ -41,11 +42,12 @@ def in_processes(cases: Sequence[str], model: str, folder: Path, *, count: int =
 
 def main() -> None:
     names, model, folder = sys.argv[1:]
-    world = int(os.environ["WORLD_SIZE"])  # Lightning takes it away after a fit
-    cases = SHARDED | IN_PARTS | FLATTENED
+    # Lightning takes it away after a fit, and a case may take processes of one machine for machines of one process
+    world, rank = int(os.environ["WORLD_SIZE"]), os.environ["LOCAL_RANK"]
+    cases = SHARDED | IN_PARTS | FLATTENED | ON_ONE_CARD
     for name in names.split(";"):
         result = cases[name](model, Path(folder), world)
-        if os.environ["LOCAL_RANK"] == "0":
+        if rank == "0":
             torch.save(result, Path(folder) / f"{name}.pt")
 
 
