@@ -171,7 +171,9 @@ class FSDP2Strategy(SingleFile, ModelParallelStrategy):
 def check_strategy(strategy: Any) -> None:
     """Raise for strategies of Lightning that share weights out and that stages, exports and checkpoints do not know."""
     if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FSDP1Strategy):
-        what = "flattens weights into units that sampling, exports and checkpoints do not know"
+        what = (
+            "as Lightning has it (FSDP1) flattens weights into units that sampling, exports and checkpoints do not know"
+        )
     elif isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         what = "leaves it to the module to share out weights: nothing would be, and no gradient be added"
     elif isinstance(strategy, DeepSpeedStrategy):

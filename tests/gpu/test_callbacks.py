@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -12,8 +14,16 @@ or_skip()
 import lightning as L
 from one_step import records
 
-from rlhf_lightning.callbacks import Health, LastCheckpoint, MetricsCSV, NaNGuard, OptimizerOffload, Throughput
-from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.callbacks import (
+    GracefulStop,
+    Health,
+    LastCheckpoint,
+    MetricsCSV,
+    NaNGuard,
+    OptimizerOffload,
+    Throughput,
+)
+from rlhf_lightning.core.errors import Stopped, UserError
 from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import WeightedReward
@@ -96,6 +106,31 @@ def test_health_and_throughput_of_an_on_policy_run(tiny_model, tmp_path):
     said = [json.loads(line)["name"] for line in (tmp_path / "health.jsonl").read_text().splitlines()]
     assert "missing_eos" in said
     assert "ratio_not_1" not in said
+
+
+class Stop(L.Callback):
+    """Has the process told to end, in the middle of a step."""
+
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_told_to_end_is_gone_on_with(tiny_model, tmp_path):
+    def run(callbacks, **options):
+        module = SFTModule(ModelSpec(path=str(tiny_model)), optimizer=adamw, seed=0)
+        fit(module, "sft", tmp_path, callbacks, deterministic=True, **options)
+        return weights(module)
+
+    try:
+        expected = run([])
+        with pytest.raises(Stopped):
+            run([Stop(), GracefulStop(), LastCheckpoint(dirpath=tmp_path)])
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+        again = run([], ckpt_path=str(tmp_path / "last.ckpt"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not [name for name, value in expected.items() if not torch.equal(again[name], value)]
 
 
 class Places(L.Callback):

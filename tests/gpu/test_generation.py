@@ -32,6 +32,10 @@ SPECS = {
     "sampled": GenerationSpec(max_new_tokens=24, temperature=0.7, num_samples=8, keep_logprobs=True),
     "truncated": GenerationSpec(max_new_tokens=24, top_p=0.8, top_k=9, min_p=0.02, num_samples=8, keep_logprobs=True),
     "of a minimum length": GenerationSpec(max_new_tokens=12, min_new_tokens=5, num_samples=4, keep_logprobs=True),
+    "penalised": GenerationSpec(max_new_tokens=24, repetition_penalty=1.5, num_samples=4),
+    "suppressed": GenerationSpec(
+        max_new_tokens=24, suppress_tokens=["film", "good"], num_samples=4, keep_logprobs=True
+    ),
     "by rows": GenerationSpec(max_new_tokens=24, num_samples=4, rows_at_once=5),
 }
 FIELDS = ("tokens", "attention_mask", "mask", "positions", "finished", "kept")

@@ -11,6 +11,7 @@ or_skip()
 if importlib.util.find_spec("bitsandbytes") is None:
     pytest.skip("needs bitsandbytes: pip install 'rlhf-lightning[quant]'", allow_module_level=True)
 
+import lightning as L
 from fits import fit
 from one_step import records
 from transformers import AutoModelForCausalLM
@@ -78,3 +79,41 @@ def test_adapters_over_four_bits_learn_and_are_exported(stage, wide_model, write
         ours = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
     theirs = logits(module.policy, module.policy.head().weight.device)
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+class Save(L.Callback):
+    """The checkpoint after the first epoch, and the loss of every one."""
+
+    def __init__(self, file):
+        self.file, self.losses = file, []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.file)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
+def test_an_optimiser_in_eight_bits_learns_and_resumes_with_the_same_bits(name, wide_model, write_jsonl, tmp_path):
+    import bitsandbytes
+
+    data = {"train": write_jsonl("records.jsonl", records("sft")), "batch_size": 12}
+
+    def run(file, ckpt_path=None):
+        optimizer = lambda parameters: getattr(bitsandbytes.optim, name)(parameters, lr=3e-3)  # noqa: E731
+        module, save = SFTModule(ModelSpec(path=str(wide_model)), optimizer=optimizer, seed=0), Save(file)
+        options = {"max_epochs": 4, "accelerator": ACCELERATOR, "deterministic": True, "callbacks": [save]}
+        fit(module, tmp_path, data=data, ckpt_path=ckpt_path, **options)
+        return save.losses, {name: value.detach().cpu() for name, value in module.named_parameters()}
+
+    try:
+        losses, expected = run(tmp_path / "first.ckpt")
+        rest, resumed = run(tmp_path / "other.ckpt", ckpt_path=tmp_path / "first.ckpt")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses[-1] < losses[0]
+    assert rest == losses[1:]
+    assert not [name for name, value in expected.items() if not torch.equal(resumed[name], value)]
+    saved = torch.load(tmp_path / "first.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+    kinds = {state["__bnb_optimizer_quant_state__"]["state1"].dtype for state in saved.values()}
+    assert kinds == {torch.uint8, torch.float32}, "weights of fewer than 4096 numbers keep 32 bits"

@@ -20,10 +20,11 @@ def as_before():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 @pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
-def test_resuming_ends_with_the_same_bits(stage, tiny_model, tmp_path):
+def test_resuming_ends_with_the_same_bits(stage, strategy, tiny_model, tmp_path):
     (tmp_path / f"{stage}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(stage)))
-    case = resumed(stage, lambda: "auto", accelerator=ACCELERATOR, deterministic=True)
+    case = resumed(stage, lambda: strategy, accelerator=ACCELERATOR, deterministic=True)
     found = case(str(tiny_model), tmp_path, 1)
     whole, again = found["whole"], found["resumed"]
     assert len(whole["losses"]) in (4, 8)
@@ -32,7 +33,7 @@ def test_resuming_ends_with_the_same_bits(stage, tiny_model, tmp_path):
     assert not different
 
 
-KINDS = ("sft", "reward", "reward, steps", *PREFERENCES, *UNPAIRED, "ppo", "grpo", "online dpo")
+KINDS = ("sft", "taught", "gkd", "reward", "reward, steps", *PREFERENCES, *UNPAIRED, "ppo", "grpo", "online dpo")
 
 
 @pytest.mark.parametrize("stage", KINDS)
