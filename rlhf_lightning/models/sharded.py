@@ -153,7 +153,7 @@ def _flattened_state_dict(root: FullyShardedDataParallel, module: nn.Module) -> 
                 continue
             for name, value in _saved(root.module):
                 if name.rpartition(WRAPPED)[0] == f"{place}." * bool(place) and plain_name(name).startswith(under):
-                    state[plain_name(name).removeprefix(under)] = value.detach().cpu().clone()
+                    state[plain_name(name).removeprefix(under)] = value.detach().to("cpu", copy=True)
     return state
 
 

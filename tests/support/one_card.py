@@ -13,6 +13,8 @@ from parallel_fits import Case, fit, outcome
 
 from rlhf_lightning.parallel import FSDP1Strategy, FSDP2Strategy
 
+RANK = os.environ.get("LOCAL_RANK", "0")
+"""Of this process, before a case takes it for a machine."""
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp2": lambda: FSDP2Strategy(process_group_backend="gloo"),
@@ -24,7 +26,7 @@ def on_one_card(stage: str, strategy: str) -> Case:
     """Five steps of a stage. To Lightning each process is a machine with one device: it would want two of one."""
 
     def case(model: str, folder: Path, world: int) -> dict[str, Any]:
-        os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
+        os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = RANK, "0"
         module = module_for(stage, model)
         together = 12 if stage in ("ppo", "grpo") else 4
         options = {"num_nodes": world, "accelerator": ACCELERATOR, "batch_size": together // world}
