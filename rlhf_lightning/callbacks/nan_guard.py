@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.models.sharded import plain_name
 
 NAMES_SHOWN = 5
 
@@ -81,7 +82,7 @@ class NaNGuard(Callback):
 
     def _report(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """What is finite and what is not, on this process."""
-        named = dict(module.named_parameters())
+        named = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         return {
             "step": trainer.global_step,
             "rank": trainer.global_rank,

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
@@ -97,6 +98,7 @@ class FSDP1Strategy(SingleFile, FSDPStrategy):
             for name in ("forward", *next(names for kind, names in ENTRANCES.items() if isinstance(part, kind))):
                 _make_entrance(part, name, root)
         _make_way_in(root)
+        _move_torchmetrics_to_device(model, self.root_device)  # of a user's own stage
         model._device = self.root_device  # type: ignore[assignment]  # weights were moved one by one, unseen by Lightning
         return root
 

@@ -25,6 +25,7 @@ from rlhf_lightning.models.export import ModelCard
 from rlhf_lightning.models.loading import context_length, load_tokenizer, not_finite
 from rlhf_lightning.models.quantized import check_trainable
 from rlhf_lightning.models.routing import Hearing
+from rlhf_lightning.models.sharded import plain_name
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.parallel import FSDP2Strategy as FSDP2Strategy  # importing it makes `strategy: fsdp2` known
 from rlhf_lightning.parallel.sharded_checkpoint import guard
@@ -327,7 +328,7 @@ class RLHFModule(L.LightningModule, ABC):
 
     def _check_finite(self, state: Mapping[str, Tensor]) -> None:
         """Raise for a checkpoint of a run that went wrong before it was written."""
-        names = {name for name, _ in self.named_parameters()}  # buffers may hold what they like
+        names = {plain_name(name) for name, _ in self.named_parameters()}  # buffers may hold what they like
         if self.model_spec.check_finite and (bad := not_finite((n, x) for n, x in state.items() if n in names)):
             raise UserError(
                 f"the checkpoint has weights that are NaN or infinite: {bad}. Go on from an earlier one (--resume "

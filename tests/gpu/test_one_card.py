@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 def test_losses_and_weights_are_those_of_one_process(strategy, tiny_model, tmp_path):
     write_records(tmp_path)
     names = [name for name in ON_ONE_CARD if f", {strategy}, " in name]
-    in_processes(names, str(tiny_model), tmp_path, timeout=100)
+    in_processes(names, str(tiny_model), tmp_path, timeout=90)
     for name in names:
         expected = of_stage(name.split(", ")[0], str(tiny_model), tmp_path, accelerator=ACCELERATOR)
         assert_same(result(tmp_path, name), expected, tolerance=1e-4)

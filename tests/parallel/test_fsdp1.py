@@ -18,7 +18,7 @@ from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.parallel import FSDP1Strategy
 from rlhf_lightning.stages import SFTModule
 
-NOT_COMPARED = ("resumed", "evaluated", "exported", "generation", "refused")
+NOT_COMPARED = ("resumed", "evaluated", "exported", "generation", "refused", "broken")
 EXACT = [name for name in FLATTENED if name.split(", ")[-1] not in NOT_COMPARED]
 BESIDE = ["sft, evaluated, ddp", "ppo, evaluated, ddp"]
 
@@ -90,6 +90,12 @@ def test_what_cannot_work_is_said(folder):
     assert "strategy fsdp (FSDP1) flattens the weights that reference_sync would mix" in moving
     assert "critic.clip_apart asks for two norms" in apart
     assert all(said.endswith("use strategy: fsdp2, or ddp") for said in (moving, apart))
+
+
+@pytest.mark.slow
+def test_a_broken_checkpoint_is_found_out_below_the_units_too(folder):
+    (said,) = result(folder, "fsdp, broken")["said"]
+    assert "weights that are NaN or infinite: policy.model.model.layers.1.mlp.up_proj.weight" in said
 
 
 def test_the_name_is_ours_and_a_cpu_is_refused_by_it(tiny_model, tmp_path):

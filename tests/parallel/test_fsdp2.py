@@ -233,7 +233,7 @@ def test_what_cannot_work_is_said(folder):
     assert "foreign.ckpt holds an optimiser's state that is not by these parameters' names" in other
     assert "Resume with the strategy it was written with" in other
     assert "foreign is no checkpoint, or was not finished: it holds no .metadata" in folder_of_files
-    assert "shards is a folder, a checkpoint in shards; strategy fsdp2 writes and reads single files" in shards
+    assert "shards is a folder, a checkpoint in shards; strategies fsdp2 and fsdp write and read single files" in shards
     loose, groups = result(folder, "sft, loose parameter")["said"]
     assert "temperature is trained outside every sharded unit" in loose
     assert "use strategy: ddp" in loose

@@ -9,7 +9,20 @@ from unittest import mock
 import lightning as L
 import torch
 from one_step import another, module_for
-from parallel_fits import EVALUATED, SPECS, STAGES, Case, compared, evaluated, fit, outcome, resumed, sampling_ppo
+from parallel_fits import (
+    EVALUATED,
+    SPECS,
+    STAGES,
+    Case,
+    adamw,
+    compared,
+    evaluated,
+    fit,
+    outcome,
+    resumed,
+    sampling_ppo,
+    trainer_for,
+)
 from sharded_cases import AskInBetween, Poison
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +30,7 @@ from torch.optim import Optimizer
 from rlhf_lightning.callbacks.hf_export import export
 from rlhf_lightning.callbacks.nan_guard import NaNGuard
 from rlhf_lightning.core.errors import UserError
+from rlhf_lightning.data.datamodule import RLHFDataModule
 from rlhf_lightning.models.reference import ReferenceSync
 from rlhf_lightning.models.sharded import whole_state_dict
 from rlhf_lightning.models.spec import ModelSpec
@@ -137,6 +151,26 @@ class Guarded(Poison, NaNGuard):
         NaNGuard.on_before_optimizer_step(self, trainer, module, optimizer)
 
 
+def broken_checkpoint(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """What is said of a checkpoint whose weights of a layer, a unit of its own, are no numbers."""
+    file, said = folder / "broken.ckpt", []
+    first = SFTModule(ModelSpec(path=model), optimizer=adamw)
+    trainer = trainer_for(folder, max_epochs=1, devices=world, strategy=OnCPU())
+    trainer.fit(first, datamodule=RLHFDataModule(train=str(folder / "sft.jsonl"), batch_size=2))
+    trainer.save_checkpoint(file)
+    if trainer.is_global_zero:
+        saved = torch.load(file, weights_only=True)
+        saved["state_dict"]["policy.model.model.layers.1.mlp.up_proj.weight"].fill_(torch.nan)
+        trainer.strategy.checkpoint_io.save_checkpoint(saved, file)
+    trainer.strategy.barrier()
+    try:
+        second = SFTModule(ModelSpec(path=model), optimizer=adamw)
+        fit(second, "sft", folder, max_epochs=2, ckpt_path=file, devices=world, strategy=OnCPU())
+    except UserError as error:
+        said.append(str(error))
+    return {"said": said}
+
+
 def refused(model: str, folder: Path, world: int) -> dict[str, Any]:
     """What is said of what FSDP1 cannot do."""
     moving, apart = module_for("dpo", model), module_for("ppo", model)
@@ -174,4 +208,5 @@ FLATTENED: dict[str, Case] = {
     "sft, fsdp, tempered": tempered,
     "sft, fsdp, asked in between": of_module("sft", lambda model: module_for("sft", model), AskInBetween),
     "fsdp, refused": refused,
+    "fsdp, broken": broken_checkpoint,
 }
