@@ -165,17 +165,13 @@ def _other_configs() -> Iterator[Config]:
             constants |= {"GRADS": True, "TOGETHER": True}
             name = f"{'forward' if forward else 'reverse'}, gradient, V={vocab}"
             yield Config("kl", name, {**constants, "ALIGNED": vocab % 16 == 0}, warps, vocab, types)
-    for length in (128, 32768):
-        lanes, warps = triton_gae.lanes_for_time(length)
-        common = {"LANES": lanes, "BLOCKS": triton_gae.SEGMENT_BLOCKS, "REWARDS": False, "ESTIMATOR": 3}
-        for critic, aligned in itertools.product((False, True), (False, True)):
-            constants = {**common, "CRITIC": critic, "ALIGNED": aligned}
-            options = f"{', critic lambda' if critic else ''}{', vectors' if aligned else ''}"
-            name = f"KL-shaped{options}, {lanes} lanes"
-            yield Config("gae", name, {**constants, "SCORES": True, "SPLIT": False}, warps)
-            if length > 128:  # short rows are never split
-                yield Config("gae", f"{name}, of a segment", {**constants, "SCORES": True, "SPLIT": True}, warps)
-                yield Config("gae_segment", name, constants, warps)
+    for span, critic in itertools.product((32, 64, 128, 256, 8192), (False, True)):
+        lanes, warps = triton_gae.lanes_for_time(span)
+        constants = {"LANES": lanes, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": critic}
+        rows = "segments" if span > lanes else "whole rows"
+        name = f"KL-shaped{', critic lambda' if critic else ''}, {rows} of {lanes} lanes"
+        registers = triton_gae.segment_registers(critic) if span > lanes else 0
+        yield Config("gae", name, {**constants, "SPLIT": span > lanes}, warps, registers=registers)
     yield Config("moments", "float32", {"BLOCK": triton_whiten.BLOCK}, 4, types=(("pieces_ptr", "*fp64"),))
     constants = {"BLOCK": triton_whiten.BLOCK, "PIECES": triton_whiten.MAX_PIECES, "SHIFT": True}
     yield Config("whiten", "float32", constants, 4, types=(("pieces_ptr", "*fp64"),))
@@ -199,9 +195,9 @@ def _type_of(name: str, config: Config) -> str:
         return "*u8"
     if name == "tokens_ptr":
         return "*i64"
-    if name == "finished_ptr":
-        return "*i32"
-    return "*fp64" if name in ("moments_ptr", "partials_ptr") and config.kernel == "gae" else "*fp32"
+    if name == "words_ptr":
+        return "*i64"
+    return "*fp64" if name == "moments_ptr" and config.kernel == "gae" else "*fp32"
 
 
 def compile_config(config: Config, capability: int) -> Compiled:

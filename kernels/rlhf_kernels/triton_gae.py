@@ -12,7 +12,19 @@ token: the scan starts from W = score, which adds it there exactly.
 
 A lane holds WIDTH neighbouring tokens, read and written as one vector, and composes their maps without talking to the
 others; only the maps of lanes are scanned. Lane 0 is the last in time: time is reversed by addresses, not by
-`reverse=True`.
+`reverse=True`. Lanes begin at multiples of WIDTH in memory, wherever rows begin: the first and the last of a row may
+lie half in its neighbours, whose numbers are read (never past the 16 bytes that hold the row's own) and dropped. So the
+lanes of a row, and with them its last bits, depend on where the row lies, where T is no multiple of WIDTH.
+
+A program reads one segment of a row once and keeps it in registers. It makes the map of its segment known, waits for
+the maps of the segments that follow in time (decoupled look-back) and goes on from there. What programs tell each other
+are words of 64 bits that are 0 until they hold a number: no number and its flag can be seen apart, so no order between
+two of them matters, and everything is added up in the order of the row, never of arrival.
+
+- Nobody waits for what cannot come: a program takes a ticket when it runs, and waits only for lower ones. (Rows of one
+  segment have no tickets: there the last program alone waits, and leaves room for the others.)
+- All words are 0 again at the end. The earliest segment of a row waits until the others have told their moments, after
+  which they read no map, and clears what the row has said; the very last program clears what the rows have.
 """
 
 import functools
@@ -25,14 +37,16 @@ from torch import Tensor
 
 from rlhf_kernels.backend import on_device, scalars
 from rlhf_kernels.triton_policy import kl_term
+from rlhf_kernels.triton_rows import launch_options
 
-SEGMENT_BLOCKS = 4
 WIDTH = 4
 """Tokens of a lane: 16 bytes of float32."""
+LANES, WARPS = 256, 4
+"""Lanes of a segment of a row that has more than one, and warps of its program: two lanes per thread."""
+MOMENTS = 3
+"""Count, sum and sum of squares of the advantages."""
 _POINTERS = ["rewards_ptr", "scores_ptr", "logprobs_ptr", "ref_ptr", "values_ptr", "mask_ptr", "scalars_ptr",
-             "maps_ptr", "shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "partials_ptr", "finished_ptr",
-             "moments_ptr"]  # fmt: skip
-"""Rows of any length begin anywhere: whether all of them begin at a multiple of 16 bytes is a flag, ALIGNED."""
+             "words_ptr", "shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr"]  # fmt: skip
 
 
 @triton.jit
@@ -42,62 +56,39 @@ def compose(c1, a1, c2, a2):
 
 
 @triton.jit
-def compose_two(c1, a1, c2, a2, c3, a3, c4, a4):
-    """Of two pairs of maps."""
-    return c3 + a3 * c1, a3 * a1, c4 + a4 * c2, a4 * a2
+def add_two(x1, y1, x2, y2):
+    return x1 + x2, y1 + y2
 
 
 @triton.jit
-def row_of(ptr, start, ALIGNED: tl.constexpr):
-    """Address of the row that begins at `start`: with ALIGNED, of four numbers that one instruction reads."""
-    row = ptr + start
-    if ALIGNED:
-        row = tl.multiple_of(row, ptr.dtype.element_ty.primitive_bitwidth // 2)
-    return row
+def add_three(x1, y1, z1, x2, y2, z2):
+    return x1 + x2, y1 + y2, z1 + z2
 
 
 @triton.jit
-def take(ptr, start, time, ALIGNED: tl.constexpr):
-    return tl.load(row_of(ptr, start, ALIGNED) + time, mask=time >= 0, other=0)
+def lanes_at(ptr, first):
+    """Address of the lane that begins at `first`: of four numbers that one instruction reads."""
+    return tl.multiple_of(ptr + first, ptr.dtype.element_ty.primitive_bitwidth // 2)
 
 
 @triton.jit
-def put(ptr, start, time, x, ALIGNED: tl.constexpr):
-    tl.store(row_of(ptr, start, ALIGNED) + time, x, mask=time >= 0)
+def take(ptr, first, offset, some):
+    return tl.load(lanes_at(ptr, first) + offset, mask=some, other=0)
 
 
 @triton.jit
-def times(T, i, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of the tokens [LANES, 4] of the i-th block from the end; before 0 there are none."""
-    end = T - i * (LANES * 4)
-    if ALIGNED:
-        end = tl.multiple_of(end, 4)
-    return (end - 4 - 4 * tl.arange(0, LANES))[:, None] + tl.arange(0, 4)[None, :]
+def put(ptr, first, offset, x, begin, T, ragged):
+    """Whole lanes as vectors; where one at either end of a row is only in part the row's, also a number at a time."""
+    tl.store(lanes_at(ptr, first) + offset, x, mask=(begin >= 0) & (begin + 4 <= T))
+    if ragged:
+        which = tl.arange(0, 4)[None, :]
+        tl.store(lanes_at(ptr, first) + offset, x, mask=(which >= -begin) & (which < T - begin))
 
 
 @triton.jit
-def read(
-    rewards_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, start, time,
-    REWARDS: tl.constexpr, ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Mask, values, log-probabilities of both models and rewards, as they are."""
-    mask = take(mask_ptr, start, time, ALIGNED)
-    value = take(values_ptr, start, time, ALIGNED)
-    logprob = value
-    reference = value
-    reward = value
-    if ESTIMATOR:
-        logprob = take(logprobs_ptr, start, time, ALIGNED)
-        reference = take(ref_ptr, start, time, ALIGNED)
-    if REWARDS:
-        reward = take(rewards_ptr, start, time, ALIGNED)
-    return mask, value, logprob, reference, reward
-
-
-@triton.jit
-def shaped(mask, value, logprob, reference, reward, kl_coef, REWARDS: tl.constexpr, ESTIMATOR: tl.constexpr):
+def shaped(mask, inside, value, logprob, reference, reward, kl_coef, REWARDS: tl.constexpr, ESTIMATOR: tl.constexpr):
     """What counts, values, rewards (without the score) and KL; 0 of what does not count, which may hold anything."""
-    counts = mask != 0
+    counts = (mask != 0) & inside
     kl = tl.zeros(mask.shape, tl.float32)
     total = kl
     if ESTIMATOR:
@@ -105,8 +96,8 @@ def shaped(mask, value, logprob, reference, reward, kl_coef, REWARDS: tl.constex
         kl = tl.where(counts, kl, 0.0)
         total = -kl_coef * kl
     if REWARDS:
-        total += tl.where(counts, reward.to(tl.float32), 0.0)
-    return counts, tl.where(counts, value.to(tl.float32), 0.0), total, kl
+        total += reward.to(tl.float32)
+    return counts, tl.where(counts, value.to(tl.float32), 0.0), tl.where(counts, total, 0.0), kl
 
 
 @triton.jit
@@ -124,21 +115,28 @@ def join4(x0, x1, x2, x3, LANES: tl.constexpr):
 
 
 @triton.jit
-def lane_map(counts, value, reward, gamma, lam, LANES: tl.constexpr):
-    """The maps of the four tokens of each lane, the last first, and all of them composed."""
+def token_maps(counts, value, reward, gamma, lam, LANES: tl.constexpr):
+    """The maps of the four tokens of each lane."""
     decay = gamma * lam
     c0, c1, c2, c3 = split4(gamma * (1 - lam) * value + decay * reward, LANES)  # 0 where none counts, as they are
     a0, a1, a2, a3 = split4(tl.where(counts, decay, 1.0), LANES)
-    c = c0 + a0 * (c1 + a1 * (c2 + a2 * c3))
-    return c0, c1, c2, c3, a0, a1, a2, a3, c, a0 * a1 * (a2 * a3)
+    return c0, c1, c2, c3, a0, a1, a2, a3
 
 
 @triton.jit
-def following(W, c1, c2, c3, a1, a2, a3, LANES: tl.constexpr):
-    """What follows each of the four tokens of a lane, if W follows the lane."""
+def lane_map(counts, value, reward, gamma, lam, LANES: tl.constexpr):
+    """All four of each lane composed, the last first."""
+    c0, c1, c2, c3, a0, a1, a2, a3 = token_maps(counts, value, reward, gamma, lam, LANES)
+    return c0 + a0 * (c1 + a1 * (c2 + a2 * c3)), a0 * a1 * (a2 * a3)
+
+
+@triton.jit
+def targets(W, counts, value, reward, gamma, lam, LANES: tl.constexpr):
+    """Of each token, if W follows its lane."""
+    _, c1, c2, c3, _, a1, a2, a3 = token_maps(counts, value, reward, gamma, lam, LANES)
     w2 = c3 + a3 * W
     w1 = c2 + a2 * w2
-    return join4(c1 + a1 * w1, w1, w2, W, LANES)
+    return reward + join4(c1 + a1 * w1, w1, w2, W, LANES)
 
 
 @triton.jit
@@ -147,38 +145,132 @@ def last_of(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def earlier(x, first, LANES: tl.constexpr):
-    """Of each lane what x is in the lane before it; `first` of lane 0."""
-    lane = tl.arange(0, LANES)
-    return tl.where(lane == 0, first, tl.gather(x, tl.maximum(lane - 1, 0), 0))
+def map_word(c, a, seen):
+    """A map and whether any token of it counts, as a word that is not 0: without one a is 1, with one a has a sign."""
+    low = a.to(tl.int32, bitcast=True) | (seen.to(tl.int32) << 31)
+    return (c.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
-def sum_of(ptr, stride, size, LANES: tl.constexpr):
-    """Of float64 numbers that other programs have written: not as a cache of this multiprocessor may hold them."""
-    total = tl.zeros([LANES], tl.float64)
-    for start in range(0, size, LANES):
-        which = start + tl.arange(0, LANES)
-        total += tl.load(ptr + which * stride, mask=which < size, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
+def map_of(word):
+    low = word.to(tl.int32)
+    c = (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return c, (low & 0x7FFFFFFF).to(tl.float32, bitcast=True), low < 0
 
 
-@triton.jit(do_not_specialize=["T", "segments"], do_not_specialize_on_alignment=_POINTERS)
+@triton.jit
+def after_later_lanes(word, W, LANES: tl.constexpr):
+    """What follows each lane, if W follows lane 0, by the map of the lanes up to the one before it."""
+    lane = tl.arange(0, LANES)
+    c, a, _ = map_of(tl.where(lane == 0, 0x3F800000, tl.gather(word, tl.maximum(lane - 1, 0), 0)))
+    return c + a * W
+
+
+@triton.jit
+def number_word(x):
+    """A float64 as a word that is not 0: 0.0 is told as -0.0."""
+    word = x.to(tl.int64, bitcast=True)
+    return word | ((word == 0).to(tl.int64) << 63)
+
+
+@triton.jit
+def follow(ptr, size, W, MAPS: tl.constexpr):
+    """What W becomes by the maps of `size` words, in their order, once they are all there; whether any token counts."""
+    seen = 0
+    for start in range(0, size, MAPS):
+        which = start + tl.arange(0, MAPS)
+        word = tl.load(ptr + which, mask=which < size, other=0x3F800000, volatile=True)  # or W -> 0 + 1 W
+        while tl.sum((word == 0).to(tl.int32), 0) > 0:
+            word = tl.load(ptr + which, mask=which < size, other=0x3F800000, volatile=True)
+        c, a, counts = map_of(word)
+        c, a = tl.associative_scan((c, a), 0, compose)
+        W = last_of(c, MAPS) + last_of(a, MAPS) * W
+        seen = tl.maximum(seen, tl.max(counts.to(tl.int32), 0))
+    return W, seen
+
+
+@triton.jit
+def tell(ptr, stride, count, total, squares):
+    tl.atomic_xchg(ptr, number_word(count), sem="relaxed")
+    tl.atomic_xchg(ptr + stride, number_word(total), sem="relaxed")
+    tl.atomic_xchg(ptr + 2 * stride, number_word(squares), sem="relaxed")
+
+
+@triton.jit
+def collect(ptr, stride, size, AT_ONCE: tl.constexpr):
+    """The sums of `size` moments, in a fixed order, once they are all there; clears them."""
+    counts = tl.zeros([AT_ONCE], tl.float64)
+    totals = tl.zeros([AT_ONCE], tl.float64)
+    squares = tl.zeros([AT_ONCE], tl.float64)
+    for start in range(0, size, AT_ONCE):
+        which = start + tl.arange(0, AT_ONCE)
+        some = which < size
+        x = tl.load(ptr + which, mask=some, other=1, volatile=True)
+        y = tl.load(ptr + stride + which, mask=some, other=1, volatile=True)
+        z = tl.load(ptr + 2 * stride + which, mask=some, other=1, volatile=True)
+        while tl.sum(((x == 0) | (y == 0) | (z == 0)).to(tl.int32), 0) > 0:
+            x = tl.load(ptr + which, mask=some, other=1, volatile=True)
+            y = tl.load(ptr + stride + which, mask=some, other=1, volatile=True)
+            z = tl.load(ptr + 2 * stride + which, mask=some, other=1, volatile=True)
+        counts += tl.where(some, x.to(tl.float64, bitcast=True), 0.0)
+        totals += tl.where(some, y.to(tl.float64, bitcast=True), 0.0)
+        squares += tl.where(some, z.to(tl.float64, bitcast=True), 0.0)
+        tl.debug_barrier()  # every warp has looked for itself, and would wait for ever for what another has cleared
+        for moment in tl.static_range(3):
+            tl.store(ptr + moment * stride + which, tl.zeros([AT_ONCE], tl.int64), mask=some)
+    return tl.reduce((counts, totals, squares), 0, add_three)
+
+
+@triton.jit
+def clear(ptr, size, AT_ONCE: tl.constexpr):
+    for start in range(0, size, AT_ONCE):
+        which = start + tl.arange(0, AT_ONCE)
+        tl.store(ptr + which, tl.zeros([AT_ONCE], tl.int64), mask=which < size)
+
+
+@triton.jit(do_not_specialize=["T", "num_rows", "segments"], do_not_specialize_on_alignment=_POINTERS)
 def gae_kernel(
-    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, maps_ptr,
-    shaped_ptr, advantages_ptr, returns_ptr, kl_ptr, partials_ptr, finished_ptr, moments_ptr, T, segments,
-    LANES: tl.constexpr, BLOCKS: tl.constexpr, REWARDS: tl.constexpr, SCORES: tl.constexpr,
-    ESTIMATOR: tl.constexpr, CRITIC: tl.constexpr, SPLIT: tl.constexpr, ALIGNED: tl.constexpr,
+    rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, words_ptr,
+    shaped_ptr, advantages_ptr, returns_ptr, kl_ptr, moments_ptr, T, num_rows, segments,
+    LANES: tl.constexpr, REWARDS: tl.constexpr, SCORES: tl.constexpr, ESTIMATOR: tl.constexpr,
+    CRITIC: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A whole row per program, or, with SPLIT, one of `segments` pieces of BLOCKS blocks, after those that follow it.
+    """One of `segments` segments of LANES lanes of a row; with SPLIT there are more than one.
 
-    `maps_ptr` [rows, segments, 5] holds the maps of the segments; `finished_ptr` counts the programs that are done,
-    and is 0 before and after: the last one adds up the moments of all, in their order.
+    `words_ptr`: the ticket; [3, rows], the moments of each; [3 + 1 or 2, rows, segments], the moments of each segment
+    and its maps. All are 0 before and after.
     """
-    program = tl.program_id(0)
-    row = (program // segments).to(tl.int64)
-    segment = program % segments
-    start = row * T
+    rows_ptr = words_ptr + 1
+    row = tl.program_id(0)
+    segment = 0
+    if SPLIT:  # the later in time, the sooner
+        ticket = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int32)
+        row = ticket % num_rows
+        segment = ticket // num_rows
+    parts = num_rows.to(tl.int64) * segments
+    parts_ptr = rows_ptr + 3 * num_rows.to(tl.int64) + row.to(tl.int64) * segments
+    maps_ptr = parts_ptr + 3 * parts
+    start = row.to(tl.int64) * T
+    first = (start + T + 3) // 4 * 4 - 4 * LANES * (segment + 1).to(tl.int64)
+    before = (first - start).to(tl.int32)  # the time of the tile's first token; below 0 there is none
+    lane = tl.arange(0, LANES)
+    offset = (4 * (LANES - 1 - lane))[:, None] + tl.arange(0, 4)[None, :]
+    begin = (before + 4 * (LANES - 1 - lane))[:, None]
+    time = before + offset
+    inside = (time >= 0) & (time < T)
+    some = begin > -4
+    ragged = (before + 4 * LANES > T) | ((before < 0) & (start % 4 != 0))
+
+    mask = take(mask_ptr, first, offset, some)
+    value = take(values_ptr, first, offset, some)
+    logprob = value
+    reference = value
+    reward = value
+    if ESTIMATOR:
+        logprob = take(logprobs_ptr, first, offset, some)
+        reference = take(ref_ptr, first, offset, some)
+    if REWARDS:
+        reward = take(rewards_ptr, first, offset, some)
     gamma = tl.load(scalars_ptr)
     lam = tl.load(scalars_ptr + 1)
     critic_lam = tl.load(scalars_ptr + 2)
@@ -186,131 +278,96 @@ def gae_kernel(
     score = 0.0
     if SCORES:
         score = tl.load(scores_ptr + row).to(tl.float32)
-    W = score
-    W_critic = score
-    seen = 0.0
-    first = 0
-    blocks = tl.cdiv(T, LANES * 4)
+    counts, v, r, kl = shaped(mask, inside, value, logprob, reference, reward, kl_coef, REWARDS, ESTIMATOR)
+    put(kl_ptr, first, offset, kl, begin, T, ragged)
+    count = tl.sum(tl.sum(counts.to(tl.int32), 1), 0)
+
+    c, a = tl.associative_scan(lane_map(counts, v, r, gamma, lam, LANES), 0, compose)
+    word = map_word(c, a, count > 0)
+    if CRITIC:
+        b, z = tl.associative_scan(lane_map(counts, v, r, gamma, critic_lam, LANES), 0, compose)
+        word_critic = map_word(b, z, count > 0)
     if SPLIT:
-        first = segment * BLOCKS
-        blocks = BLOCKS
-        for later in range(segment):
-            maps = maps_ptr + (row * segments + later) * 5
-            seen = tl.maximum(seen, tl.load(maps))
-            W = tl.load(maps + 1) + tl.load(maps + 2) * W
+        here = maps_ptr + segment + tl.zeros([LANES], tl.int32)
+        last = lane == LANES - 1
+        if segment + 1 < segments:
+            tl.atomic_xchg(here, word, mask=last, sem="relaxed")
             if CRITIC:
-                W_critic = tl.load(maps + 3) + tl.load(maps + 4) * W_critic
-    count = tl.zeros([LANES], tl.float32)
-    total = tl.zeros([LANES], tl.float64)
-    squares = tl.zeros([LANES], tl.float64)
-    mask, value, logprob, reference, reward = read(
-        rewards_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, start, times(T, first, LANES, ALIGNED), REWARDS,
-        ESTIMATOR, ALIGNED,
-    )  # fmt: skip
-    for i in range(first, first + blocks):
-        time = times(T, i, LANES, ALIGNED)
-        counts, v, r, kl = shaped(mask, value, logprob, reference, reward, kl_coef, REWARDS, ESTIMATOR)
-        # the next block is on its way while this one is scanned
-        mask, value, logprob, reference, reward = read(
-            rewards_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, start, times(T, i + 1, LANES, ALIGNED), REWARDS,
-            ESTIMATOR, ALIGNED,
-        )  # fmt: skip
-        _, c1, c2, c3, _, a1, a2, a3, c, a = lane_map(counts, v, r, gamma, lam, LANES)
-        if CRITIC:
-            _, b1, b2, b3, _, z1, z2, z3, b, z = lane_map(counts, v, r, gamma, critic_lam, LANES)
-            c, a, b, z = tl.associative_scan((c, a, b, z), 0, compose_two)
-            after = b + z * W_critic
-            target = r + following(earlier(after, W_critic, LANES), b1, b2, b3, z1, z2, z3, LANES)
-            W_critic = last_of(after, LANES)
-        else:
-            c, a = tl.associative_scan((c, a), 0, compose)
-        after = c + a * W
-        u = r + following(earlier(after, W, LANES), c1, c2, c3, a1, a2, a3, LANES)
-        W = last_of(after, LANES)
-        if not CRITIC:
-            target = u
-        if SCORES:  # noqa: SIM102 - compiled in, or not; the other asked at run time
-            if seen == 0:
-                last = tl.max(tl.max(tl.where(counts, time, -1), 1), 0)
-                r = tl.where(time == last, r + score, r)
-                seen = tl.where(last >= 0, 1.0, 0.0)
-        advantage = tl.where(counts, u - v, 0.0)
-        put(advantages_ptr, start, time, advantage, ALIGNED)
-        put(returns_ptr, start, time, tl.where(counts, target, 0.0), ALIGNED)
-        put(shaped_ptr, start, time, tl.where(counts, r, 0.0), ALIGNED)
-        put(kl_ptr, start, time, kl, ALIGNED)
-        count += tl.sum(counts.to(tl.float32), 1)
-        exact = advantage.to(tl.float64)
-        total += tl.sum(exact, 1)
-        squares += tl.sum(exact * exact, 1)
-    tl.store(partials_ptr + program * 3, tl.sum(count.to(tl.float64), 0))
-    tl.store(partials_ptr + program * 3 + 1, tl.sum(total, 0))
-    tl.store(partials_ptr + program * 3 + 2, tl.sum(squares, 0))
-    if tl.atomic_add(finished_ptr, 1) == tl.num_programs(0) - 1:
-        tl.store(finished_ptr, 0)
-        for moment in tl.static_range(3):
-            tl.store(moments_ptr + moment, sum_of(partials_ptr + moment, 3, tl.num_programs(0), LANES))
+                tl.atomic_xchg(here + parts, word_critic, mask=last, sem="relaxed")
+    # what needs no other segment is written while they are waited for
+    put(shaped_ptr, first, offset, r, begin, T, ragged)
+    W = score
+    seen = 0
+    if SPLIT:
+        W, seen = follow(maps_ptr, segment, W, 32)
+    u = targets(after_later_lanes(word, W, LANES), counts, v, r, gamma, lam, LANES)
+    target = u
+    if CRITIC:
+        W_critic = score
+        if SPLIT:
+            W_critic, _ = follow(maps_ptr + parts, segment, W_critic, 32)
+        target = targets(after_later_lanes(word_critic, W_critic, LANES), counts, v, r, gamma, critic_lam, LANES)
+    advantage = tl.where(counts, u - v, 0.0)
+    put(advantages_ptr, first, offset, advantage, begin, T, ragged)
+    put(returns_ptr, first, offset, tl.where(counts, target, 0.0), begin, T, ragged)
+    if SCORES:  # noqa: SIM102 - compiled in, or not; the other asked at run time
+        if (seen == 0) & (count > 0):
+            last_time = tl.max(tl.max(tl.where(counts, time, -1), 1), 0)
+            last_reward = tl.sum(tl.sum(tl.where(time == last_time, r, 0.0), 1), 0)
+            tl.debug_barrier()  # after what another thread has written there
+            tl.store(shaped_ptr + start + last_time, last_reward + score)
+
+    exact = advantage.to(tl.float64)
+    total, squares = tl.reduce((tl.sum(exact, 1), tl.sum(exact * exact, 1)), 0, add_two)
+    number = count.to(tl.float64)
+    if segment + 1 < segments:
+        tell(parts_ptr + segment, parts, number, total, squares)
+    else:
+        if SPLIT:
+            others, total_others, squares_others = collect(parts_ptr, parts, segments - 1, 32)
+            number += others
+            total += total_others
+            squares += squares_others
+            for kind in tl.static_range(1 + CRITIC):
+                clear(maps_ptr + kind * parts, segments - 1, 32)
+        tell(rows_ptr + row, num_rows, number, total, squares)
+        if row == num_rows - 1:
+            number, total, squares = collect(rows_ptr, num_rows, num_rows, 2 * LANES)
+            tl.store(moments_ptr, number)
+            tl.store(moments_ptr + 1, total)
+            tl.store(moments_ptr + 2, squares)
+            tl.store(words_ptr, tl.zeros([], tl.int64))
 
 
-@triton.jit(do_not_specialize=["T", "segments"], do_not_specialize_on_alignment=_POINTERS)
-def gae_segment_kernel(
-    rewards_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, maps_ptr, T, segments,
-    LANES: tl.constexpr, BLOCKS: tl.constexpr, REWARDS: tl.constexpr, ESTIMATOR: tl.constexpr, CRITIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Of one segment whether any token counts, and c, a of its map, without the score; of both lambdas."""
-    program = tl.program_id(0)
-    row = (program // segments).to(tl.int64)
-    segment = program % segments
-    gamma = tl.load(scalars_ptr)
-    lam = tl.load(scalars_ptr + 1)
-    critic_lam = tl.load(scalars_ptr + 2)
-    kl_coef = tl.load(scalars_ptr + 3)
-    seen = 0.0
-    c0, a0, b0, z0 = 0.0, 1.0, 0.0, 1.0
-    for i in range(segment * BLOCKS, segment * BLOCKS + BLOCKS):
-        time = times(T, i, LANES, ALIGNED)
-        mask, value, logprob, reference, reward = read(
-            rewards_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, row * T, time, REWARDS, ESTIMATOR, ALIGNED
-        )
-        counts, v, r, _ = shaped(mask, value, logprob, reference, reward, kl_coef, REWARDS, ESTIMATOR)
-        seen = tl.maximum(seen, tl.max(tl.max(counts.to(tl.float32), 1), 0))
-        _, _, _, _, _, _, _, _, c, a = lane_map(counts, v, r, gamma, lam, LANES)
-        c, a = tl.associative_scan((c, a), 0, compose)
-        c0, a0 = compose(c0, a0, last_of(c, LANES), last_of(a, LANES))
-        if CRITIC:
-            _, _, _, _, _, _, _, _, b, z = lane_map(counts, v, r, gamma, critic_lam, LANES)
-            b, z = tl.associative_scan((b, z), 0, compose)
-            b0, z0 = compose(b0, z0, last_of(b, LANES), last_of(z, LANES))
-    out = maps_ptr + program * 5
-    tl.store(out, seen)
-    tl.store(out + 1, c0)
-    tl.store(out + 2, a0)
-    tl.store(out + 3, b0)
-    tl.store(out + 4, z0)
-
-
-def lanes_for_time(length: int) -> tuple[int, int]:
-    """Lanes per scan, and warps: one lane per thread."""
-    lanes = min(128, max(32, triton.next_power_of_2(triton.cdiv(length, WIDTH))))
+def lanes_for_time(span: int) -> tuple[int, int]:
+    """Lanes of a segment and warps of its program, for rows of at most `span` lanes."""
+    if span > LANES:
+        return LANES, WARPS
+    lanes = max(32, triton.next_power_of_2(span))
     return lanes, lanes // 32
 
 
-def in_vectors(length: int, *tensors: Tensor) -> bool:
-    """Whether WIDTH neighbours from a multiple of WIDTH on lie within what one load reads, in every row of each."""
-    return length % WIDTH == 0 and all(x.data_ptr() % (WIDTH * x.element_size()) == 0 for x in tensors)
+def segment_registers(critic: bool) -> int:
+    """Ceiling on registers per thread: six programs on a multiprocessor of 65536, and with two lambdas four."""
+    return 128 if critic else 80
 
 
-def _counter(device: torch.device) -> Tensor:
-    """An integer that is 0 whenever no kernel runs on the current stream."""
+def _words(device: torch.device, size: int) -> Tensor:
+    """At least `size` integers that are 0 whenever no kernel runs on the current stream."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)  # a graph's own, set to 0 at every replay
-    return _counter_of(device, torch.cuda.current_stream(device).cuda_stream)
+        return torch.zeros(size, dtype=torch.int64, device=device)  # a graph's own, set to 0 at every replay
+    return _words_of(device, torch.cuda.current_stream(device).cuda_stream, triton.next_power_of_2(size))
 
 
 @functools.lru_cache(maxsize=256)
-def _counter_of(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _words_of(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int64, device=device)
+
+
+def _in_lanes(x: Tensor) -> Tensor:
+    """Contiguous, from where WIDTH neighbours are read at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % (WIDTH * x.element_size()) == 0 else x.clone()
 
 
 @on_device
@@ -327,40 +384,38 @@ def gae_triton(
     lam: float,
     critic_lam: float,
     *,
-    split: bool | None = None,
+    lanes: int | None = None,
+    warps: int | None = None,
+    registers: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`gae.gae_reference` in one launch; few long rows are split over programs, in two launches."""
+    """`gae.gae_reference` in one launch, of a program for each segment of `lanes` lanes of a row."""
     batch, length = values.shape
-    lanes, warps = lanes_for_time(length)
-    per_segment = lanes * WIDTH * SEGMENT_BLOCKS
-    if split is None:
-        split = batch < 128 and length >= 4 * per_segment
-    segments = triton.cdiv(length, per_segment) if split else 1
+    # rows of a length that is no multiple of a lane begin anywhere within one
+    span = length // WIDTH if length % WIDTH == 0 else (length + 2 * WIDTH - 2) // WIDTH
+    if lanes is None or warps is None:
+        lanes, warps = lanes_for_time(span)
+    segments = triton.cdiv(span, lanes)
+    critic = critic_lam != lam
+    values = _in_lanes(values)
 
     def flat(x: Tensor | None) -> Tensor:
-        return values if x is None else x.contiguous()
+        return values if x is None else _in_lanes(x)
 
-    tokens = (flat(logprobs), flat(ref_logprobs), flat(values), mask.contiguous().view(torch.uint8))
-    reward, numbers = flat(rewards), scalars(values.device, gamma, lam, critic_lam, kl_coef)
+    tokens = (flat(logprobs), flat(ref_logprobs), values, _in_lanes(mask).view(torch.uint8))
     outputs = [torch.empty(values.shape, dtype=torch.float32, device=values.device) for _ in range(4)]
-    partials = torch.empty((batch * segments, 3), dtype=torch.float64, device=values.device)
-    moments = torch.empty(3, dtype=torch.float64, device=values.device)
-    constants: dict[str, Any] = {
-        "LANES": lanes, "BLOCKS": SEGMENT_BLOCKS, "REWARDS": rewards is not None,
-        "ESTIMATOR": estimator if logprobs is not None else 0, "CRITIC": critic_lam != lam,
-        "ALIGNED": in_vectors(length, reward, *tokens, *outputs), "num_warps": warps,
-    }  # fmt: skip
-    maps = outputs[0]
-    if split:
-        maps = torch.empty((batch * segments, 5), dtype=torch.float32, device=values.device)
-        gae_segment_kernel[(batch * segments,)](reward, *tokens, numbers, maps, length, segments, **constants)
+    moments = torch.empty(MOMENTS, dtype=torch.float64, device=values.device)
+    words = _words(values.device, 1 + MOMENTS * batch + (MOMENTS + 1 + critic) * batch * segments)
+    options: dict[str, Any] = {"num_warps": warps}
+    if segments > 1:
+        options = launch_options(warps, registers or segment_registers(critic))
     gae_kernel[(batch * segments,)](
-        reward, flat(scores), *tokens, numbers, maps, *outputs, partials, _counter(values.device), moments, length,
-        segments,
-        SCORES=scores is not None, SPLIT=split, **constants,
+        flat(rewards), values if scores is None else scores.contiguous(), *tokens,
+        scalars(values.device, gamma, lam, critic_lam, kl_coef), words, *outputs, moments, length, batch, segments,
+        LANES=lanes, REWARDS=rewards is not None, SCORES=scores is not None,
+        ESTIMATOR=estimator if logprobs is not None else 0, CRITIC=critic, SPLIT=segments > 1, **options,
     )  # fmt: skip
     rewards, advantages, returns, kl = outputs
     return rewards, advantages, returns, kl, moments
 
 
-KERNELS: dict[str, Any] = {"gae": gae_kernel, "gae_segment": gae_segment_kernel}
+KERNELS: dict[str, Any] = {"gae": gae_kernel}

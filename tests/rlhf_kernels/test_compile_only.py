@@ -30,8 +30,7 @@ def test_every_shipped_configuration_is_on_record_without_a_spill(target):
 
 
 SAMPLES = (
-    "row_stats", "row_grads", "policy_loss", "kl", "gae", "gae_segment", "linear_stats", "linear_merge",
-    "moments", "whiten",
+    "row_stats", "row_grads", "policy_loss", "kl", "gae", "linear_stats", "linear_merge", "moments", "whiten",
 )  # fmt: skip
 
 
@@ -95,8 +94,8 @@ def test_a_tensor_that_begins_anywhere_is_the_same_kernel(name):
     params = {p.name: p for p in bench_compile.kernels()[name].params if p.name.endswith("_ptr")}
     aligned = {n for n, p in params.items() if not p.do_not_specialize_on_alignment}
     per_column = {"logits_ptr", "grads_ptr", "out_ptr", "ref_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "x_ptr"}
-    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr", "maps_ptr",
-               "partials_ptr", "pieces_ptr", "finished_ptr"}  # fmt: skip
+    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr",
+               "partials_ptr", "pieces_ptr"}  # fmt: skip
     assert aligned <= per_column | outputs | ({"mask_ptr"} if name in ("moments", "whiten") else set())
 
 
@@ -107,15 +106,14 @@ def test_rows_from_the_middle_of_a_tensor_are_the_same_kernel():
 def test_a_new_horizon_is_the_same_scan():
     def scan(batch, length, segments):
         x, flags = torch.empty(batch, length), torch.empty(batch, length, dtype=torch.uint8)
-        moments, finished = torch.empty(batch, 3, dtype=torch.float64), torch.empty(1, dtype=torch.int32)
+        moments, words = torch.empty(3, dtype=torch.float64), torch.empty(9, dtype=torch.int64)
         constants = {
-            "LANES": 256, "BLOCKS": 4, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False,
-            "SPLIT": False, "ALIGNED": True,
+            "LANES": 256, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False, "SPLIT": True,
         }  # fmt: skip
-        arguments = (x, x, x, x, x, flags, x, x, x, x, x, x, moments, finished, moments, length, segments)
+        arguments = (x, x, x, x, x, flags, x, words, x, x, x, x, moments, length, batch, segments)
         return key(triton_gae.gae_kernel, arguments, constants)
 
-    assert scan(2, 1000, 1) == scan(3, 1024, 1) == scan(1, 4096, 16)
+    assert scan(2, 1025, 2) == scan(3, 1040, 2) == scan(1, 4096, 4) == scan(16, 16384, 16)
 
 
 @pytest.mark.parametrize("name", bench_compile.kernels())

@@ -369,30 +369,79 @@ def test_gae(both, length):
         assert (x.double() - y).abs().max() <= 2e-6 * y.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize(("length", "split"), [(50, False), (300, True)])
-@pytest.mark.parametrize("critic_lam", [None, 1.0])
-def test_kl_shaped_gae(both, length, split, critic_lam, monkeypatch):
+@pytest.fixture
+def segments(monkeypatch):
+    """Rows in segments of 64 tokens: what a GPU does with rows above 1024."""
     from rlhf_kernels import triton_gae
 
-    if split:
-        whole = triton_gae.gae_triton
-        monkeypatch.setattr(triton_gae, "SEGMENT_BLOCKS", 2)
-        monkeypatch.setattr(triton_gae, "lanes_for_time", lambda length: (16, 1))
-        monkeypatch.setattr(triton_gae, "gae_triton", lambda *inputs: whole(*inputs, split=True))
-    torch.manual_seed(0)
-    logprobs, values, mask = torch.randn(3, length), torch.randn(3, length), torch.rand(3, length) > 0.3
+    monkeypatch.setattr(triton_gae, "lanes_for_time", lambda span: (16, 1))
+
+
+def scan_inputs(length, dtype=torch.float32):
+    """Scores, log-probabilities, those of the reference, values and mask of three rows; nothing counts in the last."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, values, noise = (torch.randn(3, length, generator=generator) for _ in range(3))
+    mask = torch.rand(3, length, generator=generator) > 0.3
     mask[0, -length // 3 :] = False  # the last token that counts is in an earlier segment
     mask[1, 44:172] = False  # nothing counts in a whole segment between others
     mask[2] = False
-    scores, ref = torch.randn(3), logprobs + 0.3 * torch.randn(3, length)
+    scores = torch.randn(3, generator=generator)
+    return *(x.to(dtype) for x in (scores, logprobs, logprobs + 0.3 * noise, values)), mask
+
+
+@pytest.mark.parametrize("length", [50, 51, 1030])  # of one segment, and of two
+@pytest.mark.parametrize("critic_lam", [None, 1.0])
+def test_kl_shaped_gae(both, length, critic_lam):
+    options = {"kl_coef": 0.1, "kl_estimator": "k3", "gamma": 0.99, "lam": 0.95, "critic_lam": critic_lam}
+    same(*both(lambda dtype: kl_shaped_gae(*scan_inputs(length, dtype), **options)))
+
+
+# 300 to 302 tokens: rows begin at every place within a lane; 319: five segments would hold them, but not those of the
+# second row, which begins within a lane; 2113: more segments than maps are read at once
+@pytest.mark.parametrize("length", [300, 301, 302, 319, 2113])
+@pytest.mark.parametrize("critic_lam", [None, 1.0])
+def test_kl_shaped_gae_of_rows_in_segments(both, segments, length, critic_lam):
+    options = {"kl_coef": 0.1, "gamma": 0.99, "lam": 0.95, "critic_lam": critic_lam}
+    same(*both(lambda dtype: kl_shaped_gae(*scan_inputs(length, dtype), **options)))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_of_rows_in_segments(both, segments, gamma, lam):
+    """Maps W -> c + W and W -> c, and of zeros W -> 0: all of them are told from the 0 of what is not there yet."""
+    _, rewards, _, values, mask = scan_inputs(200)
+    zeros = torch.zeros_like(values)
 
     def use(dtype):
-        inputs = (scores.to(dtype), logprobs.to(dtype), ref.to(dtype), values.to(dtype), mask)
-        return kl_shaped_gae(
-            *inputs, kl_coef=0.1, kl_estimator="k3", gamma=0.99, lam=0.95, critic_lam=critic_lam
-        )  # fmt: skip
+        some = gae(rewards.to(dtype), values.to(dtype), mask, gamma=gamma, lam=lam)
+        return *some, *gae(zeros.to(dtype), zeros.to(dtype), mask, gamma=gamma, lam=lam)
 
-    same(*both(use))
+    same(*both(use), atol=2e-5, rtol=1e-5)  # sums of 140 numbers
+
+
+def test_a_sequence_is_not_touched_by_its_neighbours_in_memory(both, segments):
+    """Lanes at either end of a row of 301 tokens lie half in another one."""
+
+    def use(dtype):
+        scores, logprobs, ref, values, mask = scan_inputs(301, dtype)
+        mask[1:] = True
+        mask[0, 150:] = True
+        values[0], values[2], scores[0] = math.nan, math.nan, math.nan
+        return kl_shaped_gae(scores, logprobs, ref, values, mask, kl_coef=0.1, gamma=0.99, lam=0.95)[:4]
+
+    ours, exact = both(use)
+    same([x[1] for x in ours], [x[1] for x in exact])
+    assert ours[1][1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_lanes_begin_where_vectors_do(dtype):
+    """One sequence of a batch of odd length is contiguous, and is copied to where four numbers are read at once."""
+    from rlhf_kernels.triton_gae import _in_lanes
+
+    x = torch.arange(102).reshape(2, 51).to(dtype)
+    assert _in_lanes(x) is x
+    assert _in_lanes(x[1:]).data_ptr() % (4 * x.element_size()) == 0
+    assert torch.equal(_in_lanes(x[1:]), x[1:])
 
 
 def test_the_score_reaches_the_last_token_that_counts_at_any_discount(both):
@@ -409,20 +458,23 @@ def test_the_score_reaches_the_last_token_that_counts_at_any_discount(both):
     assert ours.advantages.tolist() == [[-1, 1, 0]]  # 0 - V, and score - V
 
 
-def test_the_counter_that_calls_of_a_stream_share_is_zero_again_after_each(both, monkeypatch):
+@pytest.mark.parametrize("critic_lam", [None, 1.0])
+@pytest.mark.parametrize("lanes", [32, 16])  # one segment of 20 tokens, and of 120 one or two
+def test_what_calls_of_a_stream_share_is_zero_again_after_each(both, monkeypatch, critic_lam, lanes):
     from rlhf_kernels import triton_gae
 
-    counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(triton_gae, "_counter", lambda device: counter)
-    torch.manual_seed(0)
-    values, mask, scores = torch.randn(3, 20), torch.rand(3, 20) > 0.3, torch.randn(3)
+    words = torch.zeros(1000, dtype=torch.int64)
+    sizes = []
+    monkeypatch.setattr(triton_gae, "lanes_for_time", lambda span: (lanes, 1))
+    monkeypatch.setattr(triton_gae, "_words", lambda device, size: sizes.append(size) or words[:size])
+    options = {"kl_coef": 0.1, "gamma": 0.99, "lam": 0.95, "critic_lam": critic_lam}
 
     def use(dtype):
-        v = values.to(dtype)
-        return [kl_shaped_gae(scores.to(dtype), v, v, v, mask, kl_coef=0.1, gamma=0.9, lam=0.9).moments for _ in "ab"]
+        return [kl_shaped_gae(*scan_inputs(length, dtype), **options).moments for length in (120, 20, 120, 120)]
 
     same(*both(use))
-    assert counter.item() == 0
+    assert len(sizes) == 4
+    assert words.eq(0).all()
 
 
 @pytest.mark.parametrize("size", [1, 1700])
