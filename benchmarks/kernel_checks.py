@@ -228,7 +228,7 @@ def check_graphs(bench: Bench) -> Iterator[float]:
     hidden, weight, tokens = bench.head(rows, vocab, size, torch.bfloat16)
     logits, ones = hidden @ weight.T, torch.ones(rows, device="cuda")
     mask = tokens % 3 > 0
-    rewards, values, counts = bench.normal(64, 1000), bench.normal(64, 1000, seed=1), bench.normal(64, 1000, seed=2) > 0
+    rewards, values, counts = bench.normal(64, 5000), bench.normal(64, 5000, seed=1), bench.normal(64, 5000, seed=2) > 0
 
     def run() -> tuple[Tensor, ...]:
         spec = ours.PolicyLossSpec(entropy_coef=0.01)

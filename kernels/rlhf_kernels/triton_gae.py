@@ -251,7 +251,7 @@ def gae_kernel(
     parts_ptr = rows_ptr + 3 * num_rows.to(tl.int64) + row.to(tl.int64) * segments
     maps_ptr = parts_ptr + 3 * parts
     start = row.to(tl.int64) * T
-    first = (start + T + 3) // 4 * 4 - 4 * LANES * (segment + 1).to(tl.int64)
+    first = (start + T + 3) // 4 * 4 - 4 * LANES * (segment + 1)
     before = (first - start).to(tl.int32)  # the time of the tile's first token; below 0 there is none
     lane = tl.arange(0, LANES)
     offset = (4 * (LANES - 1 - lane))[:, None] + tl.arange(0, 4)[None, :]
