@@ -245,13 +245,13 @@ def gae_kernel(
     segment = 0
     if SPLIT:  # the later in time, the sooner
         ticket = tl.atomic_add(words_ptr, 1, sem="relaxed").to(tl.int32)
-        row = ticket % num_rows
         segment = ticket // num_rows
+        row = ticket - segment * num_rows
     parts = num_rows.to(tl.int64) * segments
     parts_ptr = rows_ptr + 3 * num_rows.to(tl.int64) + row.to(tl.int64) * segments
     maps_ptr = parts_ptr + 3 * parts
     start = row.to(tl.int64) * T
-    first = (start + T + 3) // 4 * 4 - 4 * LANES * (segment + 1)
+    first = ((start + T + 3) & -4) - 4 * LANES * (segment + 1)
     before = (first - start).to(tl.int32)  # the time of the tile's first token; below 0 there is none
     lane = tl.arange(0, LANES)
     offset = (4 * (LANES - 1 - lane))[:, None] + tl.arange(0, 4)[None, :]
@@ -259,7 +259,7 @@ def gae_kernel(
     time = before + offset
     inside = (time >= 0) & (time < T)
     some = begin > -4
-    ragged = (before + 4 * LANES > T) | ((before < 0) & (start % 4 != 0))
+    ragged = (before + 4 * LANES > T) | ((before < 0) & ((start & 3) != 0))
 
     mask = take(mask_ptr, first, offset, some)
     value = take(values_ptr, first, offset, some)
