@@ -171,7 +171,7 @@ def _other_configs() -> Iterator[Config]:
         rows = "segments" if span > lanes else "whole rows"
         name = f"KL-shaped{', critic lambda' if critic else ''}, {rows} of {lanes} lanes"
         registers = triton_gae.segment_registers(critic) if span > lanes else 0
-        yield Config("gae", name, {**constants, "SPLIT": span > lanes}, warps, registers=registers)
+        yield Config("gae", name, {**constants, "SPLIT": span > lanes, "STREAM": True}, warps, registers=registers)
     yield Config("moments", "float32", {"BLOCK": triton_whiten.BLOCK}, 4, types=(("pieces_ptr", "*fp64"),))
     constants = {"BLOCK": triton_whiten.BLOCK, "PIECES": triton_whiten.MAX_PIECES, "SHIFT": True}
     yield Config("whiten", "float32", constants, 4, types=(("pieces_ptr", "*fp64"),))

@@ -1,6 +1,7 @@
 """What bench_kernels.py times: for each op, its inputs, ours, plain torch, and the peers of `kernel_peers`."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def build(op: str, shape: tuple[int, ...], device: str, seed: int) -> Inputs:
         batch, length = shape
         mask = torch.rand(batch, length, generator=generator, device=device) > 0.2
         inputs = {name: normal(batch, length, dtype=torch.float32) for name in ("logprobs", "ref", "values")}
-        return {**inputs, "mask": mask, "scores": normal(batch, dtype=torch.float32)}
+        nothing = torch.full((batch, length), math.nan, device=device)
+        return {**inputs, "mask": mask, "scores": normal(batch, dtype=torch.float32), "nothing": nothing}
     rows, vocab = shape[0], shape[-1]
     inputs = {"tokens": torch.randint(vocab, (rows,), generator=generator, device=device)}
     if op.startswith("linear"):
@@ -291,6 +293,13 @@ def _gae(recursion: Callable[..., Tensor]) -> Implementation:
     return Implementation(lambda i: recursion(_shaped(i), i["values"], i["mask"], GAMMA, LAM))
 
 
+def _copy(i: Inputs) -> Tensor:
+    """What moves as many bytes as the advantages have to, and computes nothing."""
+    source = torch.empty(i["values"].numel() * 29 // 2, dtype=torch.uint8, device=i["values"].device)
+    torch.empty_like(source).copy_(source)
+    return i["nothing"]
+
+
 def _token_ops() -> dict[str, Op]:
     def double(inputs: Inputs) -> Inputs:
         return {k: v if v.dtype == torch.bool else v.double() for k, v in inputs.items()}
@@ -306,6 +315,7 @@ def _token_ops() -> dict[str, Op]:
         "Python loop over tokens": _gae(peers.gae_loop),
         "torch associative_scan": _gae(peers.gae_scan),
         "convolution (wrong where tokens are masked)": _gae(peers.gae_convolution),
+        "a copy of as many bytes": Implementation(_copy),
     }  # fmt: skip
     whiten = {
         **_mine(lambda i: ours.masked_whiten(i["x"], i["mask"])),

@@ -43,6 +43,9 @@ WIDTH = 4
 """Tokens of a lane: 16 bytes of float32."""
 LANES, WARPS = 256, 4
 """Lanes of a segment of a row that has more than one, and warps of its program: two lanes per thread."""
+STREAM_TOKENS = 8 << 20
+"""Up to so many, what is read and written asks to leave the cache first. On an H200 that takes 64 x 32768 from 22.2 to
+19.8 microseconds, and 512 x 8192 from 39.6 to 37.2; 512 x 32768 from 139 to 144."""
 MOMENTS = 3
 """Count, sum and sum of squares of the advantages."""
 _POINTERS = ["rewards_ptr", "scores_ptr", "logprobs_ptr", "ref_ptr", "values_ptr", "mask_ptr", "scalars_ptr",
@@ -72,14 +75,16 @@ def lanes_at(ptr, first):
 
 
 @triton.jit
-def take(ptr, first, offset, some):
-    return tl.load(lanes_at(ptr, first) + offset, mask=some, other=0)
+def take(ptr, first, offset, some, STREAM: tl.constexpr):
+    evict: tl.constexpr = "evict_first" if STREAM else ""
+    return tl.load(lanes_at(ptr, first) + offset, mask=some, other=0, eviction_policy=evict)
 
 
 @triton.jit
-def put(ptr, first, offset, x, begin, T, ragged):
+def put(ptr, first, offset, x, begin, T, ragged, STREAM: tl.constexpr):
     """Whole lanes as vectors; where one at either end of a row is only in part the row's, also a number at a time."""
-    tl.store(lanes_at(ptr, first) + offset, x, mask=(begin >= 0) & (begin + 4 <= T))
+    cache: tl.constexpr = ".cs" if STREAM else ""
+    tl.store(lanes_at(ptr, first) + offset, x, mask=(begin >= 0) & (begin + 4 <= T), cache_modifier=cache)
     if ragged:
         which = tl.arange(0, 4)[None, :]
         tl.store(lanes_at(ptr, first) + offset, x, mask=(which >= -begin) & (which < T - begin))
@@ -233,7 +238,7 @@ def gae_kernel(
     rewards_ptr, scores_ptr, logprobs_ptr, ref_ptr, values_ptr, mask_ptr, scalars_ptr, words_ptr,
     shaped_ptr, advantages_ptr, returns_ptr, kl_ptr, moments_ptr, T, num_rows, segments,
     LANES: tl.constexpr, REWARDS: tl.constexpr, SCORES: tl.constexpr, ESTIMATOR: tl.constexpr,
-    CRITIC: tl.constexpr, SPLIT: tl.constexpr,
+    CRITIC: tl.constexpr, SPLIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """One of `segments` segments of LANES lanes of a row; with SPLIT there are more than one.
 
@@ -261,16 +266,16 @@ def gae_kernel(
     some = begin > -4
     ragged = (before + 4 * LANES > T) | ((before < 0) & ((start & 3) != 0))
 
-    mask = take(mask_ptr, first, offset, some)
-    value = take(values_ptr, first, offset, some)
+    mask = take(mask_ptr, first, offset, some, STREAM)
+    value = take(values_ptr, first, offset, some, STREAM)
     logprob = value
     reference = value
     reward = value
     if ESTIMATOR:
-        logprob = take(logprobs_ptr, first, offset, some)
-        reference = take(ref_ptr, first, offset, some)
+        logprob = take(logprobs_ptr, first, offset, some, STREAM)
+        reference = take(ref_ptr, first, offset, some, STREAM)
     if REWARDS:
-        reward = take(rewards_ptr, first, offset, some)
+        reward = take(rewards_ptr, first, offset, some, STREAM)
     gamma = tl.load(scalars_ptr)
     lam = tl.load(scalars_ptr + 1)
     critic_lam = tl.load(scalars_ptr + 2)
@@ -279,7 +284,7 @@ def gae_kernel(
     if SCORES:
         score = tl.load(scores_ptr + row).to(tl.float32)
     counts, v, r, kl = shaped(mask, inside, value, logprob, reference, reward, kl_coef, REWARDS, ESTIMATOR)
-    put(kl_ptr, first, offset, kl, begin, T, ragged)
+    put(kl_ptr, first, offset, kl, begin, T, ragged, STREAM)
     count = tl.sum(tl.sum(counts.to(tl.int32), 1), 0)
 
     c, a = tl.associative_scan(lane_map(counts, v, r, gamma, lam, LANES), 0, compose)
@@ -295,7 +300,7 @@ def gae_kernel(
             if CRITIC:
                 tl.atomic_xchg(here + parts, word_critic, mask=last, sem="relaxed")
     # what needs no other segment is written while they are waited for
-    put(shaped_ptr, first, offset, r, begin, T, ragged)
+    put(shaped_ptr, first, offset, r, begin, T, ragged, STREAM)
     W = score
     seen = 0
     if SPLIT:
@@ -308,8 +313,8 @@ def gae_kernel(
             W_critic, _ = follow(maps_ptr + parts, segment, W_critic, 32)
         target = targets(after_later_lanes(word_critic, W_critic, LANES), counts, v, r, gamma, critic_lam, LANES)
     advantage = tl.where(counts, u - v, 0.0)
-    put(advantages_ptr, first, offset, advantage, begin, T, ragged)
-    put(returns_ptr, first, offset, tl.where(counts, target, 0.0), begin, T, ragged)
+    put(advantages_ptr, first, offset, advantage, begin, T, ragged, STREAM)
+    put(returns_ptr, first, offset, tl.where(counts, target, 0.0), begin, T, ragged, STREAM)
     if SCORES:  # noqa: SIM102 - compiled in, or not; the other asked at run time
         if (seen == 0) & (count > 0):
             last_time = tl.max(tl.max(tl.where(counts, time, -1), 1), 0)
@@ -412,7 +417,8 @@ def gae_triton(
         flat(rewards), values if scores is None else scores.contiguous(), *tokens,
         scalars(values.device, gamma, lam, critic_lam, kl_coef), words, *outputs, moments, length, batch, segments,
         LANES=lanes, REWARDS=rewards is not None, SCORES=scores is not None,
-        ESTIMATOR=estimator if logprobs is not None else 0, CRITIC=critic, SPLIT=segments > 1, **options,
+        ESTIMATOR=estimator if logprobs is not None else 0, CRITIC=critic, SPLIT=segments > 1,
+        STREAM=values.numel() <= STREAM_TOKENS, **options,
     )  # fmt: skip
     rewards, advantages, returns, kl = outputs
     return rewards, advantages, returns, kl, moments

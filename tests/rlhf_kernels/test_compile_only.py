@@ -109,6 +109,7 @@ def test_a_new_horizon_is_the_same_scan():
         moments, words = torch.empty(3, dtype=torch.float64), torch.empty(9, dtype=torch.int64)
         constants = {
             "LANES": 256, "REWARDS": False, "SCORES": True, "ESTIMATOR": 3, "CRITIC": False, "SPLIT": True,
+            "STREAM": True,
         }  # fmt: skip
         arguments = (x, x, x, x, x, flags, x, words, x, x, x, x, moments, length, batch, segments)
         return key(triton_gae.gae_kernel, arguments, constants)
