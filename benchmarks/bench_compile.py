@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from rlhf_kernels import triton_gae, triton_kl, triton_linear, triton_policy, triton_rows, triton_whiten
+from rlhf_kernels import gluon_policy, triton_gae, triton_kl, triton_linear, triton_policy, triton_rows, triton_whiten
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 RESULTS = Path(__file__).parent / "results" / "compile"
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -52,6 +53,8 @@ class Config:
     """Loads in flight, where the kernel multiplies; 0 = the compiler's default."""
     since: int = 0
     """Lowest compute capability that launches it."""
+    only: int = 0
+    """The one that launches it; 0 = any."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Compiled:
 
 
 def kernels() -> dict[str, Any]:
-    modules = (triton_rows, triton_policy, triton_kl, triton_gae, triton_whiten, triton_linear)
+    modules = (triton_rows, triton_policy, gluon_policy, triton_kl, triton_gae, triton_whiten, triton_linear)
     return {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
 
 
@@ -117,6 +120,31 @@ def _policy_configs(vocab: int) -> Iterator[Config]:
     yield Config("policy_loss", name, everything, warps, vocab, types, triton_rows.row_registers(True))
 
 
+SHARED_BYTES = 228 << 10
+"""Of a multiprocessor of sm_90, the device that keeps rows there."""
+
+
+def _resident_configs() -> Iterator[Config]:
+    """One vocabulary for each choice of `plan_for`, and the largest that fits: the most registers."""
+    largest = max(v for v in range(16, 1 << 18, 16) if gluon_policy.plan_for(v, 2, SHARED_BYTES))
+    plain = {"FORM": 0, "ESTIMATOR": 0, "DUAL": False, "ENTROPY": False, "ENTROPY_LOSS": False, "WEIGHTS": False}
+    plain |= {"ROW_TEMPERATURE": False, "SCALED": False}
+    entropy = {**plain, "ESTIMATOR": 3, "ENTROPY": True, "ENTROPY_LOSS": True, "WEIGHTS": True}
+    everything = {**entropy, "DUAL": True, "ROW_TEMPERATURE": True, "SCALED": True}
+    kinds = {"plain": plain, "KL, entropy": entropy, "everything on": everything}
+    cases = [(kind, "bf16", vocab) for kind in kinds for vocab in (32000, 65536, 151936, largest)]
+    cases += [("everything on", dtype, largest) for dtype in ("fp16", "fp32")]
+    for kind, dtype, vocab in cases:
+        options, size = kinds[kind], 4 if dtype == "fp32" else 2
+        plan = gluon_policy.plan_for(vocab * 2 // size, size, SHARED_BYTES)
+        assert plan is not None
+        constants = {**options, "LANES": plan.lanes, "WIDTH": 16 // size, "HELD": plan.held, "SLOTS": plan.slots}
+        constants |= {"TOGETHER": plan.together, "LAG": plan.lag}
+        types = (("logits_ptr", f"*{dtype}"), ("grads_ptr", f"*{dtype}"))
+        name = f"{kind}, {dtype}, V={vocab * 2 // size}"
+        yield Config("policy_loss_resident", name, constants, plan.warps, vocab, types, plan.registers, only=90)
+
+
 def _linear_configs(vocab: int) -> Iterator[Config]:
     plain = {"BIAS": False, "ROW_TEMPERATURE": False, "SCALED": False, "CAPPED": False, "ENTROPY": False}
     plain["ALIGNED"] = True
@@ -151,6 +179,7 @@ def _linear_configs(vocab: int) -> Iterator[Config]:
 
 
 def _other_configs() -> Iterator[Config]:
+    yield from _resident_configs()
     yield from _linear_configs(VOCABULARIES[0])
     for entropy in (False, True):
         constants = {"MERGE_ROWS": triton_linear.MERGE_ROWS, "ENTROPY": entropy}
@@ -180,7 +209,9 @@ def _other_configs() -> Iterator[Config]:
 def configs(target: str) -> list[Config]:
     """Every shipped configuration that a device of this kind launches."""
     rows = [config for vocab in VOCABULARIES for make in (_row_configs, _policy_configs) for config in make(vocab)]
-    return [config for config in (*rows, *_other_configs()) if TARGETS[target] >= config.since]
+    capability = TARGETS[target]
+    every = (*rows, *_other_configs())
+    return [config for config in every if capability >= config.since and config.only in (0, capability)]
 
 
 def _type_of(name: str, config: Config) -> str:
@@ -213,7 +244,8 @@ def compile_config(config: Config, capability: int) -> Compiled:
             divisible[(index,)] = [["tt.divisibility", 16]]
         if name == "H" and config.constants["ALIGNED"]:
             divisible[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=config.constants, attrs=divisible)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, signature=signature, constexprs=config.constants, attrs=divisible)
     options = {"num_warps": config.warps}
     if config.registers:
         options = triton_rows.launch_options(config.warps, config.registers)

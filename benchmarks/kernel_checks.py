@@ -7,6 +7,7 @@ products are wrong) and leaves out what a CPU has not: graphs, streams, a second
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rlhf_kernels as ours
@@ -131,6 +132,91 @@ def check_logits(bench: Bench) -> Iterator[float]:
             yield against_float64(bench, scores, dtype, logits)
             yield against_float64(bench, kl, dtype, logits)
             yield against_float64(bench, loss, dtype, logits)
+
+
+@contextmanager
+def spoilt_memory() -> Iterator[None]:
+    """What the ops allocate starts as NaN (booleans as True): an output that no kernel fills shows."""
+    made = torch.empty, torch.empty_like
+
+    def spoil(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1) if x.dtype == torch.bool else x
+
+    patched: Any = torch
+    patched.empty = lambda *sizes, **options: spoil(made[0](*sizes, **options))
+    patched.empty_like = lambda *like, **options: spoil(made[1](*like, **options))
+    try:
+        yield
+    finally:
+        patched.empty, patched.empty_like = made
+
+
+def resident_case(bench: Bench, rows: int, vocab: int, dtype: torch.dtype, every: bool) -> Iterator[float]:
+    """policy_loss with hostile and masked rows, twice; with `every` option too; then of a view of two batches."""
+    logits, tokens = bench.normal(rows, vocab, dtype=dtype, scale=3.0), bench.tokens(rows, vocab)
+    factor, mask = bench.normal(rows, seed=3), bench.normal(rows, seed=4) > -0.5
+    mask[:20] = True
+    if rows > 20:
+        logits[3, 5:], tokens[3] = -torch.inf, 2
+        logits[4, 77], tokens[4] = 60.0, 77  # nearly certain
+        tokens[5:11] = torch.tensor([0, 4095, 4096, vocab - 9, vocab - 8, vocab - 1], device=bench.device) % vocab
+        factor[11] = 0.0
+    far = logits.clone()  # at 1e4 a float32 has three decimals: a scale or a temperature would be seen
+    far[1:2] += 1e4
+    far[2:3] -= 1e4
+    old, plain = torch.full_like(factor, -9.0), {"loss": ours.PolicyLossSpec("reinforce")}
+    everything = {
+        "loss": ours.PolicyLossSpec("reinforce", kl_coef=0.1, kl_estimator="k1", entropy_coef=0.01),
+        "ref_logprobs": old, "weights": factor.abs() + 0.1, "temperature": factor.abs() + 0.5, "logit_scale": 1.2,
+    }  # fmt: skip
+
+    def loss(x: Tensor, counts: Tensor, options: dict[str, Any]) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        result = ours.policy_loss(leaf, tokens, old, factor, mask=counts, denominator=9.0, **options)
+        return [*(y for y in result if y is not None), *torch.autograd.grad(result.loss, leaf)]
+
+    nothing = torch.zeros_like(mask)
+    kinds: list[tuple[Tensor, Tensor, dict[str, Any]]] = [(far, mask, plain)]
+    if every:
+        kinds += [(logits, mask, everything), (logits, mask, {"softcap": 30.0}), (logits, nothing, everything)]
+    for x, counts, options in kinds:
+        with spoilt_memory():
+            first, again = (loss(x, counts, options) for _ in range(2))
+        same_bits(f"{rows} x {vocab}, a second time", first, again)
+        backend("reference")
+        exact = loss(x.double(), counts, options)
+        backend(bench.kernels)
+        name = f"{rows} x {vocab}, {dtype}, {list(options)}"
+        for number, truth in zip(first[:-1], exact[:-1], strict=True):
+            scale = 1 + truth.double().abs()
+            yield close(name, number.double() / scale, truth.double() / scale, LOGPROB)
+        error, size = (first[-1].double() - exact[-1]).norm(dim=-1), exact[-1].norm(dim=-1)
+        lost = torch.finfo(dtype).smallest_normal * vocab**0.5  # numbers that small have fewer bits, or become 0
+        bound = 4 * GRADIENT[dtype] * size + lost  # of one row; GRADIENT is of all
+        if not bool((error <= bound).all()):
+            row = int((error - bound).argmax())
+            raise WrongError(f"gradient of {name}: {float(error[row]):.1e} of {float(size[row]):.1e} in row {row}")
+    if rows > 1:
+        views = logits.expand(2, rows, vocab).contiguous()[:, :-1].detach().requires_grad_()
+        one = [x[:-1] for x in (tokens, old, factor, mask)]
+        two = [x.expand(2, -1) for x in one]
+        result = ours.policy_loss(views, *two[:3], mask=two[3], denominator=9.0, **plain)
+        alone = loss(logits, mask & (torch.arange(rows, device=bench.device) < rows - 1), plain)
+        grads = torch.autograd.grad(result.loss, views)[0]
+        expected = [alone[1][:-1], alone[-1][:-1]]
+        same_bits(f"{rows} x {vocab}, a view of two", [result.logprobs[1], grads[1]], expected)
+
+
+def check_resident(bench: Bench) -> Iterator[float]:
+    """policy_loss of rows kept on the multiprocessor: every way to cut them, hostile and masked rows, all options."""
+    if not bench.gpu or torch.cuda.get_device_properties(bench.device).major != 9:
+        return
+    half, whole = torch.bfloat16, torch.float32
+    cases = [(700, 32000, half, True), (131, 50304, half, False), (132, 65536, half, False), (133, 128256, half, False)]
+    cases += [(1, 151936, half, False), (700, 151936, half, True), (140, 152064, half, False)]
+    cases += [(133, 151936, torch.float16, False), (700, 16000, whole, False), (133, 75968, whole, True)]
+    for rows, vocab, dtype, every in cases:  # each choice of options is a kernel to compile
+        yield from resident_case(bench, rows, vocab, dtype, every)
 
 
 def check_heads(bench: Bench) -> Iterator[float]:
@@ -277,7 +363,7 @@ def check_devices(bench: Bench) -> Iterator[float]:
 
 
 CHECKS = (
-    check_logits, check_heads, check_scans, check_batches, check_again, check_graphs, check_devices,
+    check_logits, check_resident, check_heads, check_scans, check_batches, check_again, check_graphs, check_devices,
 )  # fmt: skip
 
 

@@ -126,7 +126,8 @@ def _compile_table(folder: Path) -> list[str]:
     ]
     for kernel in kernels:
         rows = {name: [row for row in reports[name]["kernels"] if row["kernel"] == kernel] for name in names}
-        cells = [f"{max(r['registers'] for r in rows[n])} / {max(r['shared_bytes'] for r in rows[n])}" for n in names]
+        most = [[max((r[what] for r in rows[n]), default=0) for what in ("registers", "shared_bytes")] for n in names]
+        cells = [f"{registers} / {shared}" if registers else "not for it" for registers, shared in most]
         spills = sum(r["spill_stores"] + r["spill_loads"] for n in names for r in rows[n])
         lines.append(f"| `{kernel}` | {max(map(len, rows.values()))} | {' | '.join(cells)} | {spills} |")
     return lines

@@ -171,6 +171,39 @@ def add_columns(y, scale, maximum, others, weighted, columns, token, EXCLUDE: tl
 
 
 @triton.jit
+def token_logit(row_ptr, token, V, keep):
+    """An id outside [0, V) reads nothing and makes its row NaN."""
+    return tl.load(row_ptr + token, mask=keep & (token >= 0) & (token < V), other=float("nan"))
+
+
+@triton.jit
+def finished_stats(
+    maximum, others, weighted, z, inverse_temperature, scalars_ptr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a row from the sums of its lanes over the other columns, and the token's logit z."""
+    scale = inverse_temperature * LOG2E
+    top = tl.max(maximum, 0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    shrink = tl.exp2((maximum - base) * scale)
+    mean = 0.0
+    if ENTROPY:
+        moved = tl.where(others > 0, others * (maximum - base), 0.0)
+        mean = tl.sum((weighted + moved) * shrink, 0) * inverse_temperature
+    rest = tl.sum(others * shrink, 0)
+    y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
+    d = (y - top) * inverse_temperature
+    e = tl.exp(d)
+    total = rest + e
+    is_argmax = d == 0.0
+    log_sum = tl.where(is_argmax, log1p(rest), tl.log(total))
+    entropy = 0.0
+    if ENTROPY:
+        entropy = log_sum - (mean + tl.where(e > 0, e * d, 0.0)) / total
+    return d - log_sum, entropy, top, log_sum, rest / total, is_argmax
+
+
+@triton.jit
 def stats_of_row(
     row_ptr, low, token, inverse_temperature, scalars_ptr, V, keep,
     LANES: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
@@ -206,27 +239,8 @@ def stats_of_row(
         y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
         y = tl.where(inside, y, -float("inf"))
         maximum, others, weighted = add_columns(y, scale, maximum, others, weighted, places, at, True, ENTROPY)
-    top = tl.max(maximum, 0)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    shrink = tl.exp2((maximum - base) * scale)
-    mean = 0.0
-    if ENTROPY:
-        moved = tl.where(others > 0, others * (maximum - base), 0.0)
-        mean = tl.sum((weighted + moved) * shrink, 0) * inverse_temperature
-    rest = tl.sum(others * shrink, 0)
-    # an id outside [0, V) reads nothing and makes its row NaN
-    known = keep & (token >= 0) & (token < V)
-    z = tl.load(row_ptr + low + token, mask=known, other=float("nan"))
-    y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
-    d = (y - top) * inverse_temperature
-    e = tl.exp(d)
-    total = rest + e
-    is_argmax = d == 0.0
-    log_sum = tl.where(is_argmax, log1p(rest), tl.log(total))
-    entropy = 0.0
-    if ENTROPY:
-        entropy = log_sum - (mean + tl.where(e > 0, e * d, 0.0)) / total
-    return d - log_sum, entropy, top, log_sum, rest / total, is_argmax
+    z = token_logit(row_ptr + low, token, V, keep)
+    return finished_stats(maximum, others, weighted, z, inverse_temperature, scalars_ptr, SCALED, CAPPED, ENTROPY)
 
 
 @triton.jit

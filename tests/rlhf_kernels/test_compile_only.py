@@ -3,13 +3,15 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from rlhf_kernels import triton_gae, triton_policy, triton_rows
+from rlhf_kernels import gluon_policy, triton_gae, triton_policy, triton_rows
+from rlhf_kernels.rows import Transform
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("bench_compile", ROOT / "benchmarks" / "bench_compile.py")
@@ -31,6 +33,7 @@ def test_every_shipped_configuration_is_on_record_without_a_spill(target):
 
 SAMPLES = (
     "row_stats", "row_grads", "policy_loss", "kl", "gae", "linear_stats", "linear_merge", "moments", "whiten",
+    "policy_loss_resident",
 )  # fmt: skip
 
 
@@ -133,3 +136,39 @@ def test_the_policy_kernel_specialises_nothing_that_varies():
     varies = {names[p.num] for p in triton_policy.policy_loss_kernel.params if p.do_not_specialize}
     assert {"num_rows", "inner", "stride_outer", "stride_inner", "out_stride_outer", "out_stride_inner"} <= varies
     assert not any(p.annotation_type.startswith("fp") for p in triton_policy.policy_loss_kernel.params)
+
+
+@pytest.mark.parametrize(("size", "largest"), [(2, 163840), (4, 81920)])
+def test_rows_are_kept_where_there_is_room_for_all_their_programs(size, largest):
+    kept = [v for v in range(16, largest + 1, 16) if gluon_policy.plan_for(v, size, 228 << 10)]
+    assert kept == list(range(16384 // size, largest + 1, 16))
+    assert not gluon_policy.plan_for(largest + 16, size, 228 << 10)
+    for plan, vocab in {gluon_policy.plan_for(v, size, 228 << 10): v for v in kept}.items():
+        block = plan.lanes * 16
+        assert (plan.held + plan.slots - 1) * block < vocab * size <= (plan.held + plan.slots) * block
+        assert plan.held * block < vocab * size  # the blocks in registers are whole
+        assert plan.slots % plan.together == 0
+        # an H200: 64 Ki registers, 228 KiB of which each program loses 1 to the device, and 32 bytes a warp to sums
+        assert plan.programs * plan.warps * 32 * plan.registers <= 1 << 16
+        assert plan.programs * (plan.slots * block + 32 * plan.warps + 1024) <= 228 << 10
+
+
+def plan_of(monkeypatch, vocab=151936, major=9, begin=0, softcap=0.0, device="cuda", stride=None):
+    """What a GPU would choose for rows that begin there: only where tensors are is made up."""
+    tensor = SimpleNamespace(
+        device=SimpleNamespace(type=device), data_ptr=lambda: begin, shape=(4, vocab), element_size=lambda: 2
+    )
+    properties = SimpleNamespace(major=major, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    rows = triton_rows.Layout(tensor, 4, 0, stride or vocab)
+    return triton_policy.resident_plan(rows, rows, Transform(softcap=softcap))
+
+
+def test_which_rows_are_kept_on_the_multiprocessor(monkeypatch):
+    assert plan_of(monkeypatch).programs == 1
+    assert plan_of(monkeypatch, vocab=32000).programs == 3
+    for other in (
+        {"vocab": 50257}, {"vocab": 262144}, {"vocab": 1024}, {"major": 8}, {"major": 10}, {"begin": 8},
+        {"softcap": 30.0}, {"device": "cpu"}, {"stride": 151937},
+    ):  # fmt: skip
+        assert plan_of(monkeypatch, **other) is None
