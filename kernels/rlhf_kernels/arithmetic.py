@@ -67,10 +67,10 @@ def policy_term(logprob, log_ratio, advantage, clip_low, clip_high, dual_clip, t
     cispo     : -clip(r, 1 - clip_low, 1 + clip_high) A logprob, no gradient through r
     sapo      : -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_up where A > 0 and tau_down elsewhere
     """
-    within = (log_ratio > -20.0) & (log_ratio < 20.0)
+    beyond = (log_ratio <= -20.0) | (log_ratio >= 20.0)  # and NaN is not: what it makes of a row is to be seen
     held = tl.where(log_ratio < -20.0, -20.0, tl.where(log_ratio > 20.0, 20.0, log_ratio))
     ratio = tl.exp(held)
-    ratio_slope = tl.where(within, ratio, 0.0)
+    ratio_slope = tl.where(beyond, 0.0, ratio)
     low = 1.0 - clip_low
     high = 1.0 + clip_high
     bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))

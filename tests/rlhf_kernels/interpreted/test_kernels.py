@@ -535,6 +535,7 @@ def test_nan_in_one_row_of_a_loss(key, monkeypatch):
     assert result.logprobs[1].isnan() == (key == "logits")
     grad = torch.autograd.grad(result.loss, x)[0]
     assert grad[[0, 2]].isfinite().all()
+    assert grad[1].isnan().all()
     seen = policy_loss(x, *per_token, mask=torch.tensor([True, False, True]), **options)
     assert seen.loss.isfinite()
     assert torch.autograd.grad(seen.loss, x)[0].isfinite().all()
