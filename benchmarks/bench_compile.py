@@ -19,8 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-from rlhf_kernels import gluon_policy, triton_gae, triton_kl, triton_linear, triton_policy, triton_rows, triton_whiten
+from rlhf_kernels import (
+    gluon_policy,
+    triton_exponentials,
+    triton_gae,
+    triton_kl,
+    triton_linear,
+    triton_policy,
+    triton_rows,
+    triton_whiten,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -53,8 +63,8 @@ class Config:
     """Loads in flight, where the kernel multiplies; 0 = the compiler's default."""
     since: int = 0
     """Lowest compute capability that launches it."""
-    only: int = 0
-    """The one that launches it; 0 = any."""
+    until: int = 1000
+    """Highest one that does."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,10 @@ class Compiled:
 
 
 def kernels() -> dict[str, Any]:
-    modules = (triton_rows, triton_policy, gluon_policy, triton_kl, triton_gae, triton_whiten, triton_linear)
+    modules = (
+        triton_rows, triton_policy, gluon_policy, triton_kl, triton_gae, triton_whiten, triton_linear,
+        triton_exponentials,
+    )  # fmt: skip
     return {name: kernel for module in modules for name, kernel in module.KERNELS.items()}
 
 
@@ -142,7 +155,8 @@ def _resident_configs() -> Iterator[Config]:
         constants |= {"TOGETHER": plan.together, "LAG": plan.lag}
         types = (("logits_ptr", f"*{dtype}"), ("grads_ptr", f"*{dtype}"))
         name = f"{kind}, {dtype}, V={vocab * 2 // size}"
-        yield Config("policy_loss_resident", name, constants, plan.warps, vocab, types, plan.registers, only=90)
+        yield Config("policy_loss_resident", name, constants, plan.warps, vocab, types, plan.registers,
+                     since=90, until=90)  # fmt: skip
 
 
 def _linear_configs(vocab: int) -> Iterator[Config]:
@@ -152,38 +166,59 @@ def _linear_configs(vocab: int) -> Iterator[Config]:
     kinds = {
         "plain": plain, "entropy": {**plain, "ENTROPY": True},
         "everything on, odd sizes": {**everything, "ALIGNED": False}, "everything on": everything,
+        "exponentials": {**plain, "EXPONENTIALS": True},
+        "exponentials, everything on": {**everything, "CAPPED": False, "EXPONENTIALS": True},
     }  # fmt: skip
     tiles = (
-        ("bf16", triton_linear.WIDE_TILE),
-        ("bf16", triton_linear.NARROW_TILE),
-        ("fp32", triton_linear.FLOAT_TILE),
+        ("bf16", triton_linear.WIDE_TILE, 90, 1000),
+        ("bf16", triton_linear.SQUARE_TILE, 0, 89),
+        ("bf16", triton_linear.NARROW_TILE, 0, 1000),
+        ("bf16", triton_linear.tile_for_device(torch.bfloat16, True, 227 << 10, rounded=True), 0, 1000),
+        ("bf16", triton_linear.tile_for_device(torch.bfloat16, False, 227 << 10, rounded=True), 0, 1000),
+        ("fp32", triton_linear.FLOAT_TILE, 0, 1000),
     )
     for kind, options in kinds.items():
-        for (dtype, tile), descriptors in itertools.product(tiles, (True, False)):
+        for (dtype, tile, since, until), descriptors in itertools.product(tiles, (True, False)):
             if descriptors and (dtype == "fp32" or not options["ALIGNED"]):
                 continue
-            if tile == triton_linear.WIDE_TILE and not options["ALIGNED"]:
+            if dtype == "bf16" and tile.rows != triton_linear.NARROW_TILE.rows and not options["ALIGNED"]:
+                continue
+            if tile.promote and tile.rows != triton_linear.NARROW_TILE.rows and not descriptors:
+                until = 89  # from there on such operands are copied to where descriptors can be
+            stores = options.get("EXPONENTIALS", False)
+            if stores and not descriptors:
                 continue
             constants = {**options, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns, "BLOCK_H": tile.depth}
-            constants |= {"PIECE_TILES": triton_linear.PIECE_TILES, "GROUP": triton_linear.group_for(2048, 2, tile)}
-            constants["DESCRIPTORS"] = descriptors
+            constants |= {"PIECE_TILES": tile.piece, "GROUP": triton_linear.group_for(2048, 2, tile)}
+            constants |= {"DESCRIPTORS": descriptors, "EXPONENTIALS": stores, "PROMOTE": tile.promote}
+            constants["PARTS"] = tile.parts
             loads = "descriptors" if descriptors else "pointers"
             sizes = (("hidden_ptr", tile.rows), ("weight_ptr", tile.columns))
             types = tuple(
                 (name, f"tensordesc<{dtype}[{size}, {tile.depth}]>" if descriptors else f"*{dtype}")
                 for name, size in sizes
             )
-            name = f"{kind}, {loads}, {dtype}, {tile.rows}x{tile.columns}x{tile.depth}, V={vocab}"
+            if stores:
+                types += (("exponentials_ptr", f"tensordesc<{dtype}[{tile.rows}, {tile.columns // tile.parts}]>"),)
+            sums = ", rounded sums" if tile.promote else ""
+            name = f"{kind}{sums}, {loads}, {dtype}, {tile.rows}x{tile.columns}x{tile.depth}, V={vocab}"
+            since, until = max(since, 90) if descriptors else since, min(until, 90) if stores else until
             yield Config("linear_stats", name, constants, tile.warps, vocab, types, triton_linear.LINEAR_REGISTERS,
-                         tile.stages, 90 if descriptors else 0)  # fmt: skip
+                         tile.stages, since, until)  # fmt: skip
 
 
 def _other_configs() -> Iterator[Config]:
     yield from _resident_configs()
     yield from _linear_configs(VOCABULARIES[0])
-    for entropy in (False, True):
-        constants = {"MERGE_ROWS": triton_linear.MERGE_ROWS, "ENTROPY": entropy}
-        yield Config("linear_merge", "entropy" if entropy else "plain", constants, 1, VOCABULARIES[0])
+    for entropy, stores in itertools.product((False, True), (False, True)):
+        constants = {"MERGE_ROWS": triton_linear.MERGE_ROWS, "ENTROPY": entropy, "EXPONENTIALS": stores}
+        constants |= {"MERGE_PIECES": triton_linear.MERGE_PIECES, "BLOCK_N": triton_linear.WIDE_TILE.rows}
+        name = f"{'entropy' if entropy else 'plain'}{', exponentials' if stores else ''}"
+        yield Config("linear_merge", name, constants, 4, VOCABULARIES[0], until=90 if stores else 1000)
+    flags = dict.fromkeys(("ALIGNED", "BIAS", "ROW_TEMPERATURE", "SCALED"), True)
+    types = (("hidden_ptr", "*bf16"), ("weight_ptr", "*bf16"))
+    yield Config("token_offsets", "everything on", {**flags, "CAPPED": False, "BLOCK": 1024}, 4, VOCABULARIES[0], types,
+                 since=90, until=90)  # fmt: skip
     for vocab in VOCABULARIES:
         block, warps = triton_rows.block_for(vocab, 4096)
         types = (("logits_ptr", "*bf16"), ("grads_ptr", "*bf16"), ("ref_ptr", "*bf16"))
@@ -209,9 +244,7 @@ def _other_configs() -> Iterator[Config]:
 def configs(target: str) -> list[Config]:
     """Every shipped configuration that a device of this kind launches."""
     rows = [config for vocab in VOCABULARIES for make in (_row_configs, _policy_configs) for config in make(vocab)]
-    capability = TARGETS[target]
-    every = (*rows, *_other_configs())
-    return [config for config in every if capability >= config.since and config.only in (0, capability)]
+    return [config for config in (*rows, *_other_configs()) if config.since <= TARGETS[target] <= config.until]
 
 
 def _type_of(name: str, config: Config) -> str:
@@ -228,6 +261,8 @@ def _type_of(name: str, config: Config) -> str:
         return "*i64"
     if name == "words_ptr":
         return "*i64"
+    if name == "wanted_ptr":
+        return "*i32"
     return "*fp64" if name == "moments_ptr" and config.kernel == "gae" else "*fp32"
 
 

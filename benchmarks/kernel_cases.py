@@ -110,6 +110,8 @@ class Implementation(NamedTuple):
     """Module that has to be installed."""
     backward: bool = True
     """False: it cannot give gradients."""
+    tolerance: Callable[[Inputs], float] | None = None
+    """Its own; None: that of the op."""
 
 
 def _kernels(call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
@@ -167,7 +169,8 @@ class Op:
         name = name or next(iter(self.implementations))
         implementation = self.implementations[name]
         leaves = self.shared["leaves"] if implementation.backward else ()
-        return Case(call=implementation.call, **{**self.shared, "leaves": leaves})
+        own = {} if implementation.tolerance is None else {"tolerance": implementation.tolerance}
+        return Case(call=implementation.call, **{**self.shared, "leaves": leaves, **own})
 
 
 def _first(result: Any) -> Tensor:
@@ -215,6 +218,16 @@ def _naive_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+ROUNDED = "rlhf_kernels (fused, rounded sums)"
+
+
+def _linear_loss(i: Inputs, method: Any = "chunked", sums: Any = "tensor_cores") -> Any:
+    return ours.linear_policy_loss(
+        i["hidden"], i["weight"], i["tokens"], i["old"], i["advantages"], mask=i["mask"], denominator=len(i["tokens"]),
+        method=method, sums=sums,
+    )  # fmt: skip
+
+
 def _linear_ops() -> dict[str, Op]:
     shared = {"leaves": ("hidden", "weight"), "read": _first, "exact": _exact_logprobs}
     shared["tolerance"] = lambda i: head_tolerance(i["hidden"])
@@ -225,10 +238,19 @@ def _linear_ops() -> dict[str, Op]:
             _kernels(lambda i: ours.linear_token_logprobs(i["hidden"], i["weight"], i["tokens"], method="fused")),
             "cuda",
         ),
+        ROUNDED: Implementation(
+            _kernels(
+                lambda i: ours.linear_token_logprobs(
+                    i["hidden"], i["weight"], i["tokens"], method="fused", sums="rounded"
+                )
+            ),
+            "cuda",
+            tolerance=lambda i: LOGPROB,
+        ),
         # what else the fused kernel could be: to choose by, not to ship
         "fused, pointers": Implementation(_kernels(lambda i: _fused(i, descriptors=False)), "cuda", backward=False),
-        "fused, 128 x 256 x 64": Implementation(
-            _kernels(lambda i: _fused(i, tile=(128, 256, 64, 3, 8))), "cuda", backward=False
+        "fused, 128 x 128 x 64": Implementation(
+            _kernels(lambda i: _fused(i, tile=(128, 128, 64, 4, 8))), "cuda", backward=False
         ),
         "fused, 64 x 256 x 64": Implementation(
             _kernels(lambda i: _fused(i, tile=(64, 256, 64, 4, 8))), "cuda", backward=False
@@ -239,9 +261,11 @@ def _linear_ops() -> dict[str, Op]:
         "apple cut-cross-entropy": Implementation(peers.cut, "cuda", "cut_cross_entropy"),
     }
     losses = {
-        **_mine(lambda i: ours.linear_policy_loss(
-            i["hidden"], i["weight"], i["tokens"], i["old"], i["advantages"], mask=i["mask"],
-            denominator=len(i["tokens"]))),
+        **_mine(_linear_loss),
+        "rlhf_kernels (fused)": Implementation(_kernels(lambda i: _linear_loss(i, "fused")), "cuda"),
+        ROUNDED: Implementation(
+            _kernels(lambda i: _linear_loss(i, "fused", "rounded")), "cuda", tolerance=lambda i: LOGPROB
+        ),
         "torch": Implementation(lambda i: Loss(*_naive_policy(i["hidden"] @ i["weight"].T, i))),
         "512 rows at a time (verl's way)": Implementation(
             lambda i: Loss(*_policy_from(peers.linear_by_rows(i), i))

@@ -220,7 +220,7 @@ def check_resident(bench: Bench) -> Iterator[float]:
 
 
 def check_heads(bench: Bench) -> Iterator[float]:
-    """linear_token_logprobs by both methods and linear_policy_loss on ragged shapes, forward and gradient."""
+    """linear_token_logprobs and linear_policy_loss by both methods on ragged shapes, forward and gradient."""
     for dtype in bench.dtypes:
         for rows, vocab, size in bench.heads:
             hidden, weight, tokens = bench.head(rows, vocab, size, dtype)
@@ -234,13 +234,22 @@ def check_heads(bench: Bench) -> Iterator[float]:
 
                 yield against_float64(bench, scores, dtype, hidden, weight, bound=head_tolerance(hidden))
 
-            def loss(h: Tensor, w: Tensor, tokens: Tensor = tokens, factor: Tensor = factor) -> Any:
-                old, every = torch.full_like(factor, -9.0), factor == factor
-                spec = ours.PolicyLossSpec("reinforce")
-                result = ours.linear_policy_loss(h, w, tokens, old, factor, mask=every, denominator=9.0, loss=spec)
-                return (result.logprobs,), result.loss
+            for method in ("chunked", "fused"):
+                # fused: the copy engine moves 16 bytes at a time, and exponentials are kept in bfloat16
+                if method == "fused" and (size * hidden.element_size() % 16 or dtype != bench.dtypes[bench.gpu]):
+                    continue
 
-            yield against_float64(bench, loss, dtype, hidden, weight, bound=head_tolerance(hidden))
+                def loss(h: Tensor, w: Tensor, t: Tensor = tokens, f: Tensor = factor, method: str = method) -> Any:
+                    way: Any = method if h.dtype != torch.float64 else "chunked"
+                    old, every = torch.full_like(f, -9.0), f == f
+                    old[0] = 70.0  # an estimate that is of no use
+                    spec = ours.PolicyLossSpec("reinforce")
+                    result = ours.linear_policy_loss(
+                        h, w, t, old, f, mask=every, denominator=9.0, loss=spec, method=way
+                    )
+                    return (result.logprobs,), result.loss
+
+                yield against_float64(bench, loss, dtype, hidden, weight, bound=head_tolerance(hidden))
 
 
 def check_scans(bench: Bench) -> Iterator[float]:
@@ -281,6 +290,8 @@ def check_batches(bench: Bench) -> Iterator[float]:
             yield close("fused", whole.logprobs, exact.logprobs, bound)
             yield close("fused entropy", whole.entropy, exact.entropy, 2 * bound)  # two sums with the same logits
             yield close("fused, pointers", run(every, descriptors=False).logprobs, exact.logprobs, bound)
+            rounded = LOGPROB if hidden.element_size() == 2 else bound
+            yield close("fused, rounded sums", run(every, rounded=True).logprobs, exact.logprobs, rounded)
             shuffled = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(bench.device)
             for some in (every[:1], every[-2:], every[:17], shuffled[:129], shuffled, every.flip(0)):
                 same_bits(f"{len(some)} of {rows} rows, {dtype}", run(some), (field[some] for field in whole))

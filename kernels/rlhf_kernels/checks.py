@@ -96,6 +96,15 @@ def check_number(name: str, x: float) -> None:
         raise ValueError(f"{name}={x} must be finite")
 
 
+def is_rounded(sums: str, method: str) -> bool:
+    """Whether the fused kernel is to add partial sums in rounded float32; refuses what is not offered."""
+    if sums not in ("tensor_cores", "rounded"):
+        raise ValueError(f"sums={sums!r}: use tensor_cores or rounded")
+    if sums == "rounded" and method != "fused":
+        raise ValueError(f"sums='rounded' is how the fused kernel adds, and method={method!r}: use method='fused'")
+    return sums == "rounded"
+
+
 def check_transform(
     temperature: float | Tensor, shape: Sequence[int], softcap: float | None, logit_scale: float
 ) -> None:

@@ -281,8 +281,8 @@ class HeadGrads:
         one_tile: bool = False,
     ) -> None:
         self.head, self.needs = head, needs
-        # nothing to sum: one product is the whole; the parts of a small one might be rounded
-        self.is_whole = one_tile and head.mixed and head.weight.numel() >= LARGE_WEIGHT
+        self.one_tile = one_tile
+        """Whether one tile is all there is: it may be said after this was made, before the first `add`."""
         self.group, self.hidden_dtype = group, hidden.dtype
         # shares of several processes are rounded once, when they have been added
         self.hidden = torch.zeros_like(hidden, dtype=head.dtype if group else hidden.dtype) if needs[0] else None
@@ -291,10 +291,24 @@ class HeadGrads:
         self.num_written = 0  # columns of self.weight that hold something
         self.bias = torch.zeros_like(bias, dtype=head.dtype) if bias is not None and needs[2] else None
 
-    def add(self, rows: Tensor | slice, hidden: Tensor, grads: Tensor, columns: range | None = None) -> None:
+    @property
+    def is_whole(self) -> bool:
+        """Nothing to sum: one product is the whole; the parts of a small one might be rounded."""
+        return self.one_tile and self.head.mixed and self.head.weight.numel() >= LARGE_WEIGHT
+
+    def add(
+        self,
+        rows: Tensor | slice,
+        hidden: Tensor,
+        grads: Tensor,
+        columns: range | None = None,
+        *,
+        factor: Tensor | None = None,
+    ) -> None:
         """The share of one tile: its row numbers, hidden states [rows, H], gradients in its logits [rows, columns].
 
-        The gradients lie where `Head.room_for_grads` said.
+        The gradients lie where `Head.room_for_grads` said. They are to be multiplied by `factor` [rows], which goes to
+        what is smaller than they are: the product of one row, and the hidden states of the other.
 
         The columns of the same rows come one after another, from the first to the last.
         """
@@ -302,8 +316,14 @@ class HeadGrads:
         if self.hidden is not None:
             self.hidden_sum = self.head.hidden_grad(self.hidden_sum, grads, columns)
             if columns.stop == self.head.vocab:
-                self.hidden[rows] = self.hidden_sum.to(self.hidden.dtype)
+                if isinstance(rows, slice):
+                    _times(self.hidden_sum, factor, self.hidden.dtype, out=self.hidden[rows])
+                else:
+                    self.hidden[rows] = _times(self.hidden_sum, factor, self.hidden.dtype)
                 self.hidden_sum = None
+        if self.bias is not None:
+            self.bias[columns.start : columns.stop] += _sum_of_rows(grads, factor, self.head)
+        hidden = _times(hidden, factor, hidden.dtype)
         if self.needs[1] and self.is_whole:
             self.weight = self.head.whole_weight_grad(grads, hidden)
         elif self.needs[1]:
@@ -312,8 +332,6 @@ class HeadGrads:
             first = columns.start >= self.num_written
             self.head.add_weight_grad(self.weight, grads, hidden, columns, first=first)
             self.num_written = max(self.num_written, columns.stop)
-        if self.bias is not None:
-            self.bias[columns.start : columns.stop] += grads.sum(0, dtype=self.head.dtype)
 
     def results(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients in the dtypes of the inputs; an empty tensor for one that was not asked for."""
@@ -327,6 +345,29 @@ class HeadGrads:
             d_weight = torch.zeros_like(weight) if self.weight is None else self.weight.to(weight.dtype)
         d_bias = weight.new_empty(0) if self.bias is None or bias is None else self.bias.to(bias.dtype)
         return hidden, d_weight, d_bias
+
+
+def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """x [rows, n] * factor [rows] in float32 at least, rounded once."""
+    if factor is None:
+        return x.to(dtype) if out is None else out.copy_(x)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device) if out is None else out
+    return torch.mul(x, factor[:, None], out=out)
+
+
+def _sum_of_rows(grads: Tensor, factor: Tensor | None, head: Head) -> Tensor:
+    """factor @ grads, [columns], in float32."""
+    if factor is None:
+        return grads.sum(0, dtype=head.dtype)
+    if not head.mixed:
+        return factor @ grads.to(head.dtype)
+    # tensor cores take 16 bits: what is left of the factor after 8, 16 and 24 of them, and columns that fill a product
+    parts = torch.zeros((len(factor), 8), dtype=grads.dtype, device=grads.device)
+    rest = factor
+    for column in parts.t()[:3]:
+        column.copy_(rest)
+        rest = rest - column.to(rest.dtype)
+    return torch.mm(grads.t(), parts, out_dtype=head.dtype).sum(1)
 
 
 def plain(weight: Tensor) -> Tensor:

@@ -73,6 +73,16 @@ def pieces(rows: Tensor, size: int) -> list[Tensor]:
     return [rows] if len(rows) <= size else [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+def count_of(rows: Tensor | slice) -> int:
+    """How many rows that is: their numbers, or a slice from start to stop."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def part_of(rows: Tensor | slice, start: int, stop: int) -> Tensor | slice:
+    """rows[start:stop] of numbers, or of a slice."""
+    return slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]
+
+
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of [..., V] by number, as [len(rows), V]; x may have any strides, and only those rows are copied."""
     if x.ndim == 1:

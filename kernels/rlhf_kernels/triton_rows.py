@@ -27,7 +27,7 @@ VARIES = ["inner", "stride_outer", "stride_inner", "out_stride_outer", "out_stri
 PER_ROW = [
     "tokens_ptr", "mask_ptr", "temperature_ptr", "scalars_ptr", "denominator_ptr", "old_ptr", "advantages_ptr",
     "weights_ptr", "factor_ptr", "logprobs_ptr", "entropy_ptr", "maximum_ptr", "log_sum_ptr", "miss_ptr", "argmax_ptr",
-    "a_ptr", "b_ptr", "c_ptr", "loss_ptr", "ratio_ptr", "clipped_ptr", "kl_ptr",
+    "a_ptr", "b_ptr", "c_ptr", "loss_ptr", "ratio_ptr", "clipped_ptr", "kl_ptr", "offset_ptr", "wanted_ptr",
 ]  # fmt: skip
 """Read or written a number at a time, often from the middle of a tensor (a chunk of rows, tokens[1:]): whether that is
 a multiple of 16 bytes must not be compiled in."""
@@ -356,6 +356,8 @@ def row_grads_kernel(
 
 @triton.jit(do_not_specialize=["factor_stride", "num_rows"], do_not_specialize_on_alignment=PER_ROW)
 def scale_rows_kernel(grads_ptr, factor_ptr, factor_stride, num_rows, V, BLOCK: tl.constexpr):
+    # one factor for all rows, and it is 1: nothing to do, nor to ask for every row
+    num_rows = tl.where((factor_stride == 0) & (tl.load(factor_ptr) == 1.0), 0, num_rows)
     for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         factor = tl.load(factor_ptr + row * factor_stride)
         if factor != 1.0:

@@ -129,7 +129,7 @@ def test_a_target_is_a_figure_or_a_ratio_and_absent_where_nothing_was_measured()
         next(t for t in kernel_docs.TARGETS if t.op == "linear_policy_loss" and t.over == over)
         for over in ("", kernel_docs.VERL)
     )
-    rows = [row(kernel_docs.MINE), row(kernel_docs.VERL, both_ms=25.0)]
+    rows = [row(kernel_docs.FUSED), row(kernel_docs.VERL, both_ms=25.0)]
     assert figure.value(rows) == 10.0
     assert figure.met(10.0)
     assert not figure.met(17.7)

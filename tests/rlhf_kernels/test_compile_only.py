@@ -33,15 +33,17 @@ def test_every_shipped_configuration_is_on_record_without_a_spill(target):
 
 SAMPLES = (
     "row_stats", "row_grads", "policy_loss", "kl", "gae", "linear_stats", "linear_merge", "moments", "whiten",
-    "policy_loss_resident",
+    "policy_loss_resident", "token_offsets",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", SAMPLES)
 def test_compiles_now_without_a_spill(kernel):
     # one configuration of each kernel, the one with most on; bench_compile.py compiles them all
-    target = ("sm_80", "sm_90", "sm_100")[SAMPLES.index(kernel) % 3]
-    config = [config for config in bench_compile.configs(target) if config.kernel == kernel][-1]
+    configs = {name: [c for c in bench_compile.configs(name) if c.kernel == kernel] for name in bench_compile.TARGETS}
+    targets = [name for name in configs if configs[name]]
+    target = targets[SAMPLES.index(kernel) % len(targets)]
+    config = configs[target][-1]
     result = bench_compile.compile_config(config, bench_compile.TARGETS[target])
     assert result.spill_stores == result.spill_loads == 0
     report = recorded(target)
@@ -97,8 +99,8 @@ def test_a_tensor_that_begins_anywhere_is_the_same_kernel(name):
     params = {p.name: p for p in bench_compile.kernels()[name].params if p.name.endswith("_ptr")}
     aligned = {n for n, p in params.items() if not p.do_not_specialize_on_alignment}
     per_column = {"logits_ptr", "grads_ptr", "out_ptr", "ref_ptr", "hidden_ptr", "weight_ptr", "bias_ptr", "x_ptr"}
-    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr",
-               "partials_ptr", "pieces_ptr"}  # fmt: skip
+    outputs = {"shaped_ptr", "advantages_ptr", "returns_ptr", "kl_ptr", "moments_ptr", "partials_ptr", "pieces_ptr",
+               "exponentials_ptr"}  # fmt: skip
     assert aligned <= per_column | outputs | ({"mask_ptr"} if name in ("moments", "whiten") else set())
 
 

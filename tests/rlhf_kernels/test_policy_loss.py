@@ -1,9 +1,12 @@
+import importlib
 import itertools
 import math
 
 import pytest
 import torch
 from rlhf_kernels import PolicyLossSpec, linear_policy_loss, policy_loss, policy_terms, token_logprobs
+
+linear_policy_loss_module = importlib.import_module("rlhf_kernels.linear_policy_loss")
 
 SPECS = [
     PolicyLossSpec(form, 0.2, 0.3, dual_clip, kl_coef, "k3", entropy_coef, ratio)
@@ -105,6 +108,38 @@ def test_rows_without_advantage_have_log_probabilities_and_no_gradient(problem):
     (grad,) = torch.autograd.grad(result.loss, hidden)
     assert grad[0].eq(0).all()
     assert grad[2].ne(0).any()
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("chunk_rows", [None, 5, 3])
+def test_rows_that_all_count_are_taken_as_they_lie(problem, ratio, chunk_rows, monkeypatch):
+    tokens, old, advantages, options = problem
+    tokens, options = tokens.clamp(min=0), options | {"mask": torch.ones(3, 4, dtype=torch.bool)}
+    asked, stats = [], linear_policy_loss_module._Logits.stats
+    monkeypatch.setattr(
+        linear_policy_loss_module._Logits, "stats", lambda *a, **k: asked.append(a[1]) or stats(*a, **k)
+    )
+    states, weight, bias = head()
+    # a ratio far above its bound has no gradient, so that some rows of a chunk are left out
+    old = old.clone()
+    old[0], old[2, :2] = -9.0, -9.0
+    spec = PolicyLossSpec(ratio=ratio)
+    result = linear_policy_loss(
+        states, weight, tokens, old, advantages.abs(), bias=bias, chunk_rows=chunk_rows, loss=spec, **options
+    )
+    logits = states @ weight.T + bias
+    expected = policy_loss(logits, tokens, old, advantages.abs(), loss=spec, **options)
+    assert all(isinstance(rows, slice) for rows in asked)
+    assert [n for rows in asked for n in range(rows.start, rows.stop)] == list(range(12))
+    for x, y in zip(result, expected, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y)
+    inputs = (states, weight, bias)
+    grads, exact = (torch.autograd.grad(x.loss, inputs) for x in (result, expected))
+    torch.testing.assert_close(grads, exact)
+    assert exact[0].abs().sum(-1).eq(0).any()
+    assert exact[0].abs().sum(-1).gt(0).any()
 
 
 def test_backward_after_a_kept_graph_gives_the_same_again(problem):

@@ -1,8 +1,20 @@
 """What a GPU does with 16-bit heads, on a CPU: products of 16-bit operands into float32, under the rules of CUDA's."""
 
+import importlib
+
 import pytest
 import torch
-from rlhf_kernels import PolicyLossSpec, linear_exact_kl, linear_policy_loss, linear_rows, linear_token_logprobs
+from rlhf_kernels import (
+    PolicyLossSpec,
+    linear_exact_kl,
+    linear_exponentials,
+    linear_policy_loss,
+    linear_rows,
+    linear_token_logprobs,
+)
+from rlhf_kernels.rows import row_stats_reference
+
+linear_policy_loss_module = importlib.import_module("rlhf_kernels.linear_policy_loss")  # the function has its name
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -184,3 +196,77 @@ def test_logits_are_kept_whole_where_that_takes_no_more_than_the_sum_it_does_wit
     assert sum(size[1:] == (32, 300) for size in many) > 1  # 32 rows more would take more
     for x, y in zip(whole, parts, strict=True):
         torch.testing.assert_close(x, y, atol=0, rtol=2**-6)
+
+
+@pytest.fixture
+def exponentials(monkeypatch):
+    """The kernel of `method="fused"` as its formula, rounded as it rounds: the interpreter cannot multiply bfloat16."""
+    kernels = pytest.importorskip("rlhf_kernels.triton_exponentials")
+
+    def formula(hidden, weight, bias, tokens, old, transform, *, with_entropy, out, rounded):
+        logits = hidden.float() @ weight.float().T + (0 if bias is None else bias.float())
+        stats = row_stats_reference(logits, tokens, transform, with_entropy=with_entropy)
+        x = logits * transform.logit_scale / transform.temperature
+        offset = x.gather(1, tokens[:, None])[:, 0] - old.float().clamp(min=-40)
+        out.copy_((x - offset[:, None]).exp().scatter(1, tokens[:, None], 0.0))
+        return stats, offset
+
+    monkeypatch.setattr(kernels, "linear_exponentials_triton", formula)
+    monkeypatch.setattr(linear_policy_loss_module, "why_not_exponentials", lambda *a, **k: None)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.3, -5.0, 30.0, -30.0])
+@pytest.mark.parametrize("certain", [False, True])
+def test_gradients_from_exponentials_are_rounded_no_more_than_twice(products, exponentials, off, certain, monkeypatch):
+    # off: nats between the log-probability that is given as old and the policy's own
+    monkeypatch.setattr(linear_rows, "LARGE_WEIGHT", 0)
+    hidden, weight, bias, tokens, mask = problem(torch.bfloat16)
+    if certain:
+        hidden = (hidden * 4).bfloat16()
+    advantages = torch.randn(40, generator=torch.Generator().manual_seed(7))
+    logits = hidden.double() @ weight.double().T + bias.double()
+    old = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0].float() + off
+    results = {}
+    for dtype, method in ((torch.bfloat16, "fused"), (torch.bfloat16, "chunked"), (torch.float64, "chunked")):
+        products.clear()
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        result = linear_policy_loss(
+            inputs[0], inputs[1], tokens, old, advantages, bias=inputs[2], mask=mask, denominator=1e4,
+            temperature=0.7, loss=PolicyLossSpec("reinforce"), method=method,
+        )  # fmt: skip
+        grads = [g.double() for g in torch.autograd.grad(result.loss, inputs)]
+        results[method, dtype] = result.logprobs.double(), grads, sorted(products)
+    (logprobs, grads, made), (_, others, _), (exact, exact_grads, _) = results.values()
+    torch.testing.assert_close(logprobs, exact, atol=1e-5, rtol=1e-5)
+    for x, by_logits, y in zip(grads, others, exact_grads, strict=True):
+        error, usual = float((x - y).norm() / y.norm()), float((by_logits - y).norm() / y.norm())
+        # exponential and factor are each rounded by 2^-9 at most; the gradient in the logits is once
+        assert error < min(2 * 2**-9, 1.6 * usual)
+    counted = int(mask.sum())
+    # gradient in hidden states, and in the bias, the factor in parts; that in the weight is one product, in bfloat16
+    assert made == [(counted, 300, 32), (300, counted, 8)]
+
+
+def test_the_factor_of_a_row_undoes_the_rounding_of_its_token(exponentials, products, monkeypatch):
+    monkeypatch.setattr(linear_rows, "LARGE_WEIGHT", 0)
+    hidden, weight, _, tokens, mask = problem(torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    advantages, off = torch.randn(40, generator=generator), 0.1 * torch.randn(40, generator=generator)
+    logits = hidden.double() @ weight.double().T
+    old = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].float() + off
+
+    def errors(dtype=torch.bfloat16, method="fused", exact=None):
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        result = linear_policy_loss(
+            *inputs, tokens, old, advantages, mask=mask, denominator=40, loss=PolicyLossSpec("reinforce"), method=method
+        )
+        grads = [g.double() for g in torch.autograd.grad(result.loss, inputs)]
+        return grads if exact is None else [float((x - y).norm() / y.norm()) for x, y in zip(grads, exact, strict=True)]
+
+    exact = errors(torch.float64, "chunked")
+    ours, usual = errors(exact=exact), errors(method="chunked", exact=exact)
+    monkeypatch.setattr(linear_exponentials, "_undone", lambda exact, rounded: torch.ones_like(exact))
+    without = errors(exact=exact)
+    for error, by_logits, plain in zip(ours, usual, without, strict=True):
+        assert error < 0.95 * plain
+        assert error < 1.15 * by_logits  # in spite of one rounding more

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rlhf_kernels import linear_token_logprobs, token_logprobs
 from rlhf_kernels.rows import Transform, row_stats_reference
-from rlhf_kernels.triton_linear import Tile, can_describe, linear_stats_triton
+from rlhf_kernels.triton_linear import Tile, can_describe, linear_stats_triton, tile_for_device
 
 # bfloat16 products are wrong in the interpreter: float32 operands stand for them
 SMALL = Tile(16, 32, 16, 1, 1)
@@ -220,3 +220,76 @@ def test_fused_compiles_into_one_graph(monkeypatch):
     expected = torch.autograd.grad(use(h, w), (h, w))
     compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(h, w), (h, w)), expected)
+
+
+@pytest.mark.parametrize("some", [1, 4, 64])
+def test_however_many_pieces_are_merged_at_a_time(some, monkeypatch):
+    from rlhf_kernels import triton_linear
+
+    monkeypatch.setattr(triton_linear, "MERGE_PIECES", some)
+    hidden, weight, tokens = problem(37, 300, 20)  # ten pieces
+    bias = torch.zeros(300)
+    bias[32:96] = -math.inf  # two of which cannot be said
+    tokens[tokens.ge(32) & tokens.lt(96)] = 0
+    ours = linear_stats_triton(
+        hidden, weight, bias, tokens, Transform(), with_entropy=True, tile=SMALL._replace(piece=1)
+    )
+    same(ours, exact(hidden, weight, bias, tokens, Transform(), True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [16, 64, 100, 136], ids=str)
+def test_rounded_sums_are_those_of_tensor_cores_where_nothing_is_cut_off(dtype, size):
+    # the interpreter adds in rounded float32 either way, in another order: H is a whole number of groups, or is not
+    hidden, weight, tokens = (x.to(dtype) if x.is_floating_point() else x for x in problem(20, 70, size))
+    scores = linear_token_logprobs(hidden, weight, tokens, method="fused", sums="rounded", with_entropy=True)
+    plain = linear_token_logprobs(hidden, weight, tokens, method="fused", with_entropy=True)
+    expected = exact(hidden, weight, None, tokens, Transform(), True)
+    torch.testing.assert_close(scores.logprobs.double(), expected.logprobs, **CLOSE)
+    torch.testing.assert_close(scores.entropy.double(), expected.entropy, **CLOSE)
+    torch.testing.assert_close(scores.logprobs, plain.logprobs, **CLOSE)
+    assert torch.equal(scores.logprobs, plain.logprobs) == (size <= 64)  # one group of the interpreter's, or more
+
+
+def test_rounded_sums_are_of_256_products_whatever_the_tile():
+    for dtype, aligned, shared in (
+        (torch.bfloat16, True, 227),
+        (torch.float16, True, 163),
+        (torch.bfloat16, False, 64),
+    ):
+        tile = tile_for_device(dtype, aligned, shared << 10, rounded=True)
+        assert tile.promote * tile.depth == 256
+        assert tile_for_device(dtype, aligned, shared << 10).promote == 0
+    # operands of float32 are never on tensor cores
+    assert tile_for_device(torch.float32, True, 227 << 10, rounded=True).promote == 0
+
+
+def test_tiles_fit_in_shared_memory():
+    for shared, columns in ((227, 256), (163, 128), (99, 128), (64, 128)):
+        tile = tile_for_device(torch.bfloat16, True, shared << 10)
+        loads = (tile.rows + tile.columns) * tile.depth * tile.stages
+        stored = tile.rows * tile.columns // tile.parts if shared == 227 else 0
+        assert tile.columns == columns
+        assert (loads + stored) * 2 + 1024 <= shared << 10
+
+
+def test_a_tile_in_parts_has_the_bits_of_as_many_small_tiles():
+    hidden, weight, tokens = problem(20, 300, 16)
+    expected = exact(hidden, weight, None, tokens, Transform(), True)
+    whole, quarters = SMALL._replace(columns=16, piece=4), SMALL._replace(columns=64, parts=4, piece=1)
+    one = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=whole)
+    same(one, expected)
+    # 16 columns at a time either way, 64 in a piece: the same sums in the same order
+    other = linear_stats_triton(hidden, weight, None, tokens, Transform(), with_entropy=True, tile=quarters)
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("size", [16, 20])
+def test_rounded_sums_of_operands_that_begin_anywhere(size):
+    hidden, weight, tokens = problem(20, 70, size)
+    room = torch.zeros(20 * size + 1)
+    elsewhere = room[1:].view(20, size)
+    elsewhere.copy_(hidden)
+    assert not can_describe(elsewhere)
+    scores = linear_token_logprobs(elsewhere, weight, tokens, method="fused", sums="rounded").logprobs
+    assert torch.equal(scores, linear_token_logprobs(hidden, weight, tokens, method="fused", sums="rounded").logprobs)
