@@ -318,6 +318,8 @@ class Plan(NamedTuple):
     """Of a thread."""
     programs: int
     """Per multiprocessor."""
+    most_together: int
+    """Slots between two barriers, if their number allows."""
 
     @property
     def lag(self) -> int:
@@ -327,13 +329,13 @@ class Plan(NamedTuple):
     @property
     def together(self) -> int:
         """Slots between two barriers."""
-        return 2 if self.slots % 2 == 0 else 1
+        return next(size for size in (self.most_together, 2, 1) if self.slots % size == 0)
 
 
 CHOICES = (
-    Plan(lanes=512, held=0, slots=0, warps=8, registers=80, programs=3),
-    Plan(lanes=512, held=4, slots=0, warps=8, registers=128, programs=2),
-    Plan(lanes=1024, held=6, slots=0, warps=16, registers=128, programs=1),
+    Plan(lanes=512, held=0, slots=0, warps=8, registers=80, programs=3, most_together=2),
+    Plan(lanes=512, held=4, slots=0, warps=8, registers=128, programs=2, most_together=2),
+    Plan(lanes=512, held=12, slots=0, warps=16, registers=128, programs=1, most_together=4),
 )
 """The more rows a multiprocessor has at a time, the less it waits at their ends. `held`: at most."""
 SPARE_BYTES = 2048

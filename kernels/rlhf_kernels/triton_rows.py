@@ -192,10 +192,11 @@ def finished_stats(
         mean = tl.sum((weighted + moved) * shrink, 0) * inverse_temperature
     rest = tl.sum(others * shrink, 0)
     y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
-    d = (y - top) * inverse_temperature
+    # by what is compared: a compiler may put the scale and the difference into one instruction, which rounds once
+    is_argmax = y == top
+    d = tl.where(is_argmax, 0.0, (y - top) * inverse_temperature)
     e = tl.exp(d)
     total = rest + e
-    is_argmax = d == 0.0
     log_sum = tl.where(is_argmax, log1p(rest), tl.log(total))
     entropy = 0.0
     if ENTROPY:

@@ -1,7 +1,7 @@
 """Two processes on one card take the steps of one: numbers that go from one to the other, by gloo."""
 
 import pytest
-from on_gpu import ACCELERATOR, or_skip
+from on_gpu import ACCELERATOR, ON_GPU, or_skip
 
 or_skip()
 
@@ -14,6 +14,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_losses_and_weights_are_those_of_one_process(strategy, tiny_model, tmp_path):
+    if ON_GPU and strategy == "fsdp2":
+        pytest.skip("the groups of a device mesh copy the options of gloo, which torch cannot (split_group, 2.11)")
     write_records(tmp_path)
     names = [name for name in ON_ONE_CARD if f", {strategy}, " in name]
     in_processes(names, str(tiny_model), tmp_path, timeout=90)

@@ -104,7 +104,7 @@ def test_an_optimiser_in_eight_bits_learns_and_resumes_with_the_same_bits(name, 
         module, save = SFTModule(ModelSpec(path=str(wide_model)), optimizer=optimizer, seed=0), Save(file)
         options = {"max_epochs": 4, "accelerator": ACCELERATOR, "deterministic": True, "callbacks": [save]}
         fit(module, tmp_path, data=data, ckpt_path=ckpt_path, **options)
-        return save.losses, {name: value.detach().cpu() for name, value in module.named_parameters()}
+        return save.losses, {key: value.detach().cpu() for key, value in module.named_parameters()}
 
     try:
         losses, expected = run(tmp_path / "first.ckpt")
@@ -113,7 +113,7 @@ def test_an_optimiser_in_eight_bits_learns_and_resumes_with_the_same_bits(name, 
         torch.use_deterministic_algorithms(False)
     assert losses[-1] < losses[0]
     assert rest == losses[1:]
-    assert not [name for name, value in expected.items() if not torch.equal(resumed[name], value)]
+    assert not [key for key, value in expected.items() if not torch.equal(resumed[key], value)]
     saved = torch.load(tmp_path / "first.ckpt", weights_only=True)["optimizer_states"][0]["state"]
     kinds = {state["__bnb_optimizer_quant_state__"]["state1"].dtype for state in saved.values()}
     assert kinds == {torch.uint8, torch.float32}, "weights of fewer than 4096 numbers keep 32 bits"

@@ -24,7 +24,7 @@ def plan(monkeypatch):
     monkeypatch.setitem(sys.modules, "rlhf_kernels.gluon_policy", gluon_policy)
 
     def use(held, slots):
-        some = gluon_policy.Plan(lanes=64, held=held, slots=slots, warps=1, registers=128, programs=1)
+        some = gluon_policy.Plan(lanes=64, held=held, slots=slots, warps=1, registers=128, programs=1, most_together=2)
         monkeypatch.setattr(triton_policy, "resident_plan", lambda *_: launched.append(some) or some)
         return launched
 
