@@ -482,8 +482,11 @@ def run_child(request: dict[str, Any], environment: dict[str, str], report: Repo
             report.add({"failures": [f"{said}: {last}"]})
 
 
-def merge(paths: list[Path]) -> None:
-    """Pieces that one code found on one kind of device -> results/kernels/cuda.json."""
+def merge(paths: list[Path], keep: Path | None) -> None:
+    """Pieces that one code found on one kind of device -> results/kernels/cuda.json.
+
+    Rows that only an older report has are kept from there, marked with the commit they were measured at.
+    """
     pieces = [json.loads(path.read_text()) for path in paths]
     for key in SAME:
         if len({piece[key] for piece in pieces}) > 1:
@@ -493,6 +496,13 @@ def merge(paths: list[Path]) -> None:
     report = Report(None, {key: value for key, value in pieces[0].items() if not isinstance(value, list)})
     for piece in pieces:
         report.add({key: value for key, value in piece.items() if isinstance(value, list)})
+    if keep is not None:
+        old = json.loads(keep.read_text())
+        for kind in ("rows", "checks"):
+            there = {_identity(row) for row in report.found[kind]}
+            some = [{"commit": old["commit"], **row} for row in old[kind] if _identity(row) not in there]
+            report.found[kind] += some
+        report.found["problems"] = sorted({*report.found["problems"], *old["problems"]})
     report.path = RESULTS / "cuda.json"
     report.write()
 
@@ -504,6 +514,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the results, instead of the repository's")
     parser.add_argument("--seconds", type=float, help="begin nothing after so many (--part, --targets: 480)")
     parser.add_argument("--merge", type=Path, nargs="+", help="put the files of several parts together, write the docs")
+    parser.add_argument("--keep", type=Path, help="with --merge: an older report, for rows that the parts lack")
     parser.add_argument("--commit", help="of the code, where it lies without its history")
     parser.add_argument("--large", action="store_true", help="CPU: only the shape of a 152k vocabulary")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter; written to --out only")
@@ -517,7 +528,7 @@ def main() -> int:
         child(arguments.one)
         return 0
     if arguments.merge:
-        merge(arguments.merge)
+        merge(arguments.merge, arguments.keep)
     elif not arguments.docs:
         device = "cuda" if torch.cuda.is_available() and not arguments.dry_run else "cpu"
         name = "dry" if arguments.dry_run else "large" if arguments.large else device

@@ -15,8 +15,8 @@ def _number(x: float | None, digits: int = 1) -> str:
 def _timing_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| op | shape | implementation | forward ms | backward ms | both ms | GB/s | TFLOP/s | forward | of ceiling "
-        "| peak MB | error |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| peak MB | error | commit |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         error = "" if row["error"] is None else f"{row['error']:.0e}"
@@ -25,7 +25,7 @@ def _timing_table(rows: list[dict[str, Any]]) -> list[str]:
             row["op"], " x ".join(map(str, row["shape"])), row["implementation"], _number(row["forward_ms"]),
             _number(row["backward_ms"]), _number(row["both_ms"]), _number(row["gigabytes_per_s"]),
             _number(row["teraflops"], 2), _number(row.get("forward_teraflops"), 2), share, _number(row["peak_mb"], 0),
-            error,
+            error, row.get("commit", ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -84,9 +84,9 @@ TARGETS = (
     Target("cuda", "policy_loss", LONG, "both_ms", 2.7),
     Target("cuda", "policy_loss", LONG, "both_ms", 1.3, over="Liger triton_grpo_loss"),
     Target("cuda", "policy_loss", LONG, "both_ms", 1.3, over="TRL log-prob kernel, torch loss"),
-    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 17.6, FUSED),
-    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 8.0, FUSED, "Liger fused linear GRPO"),
-    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 1.9, FUSED, VERL),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 17.6),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 8.0, over="Liger fused linear GRPO"),
+    Target("cuda", "linear_policy_loss", HEAD_SHAPE, "both_ms", 1.9, over=VERL),
     Target("cuda", "linear_policy_loss", HEAD_SHAPE, "error", 1e-5, ROUNDED),
     Target("cuda", "gae", (512, 8192), "forward_ms", 0.030),
     Target("cuda", "gae", (512, 32768), "forward_ms", 0.110),

@@ -100,12 +100,17 @@ def test_pieces_of_one_code_on_one_device_are_put_together(tmp_path, monkeypatch
     pieces = [tmp_path / f"{name}.json" for name in "abc"]
     for path, commit in zip(pieces, ("abc", "abc", "def"), strict=True):
         bench_kernels.Report(path, {**ABOUT, "commit": commit}).add({"rows": [{"op": path.stem}]})
-    bench_kernels.merge(pieces[:2])
+    bench_kernels.merge(pieces[:2], None)
     merged = json.loads((tmp_path / "results" / "cuda.json").read_text())
     assert [row["op"] for row in merged["rows"]] == ["a", "b"]
     assert merged["device"] == "a GPU"
     with pytest.raises(SystemExit, match="commit differs: abc, abc, def"):
-        bench_kernels.merge(pieces)
+        bench_kernels.merge(pieces, None)
+    # "a" was measured again; what only the older report has says when that was
+    bench_kernels.Report(pieces[2], {**ABOUT, "commit": "def"}).add({"rows": [{"op": "a", "forward_ms": 9.0}]})
+    bench_kernels.merge(pieces[:2], pieces[2])
+    merged = json.loads((tmp_path / "results" / "cuda.json").read_text())
+    assert merged["rows"] == [{"op": "a"}, {"op": "b"}, {"commit": "def", "op": "c"}]
 
 
 def test_the_parts_are_everything():
@@ -129,7 +134,7 @@ def test_a_target_is_a_figure_or_a_ratio_and_absent_where_nothing_was_measured()
         next(t for t in kernel_docs.TARGETS if t.op == "linear_policy_loss" and t.over == over)
         for over in ("", kernel_docs.VERL)
     )
-    rows = [row(kernel_docs.FUSED), row(kernel_docs.VERL, both_ms=25.0)]
+    rows = [row(kernel_docs.MINE), row(kernel_docs.VERL, both_ms=25.0)]
     assert figure.value(rows) == 10.0
     assert figure.met(10.0)
     assert not figure.met(17.7)
