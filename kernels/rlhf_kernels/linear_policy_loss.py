@@ -87,7 +87,7 @@ def linear_policy_loss(
                   its logsumexp), from which the gradients follow without another pass. Log-probabilities have the bits
                   of `linear_token_logprobs(method="fused")`. For bfloat16 on a Hopper GPU; without entropy in the loss,
                   softcap and shard. old_logprobs are the estimate: where log-probabilities are more than 60 nats below
-                  them, the products of 128 rows around are computed twice.
+                  them, or below -100, the products of 128 rows around are computed twice.
         auto      chunked.
 
     Args:

@@ -84,8 +84,10 @@ def add_tile(
     d = x - base[:, None]
     e = tl.where(is_token, 0.0, exp(d))
     if EXPONENTIALS:
-        # of a row whose offset is far off this may be infinite: the row is written again
-        exponentials_ptr.store([first_row, first], (e * exp(base - offset)[:, None]).to(exponentials_ptr.dtype))
+        # of a row whose offset is far off this may be infinite: the row is written again; and where all of them are
+        # -inf, base is a stand-in that has nothing to do with the offset
+        factor = tl.where(top == -float("inf"), 0.0, exp(base - offset))
+        exponentials_ptr.store([first_row, first], (e * factor[:, None]).to(exponentials_ptr.dtype))
     moments = tl.sum(tl.where(e > 0, e * d, 0.0), 1) if ENTROPY else weighted
     maximum, others, weighted = merged(maximum, others, weighted, top, tl.sum(e, 1), moments, ENTROPY)
     return maximum, others, chosen, weighted

@@ -58,9 +58,12 @@ def row_place(ptr, row, inner, stride_outer, stride_inner, ALIGNED: tl.constexpr
 
 @triton.jit
 def out_place(ptr, row, inner, stride_outer, stride_inner, low, ALIGNED: tl.constexpr, TOGETHER: tl.constexpr):
-    """Address of place 0 of the row of an output; with TOGETHER, its rows begin as far past a vector as the input's."""
+    """Address of place 0 of the row of an output; with TOGETHER, its rows begin as far past a vector as the input's.
+
+    Where both are ALIGNED, what is known of the pointers says where vectors may begin.
+    """
     place = ptr + row_offset(row, inner, stride_outer, stride_inner, ALIGNED) - low
-    if TOGETHER:
+    if TOGETHER and not ALIGNED:
         place = tl.multiple_of(place, 16)
     return place
 
@@ -129,6 +132,7 @@ def special_blocks(token, low, limit, BLOCK: tl.constexpr):
     Where the last begins, where the token's does, whether that is another, and whether the first is one more: to look
     for the token everywhere would cost as much as the exponentials.
     """
+    token = tl.where((token >= 0) & (token < limit - low), token, -1)  # an id may need 64 bits; a place needs 32
     whole = limit // BLOCK * BLOCK
     first = tl.where(token >= 0, token + low, 0).to(tl.int32) // BLOCK * BLOCK
     apart = (token >= 0) & (first < whole)
@@ -193,7 +197,7 @@ def finished_stats(
     rest = tl.sum(others * shrink, 0)
     y, _ = capped(z, scalars_ptr, SCALED, CAPPED)
     # by what is compared: a compiler may put the scale and the difference into one instruction, which rounds once
-    is_argmax = y == top
+    is_argmax = (y == top) & (tl.abs(top) < float("inf"))
     d = tl.where(is_argmax, 0.0, (y - top) * inverse_temperature)
     e = tl.exp(d)
     total = rest + e

@@ -23,11 +23,14 @@ def run_of(trainer: Any, *, memory_given: bool) -> Run:
     on_gpu = accelerator not in ("cpu", "auto") or (accelerator == "auto" and (memory_given or _has_gpu()))
     processes = _devices(trainer.get("devices"), on_gpu=on_gpu) * (trainer.get("num_nodes") or 1)
     name, options = _strategy(trainer.get("strategy"))
-    if processes == 1 and name == "auto":
+    name = "fsdp" if name == "FSDP1Strategy" else name
+    if processes == 1 and name in ("auto", "fsdp"):
         name = "one process"
     name = "ddp" if name == "auto" else name
     if name not in ("one process", "ddp", "fsdp2"):
-        raise UserError(f"trainer.strategy={name}: plan knows one process, ddp and fsdp2")
+        raise UserError(
+            f"trainer.strategy={name}: plan knows one process, ddp and fsdp2; of fsdp, what fsdp2 takes is an estimate"
+        )
     group = options.get("tensor_parallel_size", 1)
     replicas = options.get("num_replicas", 1) if group == 1 else max(processes // group, 1)
     dtype = options.get("param_dtype")

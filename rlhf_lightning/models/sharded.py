@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._common_utils import TrainingState
-from torch.distributed.fsdp._runtime_utils import _reshard
 
 RESHARDS = "reshards_after_forward"
 """Attribute of a sharded unit: whether its weights are let go after each forward pass."""
@@ -56,6 +54,8 @@ def reshard(module: nn.Module) -> None:
 
 def _reshard_flattened(root: FullyShardedDataParallel) -> None:
     """By itself FSDP1 lets go of its root, and of units without a gradient, in no forward pass but the next."""
+    from torch.distributed.fsdp._runtime_utils import _reshard  # a private name, that nobody else shall depend on
+
     root.check_is_root()  # makes ready what a first use would
     for unit in FullyShardedDataParallel.fsdp_modules(root):
         handle: Any = unit._handle
@@ -108,7 +108,7 @@ def _summoned(root: FullyShardedDataParallel) -> Iterator[None]:
 
 def is_idle(unit: FullyShardedDataParallel) -> bool:
     """Whether a unit of FSDP1 neither runs nor is whole."""
-    return unit.training_state is TrainingState.IDLE
+    return unit.training_state.name == "IDLE"
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:

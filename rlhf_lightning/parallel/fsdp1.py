@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
-from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
@@ -13,13 +12,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.compiled import is_compiled
 from rlhf_lightning.models.quantized import is_quantized
 from rlhf_lightning.models.sharded import gathered_once, is_idle, reshard, root_of, set_root, whole_state_dict
 from rlhf_lightning.parallel.shard import ENTRANCES, decoder_layers, models_of
-from rlhf_lightning.parallel.single_file import SingleFile, without_inference_mode
+from rlhf_lightning.parallel.single_file import (
+    SingleFile,
+    check_callbacks,
+    check_optimizers,
+    without_inference_mode,
+)
 
 
 class FSDP1Strategy(SingleFile, FSDPStrategy):
@@ -76,6 +81,7 @@ class FSDP1Strategy(SingleFile, FSDPStrategy):
         module = self.lightning_module
         assert module is not None
         _check_module(module)
+        check_callbacks(trainer, "fsdp (FSDP1)")
         self.precision_plugin = _ClipsByRoot(self.precision_plugin, lambda: self.sharded_root)
         without_inference_mode(trainer)
         super().setup(trainer)
@@ -98,9 +104,15 @@ class FSDP1Strategy(SingleFile, FSDPStrategy):
             for name in ("forward", *next(names for kind, names in ENTRANCES.items() if isinstance(part, kind))):
                 _make_entrance(part, name, root)
         _make_way_in(root)
-        _move_torchmetrics_to_device(model, self.root_device)  # of a user's own stage
+        for part in model.modules():  # of a user's own stage: FSDP moves parameters and buffers alone
+            if isinstance(part, Metric):
+                part.to(self.root_device)
         model._device = self.root_device  # type: ignore[assignment]  # weights were moved one by one, unseen by Lightning
         return root
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        check_optimizers(self.optimizers, "fsdp (FSDP1)", whole=("Adafactor", "Muon"))
 
     # ---- letting go ------------------------------------------------------------------------------------------------
 
@@ -138,6 +150,10 @@ class _ClipsByRoot(FSDPPrecision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """The norm is over all processes; those of their parts alone would differ."""
         self._root().clip_grad_norm_(clip_val)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Weights keep the dtype that their spec gives them, unless the trainer says they shall have another."""
+        return super().convert_module(module) if self.precision in ("bf16-true", "16-true") else module
 
     def convert_input(self, data: Any) -> Any:
         return data  # sums over a step's tokens need float32 whatever layers are computed in
@@ -184,6 +200,13 @@ def _check_module(module: LightningModule) -> None:
         raise UserError(refused.format("was not tried with compiled layers (compile)"))
     if getattr(module, "reference_sync", None) is not None:
         raise UserError(refused.format("flattens the weights that reference_sync would mix with a reference's"))
+    dtypes = {weight.dtype: name for name, weight in module.named_parameters() if weight.is_floating_point()}
+    if len(dtypes) > 1:
+        some = " and ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in dtypes.items())
+        raise UserError(
+            f"strategy fsdp (FSDP1) flattens weights of one dtype together, but {some}: give the model dtype: float32 "
+            "(with trainer.precision: bf16-mixed layers are computed in bfloat16 all the same), or use strategy: ddp"
+        )
     critic = getattr(module, "critic_spec", None)
     if critic is not None and critic.clip_apart:
         raise UserError(refused.format("clips all gradients together, and critic.clip_apart asks for two norms"))

@@ -1,10 +1,11 @@
 """Checkpoints in one file, of models whose weights are shared out; and validation that leaves them trainable."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -22,6 +23,36 @@ if TYPE_CHECKING:
     Strategy = ParallelStrategy
 else:
     Strategy = object
+
+
+def check_callbacks(trainer: Trainer, strategy: str) -> None:
+    """Raise for callbacks of Lightning that keep whole weights beside those that are shared out."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            raise UserError(
+                f"{type(callback).__name__} averages whole weights, and strategy {strategy} shares them out: leave the "
+                "callback out, or use strategy: ddp"
+            )
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], strategy: str, whole: tuple[str, ...] = ()) -> None:
+    """Raise for optimisers whose state does not follow weights that are shared out.
+
+    Args:
+        whole: names of those that ask for the shape of a weight, or for its norm.
+    """
+    for optimizer in optimizers:
+        kind = type(getattr(optimizer, "optimizer", optimizer))
+        if kind.__module__.startswith("bitsandbytes"):
+            raise UserError(
+                f"optimizer {kind.__name__} of bitsandbytes keeps its state in blocks of numbers, which strategy "
+                f"{strategy} cannot share out or save: use torch.optim.AdamW, or strategy: ddp"
+            )
+        if kind.__name__ in whole:
+            raise UserError(
+                f"optimizer {kind.__name__} goes by rows, columns or norms of weights, of which strategy {strategy} "
+                "shows it flat parts: use torch.optim.AdamW, or strategy: ddp"
+            )
 
 
 class SingleFile(Strategy):

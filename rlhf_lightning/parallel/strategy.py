@@ -19,7 +19,12 @@ from rlhf_lightning.models.sharded import reshard
 from rlhf_lightning.models.vocab_parallel import VocabParallelHead
 from rlhf_lightning.parallel.fsdp1 import FSDP1Strategy
 from rlhf_lightning.parallel.shard import check_all_sharded, models_of, shard_model
-from rlhf_lightning.parallel.single_file import SingleFile, without_inference_mode
+from rlhf_lightning.parallel.single_file import (
+    SingleFile,
+    check_callbacks,
+    check_optimizers,
+    without_inference_mode,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ValueT = TypeVar("ValueT")
@@ -117,6 +122,7 @@ class FSDP2Strategy(SingleFile, ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         assert self._shard_mesh is not None
+        check_callbacks(trainer, "fsdp2")
         frozen = getattr(module, "frozen_models", list)()
         for model in [*models_of(module), *frozen]:
             if is_quantized(model):
@@ -142,6 +148,7 @@ class FSDP2Strategy(SingleFile, ModelParallelStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
+        check_optimizers(self.optimizers, "fsdp2")
         for optimizer in self.optimizers:
             # a forward pass without a backward leaves embedding and head gathered: stale after the step. A hook before
             # the step would come too soon: Lightning runs forward and backward inside it

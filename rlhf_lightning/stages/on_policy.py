@@ -25,7 +25,7 @@ from rlhf_lightning.core.seeding import counter_seed
 from rlhf_lightning.models.loading import load_policy
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.reference import Reference, ReferenceSync, make_reference
-from rlhf_lightning.models.sharded import gathered_once, is_sharded
+from rlhf_lightning.models.sharded import gathered_once, is_sharded, root_of
 from rlhf_lightning.models.spec import ModelSpec
 from rlhf_lightning.rewards.combine import ScoredSamples, WeightedReward, score_samples, unscored
 from rlhf_lightning.rewards.readers import readers_of
@@ -193,7 +193,7 @@ class OnPolicyModule(RLHFModule):
 
     def on_fit_start(self) -> None:
         self._move_frozen()
-        if is_sharded(self):
+        if is_sharded(self) and root_of(self) is None:  # FSDP1 shares out what is trained alone
             for reader in (reader for reader, timed in readers_of(self.rewards) if timed):
                 logger.warning(
                     "reward model %r is whole on every process, because it is asked under a timeout_s: without one it "
@@ -201,7 +201,8 @@ class OnPolicyModule(RLHFModule):
                     reader.spec.path,
                 )
         precision = self.trainer.precision_plugin
-        if self.updates.async_rollouts and type(precision) not in (Precision, MixedPrecision):
+        own = type(precision) in (Precision, MixedPrecision) or is_sharded(self)
+        if self.updates.async_rollouts and not own:
             raise UserError(
                 f"updates.async_rollouts=true under trainer.precision={self.trainer.precision!r}, which changes the "
                 "dtype of every thread's tensors: use 32-true or bf16-mixed, or leave async_rollouts out"

@@ -117,6 +117,7 @@ def test_plan_says_what_it_assumes_of_a_vocabulary_in_parts(config, capsys):
             ["--trainer.strategy", "deepspeed_stage_3", "--trainer.devices", "4"],
             "plan knows one process, ddp and fsdp2",
         ),
+        (["--trainer.strategy", "fsdp", "--trainer.devices", "4"], "of fsdp, what fsdp2 takes is an estimate"),
     ],
 )
 def test_plans_of_nothing(config, capsys, options, said):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fsdp1_cases import FLATTENED
+from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from parallel_fits import SPECS, assert_evaluated_alike, assert_same, evaluated, fit, of_stage, result, write_records
 from parallel_processes import in_processes
 from safetensors.torch import load_file
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 from rlhf_lightning.core.errors import UserError
 from rlhf_lightning.models.spec import LoraSpec, ModelSpec, QuantizationSpec
 from rlhf_lightning.parallel import FSDP1Strategy
+from rlhf_lightning.parallel.fsdp1 import _ClipsByRoot
+from rlhf_lightning.parallel.single_file import check_callbacks, check_optimizers
 from rlhf_lightning.stages import SFTModule
 
 NOT_COMPARED = ("resumed", "evaluated", "exported", "generation", "refused", "broken")
@@ -115,6 +119,35 @@ def test_weights_in_few_bits_are_refused(wide_model):
     strategy._lightning_module = module
     with pytest.raises(UserError, match="strategy fsdp cannot share out weights that bitsandbytes has quantised"):
         strategy.setup(SimpleNamespace())
+
+
+def test_weights_of_two_dtypes_are_refused(tiny_model):
+    module = SFTModule(ModelSpec(path=str(tiny_model), dtype="bfloat16", lora=LoraSpec(r=2)))
+    module.configure_model()
+    strategy = FSDP1Strategy()
+    strategy._lightning_module = module
+    with pytest.raises(UserError, match=r"is bfloat16 and policy\.\S+ is float32: give the model dtype: float32"):
+        strategy.setup(SimpleNamespace(callbacks=[]))
+
+
+def test_weights_keep_their_dtype_unless_the_trainer_says_otherwise():
+    for precision, dtype in (("32-true", torch.bfloat16), ("bf16-mixed", torch.bfloat16), ("16-true", torch.float16)):
+        plugin = _ClipsByRoot(FSDPPrecision(precision), lambda: None)
+        assert plugin.convert_module(torch.nn.Linear(2, 2, dtype=torch.bfloat16)).weight.dtype == dtype
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp (FSDP1)"])
+def test_optimisers_and_callbacks_that_need_whole_weights_are_refused(strategy):
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    check_optimizers([torch.optim.AdamW([weight]), torch.optim.SGD([weight])], strategy, ("Adafactor",))
+    with pytest.raises(UserError, match="optimizer Adafactor goes by rows, columns or norms of weights"):
+        check_optimizers([torch.optim.Adafactor([weight])], strategy, ("Adafactor",))
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    with pytest.raises(UserError, match="optimizer AdamW8bit of bitsandbytes keeps its state in blocks of numbers"):
+        check_optimizers([bitsandbytes.optim.AdamW8bit([weight])], strategy)
+    check_callbacks(SimpleNamespace(callbacks=[Timer()]), strategy)
+    with pytest.raises(UserError, match="EMAWeightAveraging averages whole weights, and strategy fsdp"):
+        check_callbacks(SimpleNamespace(callbacks=[EMAWeightAveraging()]), strategy)
 
 
 def test_a_meaningless_option_is_an_error():

@@ -271,3 +271,22 @@ def test_compiles_into_one_graph():
     expected = torch.autograd.grad(use(h, w), (h, w))
     compiled = torch.compile(use, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(h, w), (h, w)), expected)
+
+
+def test_words_that_cannot_be_said_take_nothing_of_a_row_whose_logits_are_low():
+    """A tile of nothing but -inf beside logits of -200: exp(-offset) alone would be infinite."""
+    hidden, weight, tokens = problem(4, 128, 16)
+    bias = torch.full((128,), -200.0)
+    bias[64:] = -math.inf
+    tokens %= 64
+
+    def grads(method, dtype):
+        x, w = (y.to(dtype).requires_grad_() for y in (hidden, weight))
+        old, every = torch.full((4,), -4.0, dtype=dtype), torch.ones(4, dtype=torch.bool)
+        result = linear_policy_loss(
+            x, w, tokens, old, torch.ones_like(old), mask=every, denominator=4.0, bias=bias.to(dtype), method=method
+        )
+        return torch.autograd.grad(result.loss, (x, w))
+
+    for ours, exact in zip(grads("fused", torch.float32), grads("chunked", torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), exact, **CLOSE)

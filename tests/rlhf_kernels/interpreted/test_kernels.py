@@ -280,6 +280,33 @@ def test_an_id_out_of_range_reads_nothing_and_makes_its_row_nan():
     assert stats.logprobs.isnan().tolist() == [False, True, True]
 
 
+def test_an_id_beyond_32_bits_reads_nothing_and_its_row_is_written_whole():
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_policy import policy_lanes_for, policy_loss_triton
+
+    vocab, zeros = 16384, torch.zeros(3)
+    lanes, width, _ = policy_lanes_for(vocab, 4, True)
+    # what is left of them in 32 bits is before the row, within it, and far before it
+    tokens = torch.tensor([2**32 - 2 * lanes * width, 2**32 + 5, 2**31])
+    grads = torch.full((3, vocab), 7.0)
+    per_token = (tokens, zeros - 9, zeros + 1, None, None, zeros == 0)
+    loss = PolicyLossSpec("reinforce")
+    result = policy_loss_triton(torch.zeros(3, vocab), *per_token, Transform(), torch.ones(()), loss, False, grads)
+    assert result[1].isnan().all()
+    assert grads.isnan().all()
+
+
+@pytest.mark.parametrize("row", [[-math.inf] * 48, [math.inf] + [0.0] * 47], ids=["-inf", "inf"])
+def test_a_row_without_a_distribution_is_no_certain_one(row):
+    from rlhf_kernels.rows import Transform
+    from rlhf_kernels.triton_rows import row_stats_triton
+
+    stats = row_stats_triton(torch.tensor([row, [0.0] * 48]), torch.tensor([0, 0]), Transform(), with_entropy=True)
+    assert stats.logprobs.isnan().tolist() == [True, False]
+    assert stats.entropy.isnan().tolist() == [True, False]
+    assert stats.is_argmax.tolist() == [False, True]
+
+
 def test_no_rows_and_no_row_that_counts():
     from rlhf_kernels.rows import Transform
     from rlhf_kernels.triton_rows import row_grads_triton, row_stats_triton
