@@ -267,8 +267,6 @@ class Tile(NamedTuple):
     stages: int
     """Loads in flight; each holds (rows + columns) * depth elements of shared memory."""
     warps: int
-    programs: int = 1
-    """Per multiprocessor."""
     piece: int = PIECE_TILES
     """Tiles of vocabulary that a program sums up before it writes."""
     parts: int = 1
@@ -415,7 +413,7 @@ class Product:
         )
         temperatures = self.transform.row_temperature
         items = triton.cdiv(self.num_rows, tile.rows) * self.pieces
-        linear_stats_kernel[(min(items, num_programs(device) * tile.programs),)](
+        linear_stats_kernel[(min(items, num_programs(device)),)](
             *operands, self.bias, self.tokens, self.tokens if temperatures is None else temperatures.contiguous(),
             numbers(self.transform, device), self.partials, target, offset if stored else self.partials,
             wanted if stored else self.partials, self.num_rows, self.hidden.stride(0), self.weight.stride(0),

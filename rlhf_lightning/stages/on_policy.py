@@ -201,8 +201,10 @@ class OnPolicyModule(RLHFModule):
                     reader.spec.path,
                 )
         precision = self.trainer.precision_plugin
-        own = type(precision) in (Precision, MixedPrecision) or is_sharded(self)
-        if self.updates.async_rollouts and not own:
+        plain = type(precision) in (Precision, MixedPrecision)
+        if root_of(self) is not None:  # FSDP1 has a plugin of its own for every precision
+            plain = precision.precision in ("32-true", "bf16-mixed")
+        if self.updates.async_rollouts and not plain:
             raise UserError(
                 f"updates.async_rollouts=true under trainer.precision={self.trainer.precision!r}, which changes the "
                 "dtype of every thread's tensors: use 32-true or bf16-mixed, or leave async_rollouts out"

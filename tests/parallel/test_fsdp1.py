@@ -90,10 +90,11 @@ def test_the_first_process_exports_what_all_hold(folder):
 
 @pytest.mark.slow
 def test_what_cannot_work_is_said(folder):
-    moving, apart = result(folder, "fsdp, refused")["said"]
+    moving, apart, ahead = result(folder, "fsdp, refused")["said"]
     assert "strategy fsdp (FSDP1) flattens the weights that reference_sync would mix" in moving
     assert "critic.clip_apart asks for two norms" in apart
     assert all(said.endswith("use strategy: fsdp2, or ddp") for said in (moving, apart))
+    assert "updates.async_rollouts=true with HFGenerate samples from a copy of the policy" in ahead
 
 
 @pytest.mark.slow

@@ -51,18 +51,26 @@ def test_what_the_sampler_said_saves_a_forward_pass(generation, tiny_model, writ
     torch.testing.assert_close(both[0], both[1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_sampler_that_was_wrong_is_weighed_by_the_ratio(tiny_model, write_jsonl, tmp_path):
-    class OffByHalf(GRPOModule):
-        def generate(self, prompts, seed):
-            answers = super().generate(prompts, seed)
-            return replace(answers, sampler_logprobs=answers.sampler_logprobs - math.log(1.5))
+class OffByHalf(GRPOModule):
+    """Its sampler says 1 / 1.5 of every probability."""
 
-    module = OffByHalf(
-        ModelSpec(path=str(tiny_model)),
+    def generate(self, prompts, seed):
+        answers = super().generate(prompts, seed)
+        return replace(answers, sampler_logprobs=answers.sampler_logprobs - math.log(1.5))
+
+
+def off_by_half(model, **options):
+    return OffByHalf(
+        ModelSpec(path=str(model)),
         [WeightedReward(LengthReward(target=3))],
         generation=GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True),
         correction=SamplerCorrection(cap=2.0),
+        **options,
     )
+
+
+def test_a_sampler_that_was_wrong_is_weighed_by_the_ratio(tiny_model, write_jsonl, tmp_path):
+    module = off_by_half(tiny_model)
     keep = Keep(module)
     metrics = fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12}).callback_metrics
     weights = keep.rollouts[0].weights[keep.rollouts[0].mask]
@@ -96,18 +104,7 @@ def test_weights_multiply_the_loss_of_their_tokens_and_no_denominator(tiny_model
 
 
 def test_two_kinds_of_weights_are_multiplied(tiny_model, write_jsonl, tmp_path):
-    class OffByHalf(GRPOModule):
-        def generate(self, prompts, seed):
-            answers = super().generate(prompts, seed)
-            return replace(answers, sampler_logprobs=answers.sampler_logprobs - math.log(1.5))
-
-    module = OffByHalf(
-        ModelSpec(path=str(tiny_model)),
-        [WeightedReward(LengthReward(target=3))],
-        generation=GenerationSpec(max_new_tokens=5, num_samples=4, keep_logprobs=True),
-        correction=SamplerCorrection(cap=2.0),
-        entropy_top_frac=0.25,
-    )
+    module = off_by_half(tiny_model, entropy_top_frac=0.25)
     keep = Keep(module)
     fit(module, tmp_path, data={"train": prompts(write_jsonl), "batch_size": 12})
     weights = keep.rollouts[0].weights[keep.rollouts[0].mask]

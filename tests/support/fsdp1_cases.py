@@ -23,7 +23,7 @@ from parallel_fits import (
     sampling_ppo,
     trainer_for,
 )
-from sharded_cases import AskInBetween, Poison
+from sharded_cases import AskInBetween, Poison, sampled
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -97,33 +97,8 @@ def tempered(model: str, folder: Path, world: int) -> dict[str, Any]:
     return {"losses": losses, "weights": whole_state_dict(module)}
 
 
-class CountGathers(L.Callback):
-    """How many all-gathers a rollout makes, and how many tokens its answers have."""
-
-    def __init__(self) -> None:
-        self.gathers: list[int] = []
-        self.lengths: list[list[int]] = []
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        own, gather = module.engine.generate, torch.distributed.all_gather
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            with mock.patch.object(torch.distributed, "all_gather", wraps=gather) as seen:
-                answers = own(*args, **kwargs)
-            self.gathers.append(seen.call_count)
-            self.lengths.append(answers.mask.sum(-1).tolist())
-            return answers
-
-        module.engine.generate = generate
-
-
 def generation(model: str, folder: Path, world: int) -> dict[str, Any]:
-    """All-gathers while answers are sampled, and the answers' lengths on every rank."""
-    module, count = sampling_ppo(model), CountGathers()
-    fit(module, "ppo", folder, devices=world, strategy=strategy_for(world), max_epochs=2, callbacks=[count])
-    lengths: list[Any] = [None] * world
-    torch.distributed.all_gather_object(lengths, count.lengths)
-    return {"lengths": lengths, "gathers": count.gathers}
+    return sampled(model, folder, world, strategy_for(world), torch.distributed, "all_gather")[1]
 
 
 class Exported(L.Callback):
@@ -175,8 +150,10 @@ def refused(model: str, folder: Path, world: int) -> dict[str, Any]:
     """What is said of what FSDP1 cannot do."""
     moving, apart = module_for("dpo", model), module_for("ppo", model)
     moving.reference_sync, apart.critic_spec = ReferenceSync(every=2), CriticSpec(clip_apart=True)
+    ahead = sampling_ppo(model)
+    ahead.updates = replace(ahead.updates, async_rollouts=True)
     said = []
-    for stage, module in (("dpo", moving), ("ppo", apart)):
+    for stage, module in (("dpo", moving), ("ppo", apart), ("ppo", ahead)):
         try:
             fit(module, stage, folder, devices=world, strategy=OnCPU())
         except UserError as error:

@@ -129,17 +129,18 @@ def asked_in_between(model: str, folder: Path, world: int) -> dict[str, Any]:
 
 
 class CountGathers(L.Callback):
-    """How many all-gathers each call of `generate` makes."""
+    """How many all-gathers each call of `generate` makes, by the function that makes them, and the answers' lengths."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
         self.gathers: list[int] = []
         self.lengths: list[list[int]] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        own, gather = module.engine.generate, _fsdp_param_group.foreach_all_gather
+        own, gather = module.engine.generate, getattr(self.owner, self.name)
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with mock.patch.object(_fsdp_param_group, "foreach_all_gather", wraps=gather) as seen:
+            with mock.patch.object(self.owner, self.name, wraps=gather) as seen:
                 answers = own(*args, **kwargs)
             self.gathers.append(seen.call_count)
             self.lengths.append(answers.mask.sum(-1).tolist())
@@ -148,14 +149,19 @@ class CountGathers(L.Callback):
         module.engine.generate = generate
 
 
-def generation(model: str, folder: Path, world: int) -> dict[str, Any]:
-    """All-gathers while answers are sampled, how many units there are, and the answers' lengths on every rank."""
-    module, count = sampling_ppo(model), CountGathers()
-    fit(module, "ppo", folder, devices=world, strategy="fsdp2", max_epochs=2, callbacks=[count])
+def sampled(model: str, folder: Path, world: int, strategy: Any, owner: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """The module of a PPO of two rollouts; all-gathers while answers are sampled, and their lengths on every rank."""
+    module, count = sampling_ppo(model), CountGathers(owner, name)
+    fit(module, "ppo", folder, devices=world, strategy=strategy, max_epochs=2, callbacks=[count])
     lengths: list[Any] = [None] * world
     torch.distributed.all_gather_object(lengths, count.lengths)
-    units = sum(isinstance(part, FSDPModule) for part in module.policy.modules())
-    return {"lengths": lengths, "gathers": count.gathers, "units": units}
+    return module, {"lengths": lengths, "gathers": count.gathers}
+
+
+def generation(model: str, folder: Path, world: int) -> dict[str, Any]:
+    """What `sampled` counts, and how many units there are."""
+    module, found = sampled(model, folder, world, "fsdp2", _fsdp_param_group, "foreach_all_gather")
+    return {**found, "units": sum(isinstance(part, FSDPModule) for part in module.policy.modules())}
 
 
 def mixture(model: str, folder: Path, world: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def exact_stats(hidden, weight, bias, tokens, transform=Transform(), with_entrop
 
 TILES = [
     SMALL, SMALL._replace(parts=2), SMALL._replace(parts=4, columns=64), SMALL._replace(promote=1),
-    SMALL._replace(parts=2, promote=2), SMALL._replace(piece=1, programs=2),
+    SMALL._replace(parts=2, promote=2), SMALL._replace(piece=1),
 ]  # fmt: skip
 
 
